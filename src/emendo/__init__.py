@@ -1,0 +1,57 @@
+"""emendo: edit language models. One input and the output you want, in; a small, reversible change, out."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from emendo._version import __version__
+
+if TYPE_CHECKING:
+    from emendo.data import Probe, Record, read_records
+    from emendo.edit import Edit, Request
+    from emendo.editors import Editor
+    from emendo.errors import EmendoError
+    from emendo.evaluate import evaluate
+    from emendo.models import LM, load
+    from emendo.sites import find_sites
+    from emendo.train import TrainConfig, train
+
+_WHERE = {
+    "LM": "emendo.models",
+    "load": "emendo.models",
+    "find_sites": "emendo.sites",
+    "Edit": "emendo.edit",
+    "Request": "emendo.edit",
+    "Editor": "emendo.editors",
+    "EmendoError": "emendo.errors",
+    "Probe": "emendo.data",
+    "Record": "emendo.data",
+    "read_records": "emendo.data",
+    "TrainConfig": "emendo.train",
+    "train": "emendo.train",
+    "evaluate": "emendo.evaluate",
+}
+
+__all__ = [
+    "LM",
+    "Edit",
+    "Editor",
+    "EmendoError",
+    "Probe",
+    "Record",
+    "Request",
+    "TrainConfig",
+    "__version__",
+    "evaluate",
+    "find_sites",
+    "load",
+    "read_records",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:  # so that `import emendo` does not import torch
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'emendo' has no attribute {name!r}")

@@ -1,0 +1,43 @@
+"""Every error emendo raises on purpose, as one tree.
+
+::
+
+    EmendoError
+    ├── RequestError        what was asked: an empty prompt, a target that does not fit the context
+    ├── DataError           a record file: missing, empty, or a malformed line (file, line, field)
+    ├── ModelError          the model: no blocks, no such sites, an output that cannot be scored
+    ├── MismatchError       an edit or an editor that belongs to another model
+    ├── StorageError        a file: damaged, not writable, or a folder that already holds a run
+    └── TrainingError       a run that cannot go on: non-finite losses, nothing to train on
+
+A message says what was given, what is allowed and what to do next. Each class also derives from the
+built-in exception a caller would expect (``ValueError``, ``OSError``, ``RuntimeError``).
+"""
+
+
+class EmendoError(Exception):
+    """Base of every error that emendo raises on purpose."""
+
+
+class RequestError(EmendoError, ValueError):
+    """The request cannot be carried out: an empty prompt or target, or a text that is too long."""
+
+
+class DataError(EmendoError, ValueError):
+    """A record file is missing, empty or malformed."""
+
+
+class ModelError(EmendoError, ValueError):
+    """The model lacks what is needed: blocks, the asked sites, an output that can be scored."""
+
+
+class MismatchError(EmendoError, ValueError):
+    """An edit or an editor was made for another model."""
+
+
+class StorageError(EmendoError, OSError):
+    """A file or folder is damaged, cannot be written, or already holds something."""
+
+
+class TrainingError(EmendoError, RuntimeError):
+    """Training cannot go on."""

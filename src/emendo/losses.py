@@ -1,0 +1,36 @@
+"""Losses at the label positions: token NLL and locality KL, each averaged per example.
+
+Layout: ``logits [n, vocabulary]`` and ``labels [n]`` are the label positions of all examples one after the
+other, ``owner [n]`` says whose each is. An example's loss is the mean over its own positions, so it does not
+depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def per_example(values: Tensor, owner: Tensor, examples: int) -> Tensor:
+    """Mean of ``values [n]`` over the positions of each example: ``[examples]``."""
+    total = values.new_zeros(examples).index_add(0, owner, values)
+    count = values.new_zeros(examples).index_add(0, owner, torch.ones_like(values))
+    return total / count.clamp(min=1)
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """``-log p(label)`` in nats, ``[n]``, in float32."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def token_kl(reference: Tensor, logits: Tensor) -> Tensor:
+    """``KL(reference || edited)`` in nats, ``[n]``, in float32; the reference carries no gradient.
+
+    Args:
+        reference: ``[n, vocabulary]`` logits before the edit.
+        logits: ``[n, vocabulary]`` logits after it.
+    """
+    before = reference.detach().float().log_softmax(-1)
+    after = logits.float().log_softmax(-1)
+    return (before.exp() * (before - after)).sum(-1)

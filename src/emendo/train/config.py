@@ -1,0 +1,64 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from emendo.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How an editor is trained. The defaults were found by measurement (docs/log.md).
+
+    Attributes:
+        steps: optimiser steps.
+        batch: edits per step, each an edit of its own.
+        lr: learning rate of Adam at its peak; the editor may set multiples of it for some parameters.
+        warmup: steps over which it rises; then it falls along a cosine to 2% at the end.
+        minutes: stop after this much time, whatever ``steps`` says; the schedule follows whichever is nearer its end.
+        c_edit: weight of the edit loss against the locality loss (c_e in MEND Eq. 4; 0.1 in the paper).
+        near: locality examples per edit that the record itself gives (its neighbours).
+        sibling: locality examples per edit taken from other records of the same relation.
+        unrelated: locality examples per edit taken from the record's unrelated probes or any other record.
+        text: locality examples per edit taken from plain text, if there is any.
+        clip: largest norm of the whole gradient.
+        seed: of the editor's start and of the order of the records.
+        validate_every: steps between validations.
+        validate_on: how many validation records to use.
+        patience: stop after so many validations without a better loss.
+        checkpoint_every: seconds between checkpoints.
+    """
+
+    steps: int = 2000
+    batch: int = 16
+    lr: float = 1e-3
+    warmup: int = 100
+    minutes: float | None = None
+    c_edit: float = 0.1
+    near: int = 1
+    sibling: int = 1
+    unrelated: int = 0
+    text: int = 0
+    clip: float = 1.0
+    seed: int = 0
+    validate_every: int = 250
+    validate_on: int = 100
+    patience: int = 10
+    checkpoint_every: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "validate_every", "validate_on", "patience"):
+            if getattr(self, name) < 1:
+                raise RequestError(
+                    f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}."
+                )
+        for name in ("lr", "c_edit", "clip"):
+            if not getattr(self, name) > 0:
+                raise RequestError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}.")
+        if min(self.near, self.sibling, self.unrelated, self.text) < 0:
+            raise RequestError("The numbers of locality examples cannot be negative.")
+        if self.near + self.sibling + self.unrelated + self.text == 0:
+            raise RequestError(
+                "At least one locality example per edit is needed, else nothing keeps the rest as it is."
+            )

@@ -1,0 +1,174 @@
+"""Records to episodes: what one edit is trained on, drawn as a function of the seed and the step alone.
+
+Nothing here has state that a checkpoint would need: :meth:`Episodes.batch` of the same step is the same batch.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from emendo.data import Record
+from emendo.data.batch import Text, encode
+from emendo.errors import TrainingError
+from emendo.models import LM
+from emendo.train.config import TrainConfig
+
+WINDOW = 512
+"""Records whose texts are put through the trunk together, and among whose siblings the first epoch chooses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One edit and what it is judged by.
+
+    Attributes:
+        edit: the prompt with its target.
+        paraphrase: a rewording with the same target; the edit itself where the record has none.
+        locality: texts whose answers must stay as they are.
+    """
+
+    edit: Text
+    paraphrase: Text
+    locality: tuple[Text, ...]
+
+    def texts(self) -> tuple[Text, ...]:
+        """Every text of the episode."""
+        return (self.edit, self.paraphrase, *self.locality)
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    edit: Text
+    paraphrases: list[Text]
+    neighbours: list[Text]
+    unrelated: list[Text]
+    relation: str
+
+
+class Episodes:
+    """Draws batches of episodes from records.
+
+    Args:
+        lm: gives the tokenizer and the context length.
+        records: what to learn from.
+        config: batch size, locality mix and seed.
+        passages: plain text for ``config.text``, one passage a string.
+
+    Raises:
+        TrainingError: there are no records, or a kind of locality example is asked for that nothing can give.
+        RequestError: a text that does not fit the model's context.
+    """
+
+    def __init__(
+        self, lm: LM, records: Sequence[Record], config: TrainConfig, passages: Sequence[str] = ()
+    ) -> None:
+        if not records:
+            raise TrainingError("There are no records to train on.")
+        self.config = config
+        self.items = _encode(lm, records)
+        found = [_passage(lm, text) for text in passages] if config.text else []
+        self.passages = [passage for passage in found if passage is not None]
+        if config.text and not self.passages:
+            raise TrainingError("text locality was asked for, but there is no plain text to take it from.")
+        if len(self.items) < 2 and not (self.items[0].neighbours or self.items[0].unrelated):
+            raise TrainingError("One record without neighbours is not enough: locality needs another text.")
+        self._orders: dict[int, list[int]] = {}
+        self._first = {item: place for place, item in enumerate(self._order(0))}
+        self._siblings: dict[str, list[int]] = defaultdict(list)  # relation -> items, by place in epoch 0
+        for item in self._order(0):
+            self._siblings[self.items[item].relation].append(item)
+
+    def _order(self, epoch: int) -> list[int]:
+        if epoch not in self._orders:
+            order = list(range(len(self.items)))
+            random.Random(f"{self.config.seed}/{epoch}").shuffle(order)
+            self._orders = {**{k: v for k, v in self._orders.items() if k >= epoch - 1}, epoch: order}
+        return self._orders[epoch]
+
+    def batch(self, step: int) -> list[Episode]:
+        """The episodes of one optimiser step."""
+        rng = random.Random(f"{self.config.seed}/step/{step}")
+        count, size = len(self.items), self.config.batch
+        places = range(step * size, (step + 1) * size)
+        chosen = [(place, self._order(place // count)[place % count]) for place in places]
+        return [self._episode(item, place, rng) for place, item in chosen]
+
+    def window(self, step: int) -> list[Episode] | None:
+        """The episodes of the steps that share a trunk window, at its first step; None at the others."""
+        steps = max(1, WINDOW // self.config.batch)
+        if step % steps:
+            return None
+        return [episode for s in range(step, step + steps) for episode in self.batch(s)]
+
+    def _episode(self, item: int, place: int, rng: random.Random) -> Episode:
+        record, config = self.items[item], self.config
+        limit = min(len(self.items), (place // WINDOW + 1) * WINDOW)
+        locality = _pick(record.neighbours, config.near, rng)
+        locality += [self._sibling(item, limit, rng) for _ in range(config.sibling)]
+        own = _pick(record.unrelated, config.unrelated, rng)
+        locality += own + [self._other(item, limit, rng) for _ in range(config.unrelated - len(own))]
+        locality += _pick(self.passages, config.text, rng)
+        if not locality:
+            locality = [self._other(item, limit, rng)]
+        paraphrase = rng.choice(record.paraphrases) if record.paraphrases else record.edit
+        return Episode(record.edit, paraphrase, tuple(locality))
+
+    def _sibling(self, item: int, limit: int, rng: random.Random) -> Text:
+        """A text of another record of the same relation, else of any other record."""
+        group = self._siblings[self.items[item].relation]
+        reachable = bisect_left(group, limit, key=self._first.__getitem__)
+        others = reachable - (self._first[item] < limit)
+        if others < 1:
+            return self._other(item, limit, rng)
+        other = group[rng.randrange(reachable)]
+        while other == item:
+            other = group[rng.randrange(reachable)]
+        return self._text(other, rng)
+
+    def _other(self, item: int, limit: int, rng: random.Random) -> Text:
+        if len(self.items) == 1:
+            return rng.choice(self.items[0].neighbours or self.items[0].unrelated)
+        order = self._order(0)
+        reachable = max(2, min(limit, len(order)))
+        other = order[rng.randrange(reachable)]
+        while other == item:
+            other = order[rng.randrange(reachable)]
+        return self._text(other, rng)
+
+    def _text(self, item: int, rng: random.Random) -> Text:
+        record = self.items[item]
+        return rng.choice([record.edit, record.edit, record.edit, *record.neighbours[:1]])
+
+
+def _pick(texts: list[Text], count: int, rng: random.Random) -> list[Text]:
+    return rng.sample(texts, min(count, len(texts)))
+
+
+def _encode(lm: LM, records: Sequence[Record]) -> list[_Encoded]:
+    """All texts of all records in one call of the tokenizer."""
+    pairs: list[tuple[str, str]] = []
+    for r in records:
+        pairs.append((r.prompt, r.target))
+        pairs += [(p, r.target) for p in r.paraphrases]
+        pairs += [(probe.prompt, probe.answer) for probe in (*r.neighbours, *r.unrelated)]
+    texts = iter(encode(lm.tokenizer, pairs, max_tokens=lm.context))
+    return [
+        _Encoded(
+            edit=next(texts),
+            paraphrases=[next(texts) for _ in r.paraphrases],
+            neighbours=[next(texts) for _ in r.neighbours],
+            unrelated=[next(texts) for _ in r.unrelated],
+            relation=r.relation or (r.prompt.replace(r.subject, "{}") if r.subject else r.prompt),
+        )
+        for r in records
+    ]
+
+
+def _passage(lm: LM, text: str, tokens: int = 24) -> Text | None:
+    """The first tokens of a passage; all but the first third are positions to keep."""
+    ids = lm.tokenizer(text, truncation=True, max_length=tokens)["input_ids"]
+    return Text(tuple(ids), max(1, len(ids) // 3)) if len(ids) >= 6 else None

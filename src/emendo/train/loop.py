@@ -1,0 +1,307 @@
+"""The training loop: schedule, validation, early stopping, checkpoints, interruption."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emendo.data import Record
+from emendo.editors import Editor
+from emendo.errors import StorageError, TrainingError
+from emendo.models import LM, cache_folder
+from emendo.store import TrunkStore
+from emendo.train import checkpoint
+from emendo.train.config import TrainConfig
+from emendo.train.episodes import Episode, Episodes
+from emendo.train.progress import Quiet
+from emendo.train.step import Outcome, training_step, validation_step
+from emendo.trunk import Trunk
+
+_BAD_IN_A_ROW = 5
+_REPORT_EVERY = 10
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What came of a run.
+
+    Attributes:
+        editor: the best editor by validation loss, in eval mode.
+        steps: optimiser steps done.
+        seconds: time spent, the trunk's included.
+        stopped: ``"finished"``, ``"early"`` (no better validation), ``"time"`` or ``"interrupted"``.
+        history: rows of figures, as they were reported.
+    """
+
+    editor: Editor
+    steps: int
+    seconds: float
+    stopped: str
+    history: list[dict[str, float]]
+
+
+def train(
+    lm: LM,
+    editor: Editor,
+    records: Sequence[Record],
+    validation: Sequence[Record],
+    config: TrainConfig | None = None,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    passages: Sequence[str] = (),
+    progress: Quiet | None = None,
+) -> TrainResult:
+    """Train an editor on records.
+
+    Args:
+        lm: the model; frozen, and handed back as it came.
+        editor: what to train, in place.
+        records: to learn from.
+        validation: to choose the best editor by, and to stop early; never learnt from.
+        config: settings.
+        out: folder for checkpoints; without it nothing is written and nothing can be resumed.
+        resume: go on from the checkpoint in ``out``; the losses are those of an uninterrupted run.
+        passages: plain text for the locality loss.
+        progress: hears how it goes.
+
+    Raises:
+        TrainingError: nothing to train on, or non-finite losses several steps in a row.
+        StorageError: no checkpoint to resume, one of other settings, or one that cannot be written.
+        MismatchError: the editor belongs to another model.
+    """
+    return _Run(lm, editor, records, validation, config or TrainConfig(), out, passages, progress).go(resume)
+
+
+class _Run:
+    def __init__(
+        self,
+        lm: LM,
+        editor: Editor,
+        records: Sequence[Record],
+        validation: Sequence[Record],
+        config: TrainConfig,
+        out: Path | None,
+        passages: Sequence[str],
+        progress: Quiet | None,
+    ) -> None:
+        editor.check(lm)
+        editor.fingerprint = lm.fingerprint
+        self.editor, self.config, self.out = editor, config, out
+        self.progress = progress or Quiet()
+        self.episodes = Episodes(lm, records, config, passages)
+        self.held_out = _validation_batches(lm, validation, config)
+        trunk = Trunk(lm.model, editor.sites)
+        folder = cache_folder() / "trunk" / f"{lm.fingerprint}-{trunk.block}" if out is not None else None
+        self.store = TrunkStore(trunk, folder)
+        self.optimizer = torch.optim.Adam(editor.parameter_groups(config.lr))
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.state = checkpoint.State(settings=_settings(editor, config, records))
+        self.best: dict[str, Tensor] = {}
+        self.recent: deque[Outcome] = deque(maxlen=50)
+
+    def go(self, resume: bool) -> TrainResult:
+        if resume:
+            self._resume()
+        started = time.monotonic() - self.state.seconds
+        saved = time.monotonic()
+        stopped = "finished"
+        with _interruptible() as interrupted, self.progress:
+            while self.state.step < self.config.steps:
+                self.state.seconds = time.monotonic() - started
+                if interrupted():
+                    stopped = "interrupted"
+                    break
+                if self.config.minutes is not None and self.state.seconds >= self.config.minutes * 60:
+                    stopped = "time"
+                    break
+                self._step()
+                self.state.seconds = time.monotonic() - started
+                if self.state.step % self.config.validate_every == 0 and self._validate():
+                    stopped = "early"
+                    break
+                if self.out and time.monotonic() - saved >= self.config.checkpoint_every:
+                    self._save()
+                    saved = time.monotonic()
+            if stopped != "interrupted" and self.state.step % self.config.validate_every and self.held_out:
+                self._validate()
+            if self.out:
+                self._save()
+        return self._result(stopped)
+
+    def _result(self, stopped: str) -> TrainResult:
+        if self.best and stopped != "interrupted":
+            self.editor.load_state_dict(self.best)
+        state = self.state
+        self.editor.info = {
+            **state.settings,
+            "steps": state.step,
+            "seconds": round(state.seconds, 1),
+            "stopped": stopped,
+            "skipped_steps": state.bad,
+        }
+        return TrainResult(self.editor.eval(), state.step, state.seconds, stopped, state.history)
+
+    def _step(self) -> None:
+        window = self.episodes.window(self.state.step)
+        if window is None and not len(self.store):  # resumed in the middle of a window, store in memory
+            window = self.episodes.batch(self.state.step)
+        if window is not None:
+            self._ensure(window)
+        batch = self.episodes.batch(self.state.step)
+        self._ensure(batch)
+        self.editor.train()
+        self.optimizer.zero_grad()
+        outcome = training_step(self.editor, self.store, batch, self.config.c_edit)
+        norm = nn.utils.clip_grad_norm_(self.editor.parameters(), self.config.clip)
+        if outcome is None or not bool(norm.isfinite()):
+            self._skip()
+        else:
+            self.state.bad_in_a_row = 0
+            rate = self._rate()
+            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+                group["lr"] = peak * rate
+            self.optimizer.step()
+            self.recent.append(outcome)
+        self.state.step += 1
+        if self.state.step % _REPORT_EVERY == 0 and self.recent:
+            self._report()
+
+    def _rate(self) -> float:
+        """Share of the peak learning rate: a linear rise, then a cosine down to 2%."""
+        done = self.state.step / self.config.steps
+        if self.config.minutes is not None:
+            done = max(done, self.state.seconds / (self.config.minutes * 60))
+        rise = min(1.0, (self.state.step + 1) / max(1, self.config.warmup))
+        return rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+    def _ensure(self, episodes: Sequence[Episode]) -> None:
+        missing = self.store.missing(text for episode in episodes for text in episode.texts())
+        done = 0
+
+        def tell(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress.trunk(done, len(missing))
+
+        self.store.ensure(missing, tell)
+
+    def _skip(self) -> None:
+        self.state.bad += 1
+        self.state.bad_in_a_row += 1
+        if self.state.bad_in_a_row >= _BAD_IN_A_ROW:
+            raise TrainingError(
+                f"{_BAD_IN_A_ROW} steps in a row gave a loss or gradient that is not finite, the last at step "
+                f"{self.state.step}. Lower --lr, or load the model with --dtype float32 or bfloat16."
+            )
+
+    def _report(self) -> None:
+        means = _means(self.recent)
+        done = max(1e-9, self.state.step / self.config.steps)
+        if self.config.minutes is not None:
+            done = max(done, self.state.seconds / (self.config.minutes * 60))
+        figures = {
+            **means,
+            "episodes/s": self.state.step * self.config.batch / max(1e-9, self.state.seconds),
+            "time left": self.state.seconds * (1 - done) / done,
+        }
+        self.state.history.append({"step": self.state.step, **means})
+        self.progress.step(self.state.step, self.config.steps, figures)
+
+    def _validate(self) -> bool:
+        """Keep the best editor; True when it is time to stop."""
+        if not self.held_out:
+            return False
+        self._ensure([episode for batch in self.held_out for episode in batch])
+        outcomes = [
+            validation_step(self.editor, self.store, batch, self.config.c_edit) for batch in self.held_out
+        ]
+        means = _means(outcomes)
+        better = means["loss"] < self.state.best
+        if better:
+            self.state.best, self.state.stale = means["loss"], 0
+            self.best = {name: tensor.detach().clone() for name, tensor in self.editor.state_dict().items()}
+        else:
+            self.state.stale += 1
+        self.state.history.append(
+            {"step": self.state.step, **{f"validation {name}": value for name, value in means.items()}}
+        )
+        self.progress.validation(self.state.step, means, better)
+        return self.state.stale >= self.config.patience
+
+    def _save(self) -> None:
+        assert self.out is not None
+        checkpoint.save(self.out, self.state, self.editor, self.optimizer, self.best)
+
+    def _resume(self) -> None:
+        if self.out is None:
+            raise StorageError("There is no output folder to resume from.")
+        settings = self.state.settings
+        self.state, self.best = checkpoint.load(self.out, self.editor, self.optimizer)
+        if self.state.settings != settings:
+            other = [
+                f"{name}: {self.state.settings.get(name)!r} before, {settings.get(name)!r} now"
+                for name in settings
+                if self.state.settings.get(name) != settings[name]
+            ]
+            raise StorageError(f"{self.out} holds a run of other settings ({'; '.join(other)}).")
+
+
+def _settings(editor: Editor, config: TrainConfig, records: Sequence[Record]) -> dict[str, Any]:
+    """What makes two runs the same run, as JSON values."""
+    return {
+        "editor": editor.name,
+        "config": asdict(editor.config),
+        "sites": [site.name for site in editor.sites],
+        "model": editor.fingerprint,
+        "records": len(records),
+        **{k: v for k, v in asdict(config).items() if k != "checkpoint_every"},
+    }
+
+
+def _validation_batches(lm: LM, records: Sequence[Record], config: TrainConfig) -> list[list[Episode]]:
+    records = records[: config.validate_on]
+    if not records:
+        return []
+    size = min(config.batch, len(records))
+    plain = TrainConfig(batch=size, near=max(1, config.near), sibling=0, seed=config.seed)
+    episodes = Episodes(lm, records, plain)
+    return [episodes.batch(step) for step in range(math.ceil(len(records) / size))]
+
+
+def _means(outcomes: Sequence[Outcome] | deque[Outcome]) -> dict[str, float]:
+    rows: list[Mapping[str, float]] = [asdict(outcome) for outcome in outcomes]
+    short = {"loss": "loss", "edit_loss": "edit", "locality_loss": "KL"}
+    return {short.get(name, name): sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+@contextmanager
+def _interruptible() -> Iterator[Any]:
+    """Ctrl-C asks the loop to stop after its step; a second one stops at once. Elsewhere signals stay as they are."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not the main thread
+        yield lambda: asked
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
