@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emendo.errors import ModelError
 from emendo.lowrank import LowRank
 from emendo.sites import Site
 
@@ -27,8 +28,8 @@ class Factors:
     """The rank-1 factors of one site's gradient, one row per token that matters.
 
     Attributes:
-        u: ``[rows, d_in]`` inputs of the matrix, float32.
-        delta: ``[rows, d_out]`` gradients of the loss with respect to its outputs, float32.
+        u: ``[rows, d_in]`` inputs of the matrix, float32 (float64 from a float64 model).
+        delta: ``[rows, d_out]`` gradients of the loss with respect to its outputs, in the same dtype.
         owner: ``[rows]`` index of the example each row belongs to, ascending.
         examples: how many examples there are.
     """
@@ -78,6 +79,9 @@ def capture(
     Returns:
         The losses ``[examples]``, detached, and the factors by site name. Rows whose ``u`` or ``delta`` is
         all zero carry no gradient and are left out.
+
+    Raises:
+        ModelError: the pass did not run one of the sites.
     """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -96,6 +100,8 @@ def capture(
     try:
         with torch.enable_grad():
             losses = loss()
+            if idle := [site.name for site in sites if site.name not in outputs]:
+                raise ModelError(f"The model never ran {idle[0]}, so it cannot be edited; leave it out.")
             gradients = torch.autograd.grad(losses.sum(), [outputs[site.name] for site in sites])
     finally:
         for handle in handles:
@@ -109,11 +115,12 @@ def capture(
 
 
 def _rows(u: Tensor, delta: Tensor, examples: int) -> Factors:
-    """Rows ``[examples, tokens, d]`` that carry gradient, flat and in float32."""
+    """Rows ``[examples, tokens, d]`` that carry gradient, flat and in float32 at least."""
     u, delta = u.reshape(examples, -1, u.shape[-1]), delta.reshape(examples, -1, delta.shape[-1])
     used = u.ne(0).any(-1) & delta.ne(0).any(-1)
     owner = used.nonzero()[:, 0]
-    return Factors(u[used].float(), delta[used].float(), owner, examples)
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    return Factors(u[used].to(dtype), delta[used].to(dtype), owner, examples)
 
 
 def move(factors: Mapping[str, Factors], device: torch.device) -> dict[str, Factors]:

@@ -153,7 +153,7 @@ class Edit:
         """
         where = Path(folder).expanduser()
         head = read_json(where / "edit.json")
-        if not isinstance(head, dict) or head.get("format", 0) > FORMAT:
+        if not isinstance(head, dict) or head.get("format") not in range(1, FORMAT + 1):
             raise StorageError(f"{where / 'edit.json'} is not an edit that this version of emendo can read.")
         tensors = read_tensors(where / "edit.safetensors")
         try:
@@ -162,7 +162,7 @@ class Edit:
             names = [key.removesuffix(".left") for key in tensors if key.endswith(".left")]
             deltas = {name: LowRank(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names}
             return cls(deltas, Origin(**origin), head.get("card", {}))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise StorageError(f"{where} is damaged: {error!r} is missing or not as expected.") from error
 
 

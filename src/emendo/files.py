@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,12 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
-        temporary.rename(target)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         if isinstance(error, StorageError):
@@ -74,7 +79,8 @@ def new_file(path: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise StorageError(f"Cannot write {target}: {error}. The previous file survives.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _sync(file: Path) -> None:

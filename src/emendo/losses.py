@@ -20,17 +20,22 @@ def per_example(values: Tensor, owner: Tensor, examples: int) -> Tensor:
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """``-log p(label)`` in nats, ``[n]``, in float32."""
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+    """``-log p(label)`` in nats, ``[n]``, in float32 at least."""
+    return F.cross_entropy(_wide(logits), labels, reduction="none")
 
 
 def token_kl(reference: Tensor, logits: Tensor) -> Tensor:
-    """``KL(reference || edited)`` in nats, ``[n]``, in float32; the reference carries no gradient.
+    """``KL(reference || edited)`` in nats, ``[n]``, in float32 at least; the reference carries no gradient.
 
     Args:
         reference: ``[n, vocabulary]`` logits before the edit.
         logits: ``[n, vocabulary]`` logits after it.
     """
-    before = reference.detach().float().log_softmax(-1)
-    after = logits.float().log_softmax(-1)
+    before = _wide(reference.detach()).log_softmax(-1)
+    after = _wide(logits).log_softmax(-1)
     return (before.exp() * (before - after)).sum(-1)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32, or in float64 where it comes so."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -118,8 +119,15 @@ def load(
             if config.is_encoder_decoder:
                 raise ModelError(f"{name} is an encoder-decoder; only decoder-only models are supported yet.")
             tokenizer = AutoTokenizer.from_pretrained(where)
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=torch_dtype)
-    except (OSError, ValueError) as error:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                where, dtype=torch_dtype, output_loading_info=True
+            )
+            if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
+                raise ModelError(
+                    f"{name} is not a whole causal language model: {len(missing)} of its tensors are missing, "
+                    f"among them {missing[0]}."
+                )
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         first = str(error).strip().splitlines()[0]

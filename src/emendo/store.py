@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -95,19 +96,24 @@ class TrunkStore:
                     handle,
                     keys=np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1),
                     first=np.asarray(first),
-                    width=np.asarray(rows.shape[-1]),
+                    shape=np.asarray(rows.shape),
                 )
             self._read(index)
         else:
             self._keep(rows, keys, first)
 
     def _read(self, index: Path) -> None:
-        with np.load(index) as file:
-            keys, first, width = file["keys"], file["first"], int(file["width"])
+        """Take in one file; one that is damaged or of another dtype is as good as absent: it is made anew."""
         data = index.with_suffix(".bin")
-        size = data.stat().st_size // self.dtype.itemsize
-        rows = torch.from_file(str(data), shared=False, size=size, dtype=self.dtype).view(-1, width)
-        self._keep(rows, [key.tobytes() for key in keys], first.tolist())
+        try:
+            with index.open("rb") as handle, np.load(handle) as file:
+                keys, first, (count, width) = file["keys"], file["first"], file["shape"].tolist()
+            whole = data.stat().st_size == count * width * self.dtype.itemsize
+        except (OSError, EOFError, KeyError, ValueError, BadZipFile):
+            return
+        if whole:
+            rows = torch.from_file(str(data), shared=False, size=count * width, dtype=self.dtype)
+            self._keep(rows.view(count, width), [key.tobytes() for key in keys], first.tolist())
 
     def _keep(self, rows: Tensor, keys: list[bytes], first: list[int]) -> None:
         chunk = len(self._chunks)

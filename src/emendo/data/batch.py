@@ -107,6 +107,8 @@ def encode(
         prompts, answers, coded["input_ids"], coded["offset_mapping"], strict=True
     ):
         answered = [i for i, (_, end) in enumerate(offsets) if end > len(prompt)]
+        if not answered:
+            raise RequestError(f"The tokenizer knows no token for the target {answer!r}; give another one.")
         start, stop = answered[0], answered[-1] + 1  # a closing special token has the offsets (0, 0)
         if start == 0:
             raise RequestError(f"The prompt {prompt!r} has no token of its own before the target {answer!r}.")

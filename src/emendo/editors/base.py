@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from emendo.capture import Factors, capture
+from emendo.capture import Factors, capture, move
 from emendo.data.batch import Text, collate, encode
 from emendo.edit import Edit, Origin, Request
-from emendo.errors import MismatchError, StorageError
+from emendo.errors import MismatchError, RequestError, StorageError
 from emendo.files import new_folder, read_json, read_tensors, write_json, write_tensors
 from emendo.losses import per_example, token_nll
 from emendo.lowrank import LowRank
@@ -75,18 +75,33 @@ class Editor(nn.Module):
         """Optimiser groups; a method with learning rates of its own overrides this."""
         return [{"params": list(self.parameters()), "lr": lr}]
 
+    def factors(
+        self, trunk: Trunk, texts: Sequence[Text], hidden: Tensor | None = None
+    ) -> dict[str, Factors]:
+        """The factors that this editor works on, on its own device; see :func:`edit_factors`."""
+        device = next((p.device for p in self.parameters()), None)
+        factors = edit_factors(trunk, self.sites, texts, hidden)
+        return factors if device is None else move(factors, device)
+
     def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """One change for each request, every one of them from the clean model, in one batch.
 
         Raises:
             MismatchError: the editor was trained for another model.
-            RequestError: a request that does not fit the model.
+            RequestError: no request at all, or one that does not fit the model.
         """
         self.check(lm)
+        if not requests:
+            raise RequestError("There is nothing to edit: give at least one prompt with its target.")
         texts = encode(lm.tokenizer, [(r.prompt, r.target) for r in requests], max_tokens=lm.context)
-        factors = edit_factors(Trunk(lm.model, self.sites), self.sites, texts)
-        with torch.no_grad():
-            return self(factors)  # type: ignore[no-any-return]
+        factors = self.factors(Trunk(lm.model, self.sites), texts)
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return self(factors)  # type: ignore[no-any-return]
+        finally:
+            self.train(training)
 
     def edit(
         self, lm: LM, prompt: str | Sequence[Request | tuple[str, str]], target: str | None = None
@@ -161,7 +176,7 @@ class Editor(nn.Module):
 
         where = Path(folder).expanduser()
         head = read_json(where / "editor.json")
-        if not isinstance(head, dict) or head.get("format", 0) > FORMAT:
+        if not isinstance(head, dict) or head.get("format") not in range(1, FORMAT + 1):
             raise StorageError(f"{where / 'editor.json'} is not an editor that this version can read.")
         try:
             kind = editor_class(head["editor"])
@@ -172,7 +187,7 @@ class Editor(nn.Module):
             editor = kind(tuple(Site(**site) for site in head["sites"]), config, head["fingerprint"])
             editor.load_state_dict(read_tensors(where / "editor.safetensors"))
             editor.info = head.get("info", {})
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, StorageError):
                 raise
             raise StorageError(f"{where} is damaged: {error}") from error

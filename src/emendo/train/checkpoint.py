@@ -27,7 +27,10 @@ class State:
         seconds: time spent, over all sessions.
         best: lowest validation loss so far.
         stale: validations since then.
-        bad: steps skipped for a non-finite value, in all and in a row.
+        validated: step of the latest validation.
+        bad: steps skipped for a non-finite value, in all.
+        bad_in_a_row: the same since the last good step.
+        recent: outcomes of the last steps, of which the reported figures are means.
         history: a row of figures for each report.
         settings: of the run; a resumed run must have the same.
     """
@@ -36,8 +39,10 @@ class State:
     seconds: float = 0.0
     best: float = float("inf")
     stale: int = 0
+    validated: int = 0
     bad: int = 0
     bad_in_a_row: int = 0
+    recent: list[dict[str, float]] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -63,12 +68,12 @@ def save(
 
 
 def load(
-    folder: Path, editor: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path, settings: dict[str, Any], editor: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[State, dict[str, Tensor]]:
     """Restore a run: the editor and the optimiser in place; returns the state and the best editor's tensors.
 
     Raises:
-        StorageError: there is no checkpoint, or it is damaged.
+        StorageError: there is no checkpoint, it is damaged, or its run had other settings.
     """
     path = folder / FILE
     if not path.exists():
@@ -79,6 +84,13 @@ def load(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{path} is damaged and cannot be resumed: {error}") from error
+    if state.settings != settings:
+        other = [
+            f"{name}: {state.settings.get(name)!r} before, {settings.get(name)!r} now"
+            for name in settings | state.settings
+            if state.settings.get(name) != settings.get(name)
+        ]
+        raise StorageError(f"{folder} holds a run of other settings ({'; '.join(other)}).")
     parts: dict[str, dict[str, Tensor]] = {"editor": {}, "best": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")

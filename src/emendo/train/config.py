@@ -56,6 +56,13 @@ class TrainConfig:
         for name in ("lr", "c_edit", "clip"):
             if not getattr(self, name) > 0:
                 raise RequestError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}.")
+        if self.minutes is not None and not self.minutes > 0:
+            raise RequestError(f"--minutes must be above 0, not {self.minutes}.")
+        for name in ("warmup", "checkpoint_every"):
+            if not getattr(self, name) >= 0:
+                raise RequestError(
+                    f"--{name.replace('_', '-')} cannot be negative, but is {getattr(self, name)}."
+                )
         if min(self.near, self.sibling, self.unrelated, self.text) < 0:
             raise RequestError("The numbers of locality examples cannot be negative.")
         if self.near + self.sibling + self.unrelated + self.text == 0:

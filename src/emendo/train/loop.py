@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,24 +116,26 @@ class _Run:
         started = time.monotonic() - self.state.seconds
         saved = time.monotonic()
         stopped = "finished"
-        with _interruptible() as interrupted, self.progress:
+        with self.progress, _interruptible(self.progress.note) as interrupted:
             while self.state.step < self.config.steps:
                 self.state.seconds = time.monotonic() - started
                 if interrupted():
                     stopped = "interrupted"
+                    break
+                if self.state.stale >= self.config.patience:
+                    stopped = "early"
                     break
                 if self.config.minutes is not None and self.state.seconds >= self.config.minutes * 60:
                     stopped = "time"
                     break
                 self._step()
                 self.state.seconds = time.monotonic() - started
-                if self.state.step % self.config.validate_every == 0 and self._validate():
-                    stopped = "early"
-                    break
+                if self.state.step % self.config.validate_every == 0:
+                    self._validate()
                 if self.out and time.monotonic() - saved >= self.config.checkpoint_every:
                     self._save()
                     saved = time.monotonic()
-            if stopped != "interrupted" and self.state.step % self.config.validate_every and self.held_out:
+            if stopped != "interrupted" and self.state.step != self.state.validated:
                 self._validate()
             if self.out:
                 self._save()
@@ -218,10 +220,11 @@ class _Run:
         self.state.history.append({"step": self.state.step, **means})
         self.progress.step(self.state.step, self.config.steps, figures)
 
-    def _validate(self) -> bool:
-        """Keep the best editor; True when it is time to stop."""
+    def _validate(self) -> None:
+        """Keep the best editor, and count the validations since then."""
         if not self.held_out:
-            return False
+            return
+        self.state.validated = self.state.step
         self._ensure([episode for batch in self.held_out for episode in batch])
         outcomes = [
             validation_step(self.editor, self.store, batch, self.config.c_edit) for batch in self.held_out
@@ -237,24 +240,17 @@ class _Run:
             {"step": self.state.step, **{f"validation {name}": value for name, value in means.items()}}
         )
         self.progress.validation(self.state.step, means, better)
-        return self.state.stale >= self.config.patience
 
     def _save(self) -> None:
         assert self.out is not None
+        self.state.recent = [asdict(outcome) for outcome in self.recent]
         checkpoint.save(self.out, self.state, self.editor, self.optimizer, self.best)
 
     def _resume(self) -> None:
         if self.out is None:
             raise StorageError("There is no output folder to resume from.")
-        settings = self.state.settings
-        self.state, self.best = checkpoint.load(self.out, self.editor, self.optimizer)
-        if self.state.settings != settings:
-            other = [
-                f"{name}: {self.state.settings.get(name)!r} before, {settings.get(name)!r} now"
-                for name in settings
-                if self.state.settings.get(name) != settings[name]
-            ]
-            raise StorageError(f"{self.out} holds a run of other settings ({'; '.join(other)}).")
+        self.state, self.best = checkpoint.load(self.out, self.state.settings, self.editor, self.optimizer)
+        self.recent.extend(Outcome(**row) for row in self.state.recent)
 
 
 def _settings(editor: Editor, config: TrainConfig, records: Sequence[Record]) -> dict[str, Any]:
@@ -286,7 +282,7 @@ def _means(outcomes: Sequence[Outcome] | deque[Outcome]) -> dict[str, float]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Any]:
+def _interruptible(tell: Callable[[str], None]) -> Iterator[Any]:
     """Ctrl-C asks the loop to stop after its step; a second one stops at once. Elsewhere signals stay as they are."""
     asked = False
 
@@ -295,6 +291,7 @@ def _interruptible() -> Iterator[Any]:
         if asked:
             raise KeyboardInterrupt
         asked = True
+        tell("Stopping after this step. Ctrl-C again stops at once; then only the last checkpoint is kept.")
 
     try:
         before = signal.signal(signal.SIGINT, ask)

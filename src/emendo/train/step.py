@@ -19,7 +19,7 @@ from torch import Tensor
 
 from emendo.capture import Factors
 from emendo.data.batch import Text, collate, length_buckets
-from emendo.editors.base import Editor, edit_factors
+from emendo.editors.base import Editor
 from emendo.losses import per_example, token_kl, token_nll
 from emendo.lowrank import LowRank, applied
 from emendo.store import TrunkStore
@@ -116,7 +116,7 @@ def validation_step(editor: Editor, store: TrunkStore, episodes: Sequence[Episod
 
 def _factors(editor: Editor, store: TrunkStore, episodes: Sequence[Episode]) -> dict[str, Factors]:
     texts = [episode.edit for episode in episodes]
-    return edit_factors(store.trunk, editor.sites, texts, store.gather(texts))
+    return editor.factors(store.trunk, texts, store.gather(texts))
 
 
 def _finite(factors: dict[str, Factors]) -> bool:
@@ -139,7 +139,7 @@ def _judge(
         part.sort(key=lambda item: item.kind)
         value, right = _bucket(store, deltas, part)
         kinds = torch.tensor([item.kind for item in part])
-        weights = torch.tensor([item.weight for item in part]).to(value)
+        weights = value.new_tensor([item.weight for item in part])
         if backward:
             (value @ weights / len(episodes)).backward()
         for kind in range(3):

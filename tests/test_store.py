@@ -1,0 +1,155 @@
+"""Kept trunk outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import records
+from emendo.data.batch import Text, collate, encode
+from emendo.models import LM
+from emendo.sites import find_sites
+from emendo.store import TrunkStore
+from emendo.trunk import Trunk
+
+
+def facts(lm: LM, n: int) -> list[Text]:
+    return encode(lm.tokenizer, [(record.prompt, record.target) for record in records(n)])
+
+
+def trunk_of(lm: LM) -> Trunk:
+    return Trunk(lm.model, find_sites(lm.model, last=2))
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many texts each call of `Trunk.run` got."""
+    calls: list[int] = []
+    run = Trunk.run
+
+    def counted(self: Trunk, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        calls.append(len(input_ids))
+        return run(self, input_ids, attention_mask)
+
+    monkeypatch.setattr(Trunk, "run", counted)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gathered_rows_are_the_output_of_the_trunk(tiny_llama: LM, dtype: torch.dtype) -> None:
+    store, texts = TrunkStore(trunk_of(tiny_llama), dtype=dtype), facts(tiny_llama, 12)
+    assert store.ensure(texts) == 12 == len(store)
+    asked = [texts[7], texts[0], texts[7], texts[3]]
+    found = store.gather(asked)
+    assert found.dtype == dtype
+    assert found.shape[:2] == (4, max(len(text.inputs) for text in asked))
+    for row, text in zip(found, asked, strict=True):
+        alone = collate([text])
+        expected = store.trunk.run(alone.input_ids, alone.attention_mask)[0]
+        torch.testing.assert_close(row[: len(text.inputs)], expected.to(dtype), rtol=1e-2, atol=1e-4)
+        assert not row[len(text.inputs) :].any()
+
+
+def test_resumed_from_the_store_the_logits_are_those_of_the_full_pass(tiny_gpt2: LM) -> None:
+    store, texts = TrunkStore(trunk_of(tiny_gpt2), dtype=torch.float32), facts(tiny_gpt2, 6)
+    store.ensure(texts)
+    batch = collate(texts)
+
+    def logits(hidden: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            return store.trunk.logits(batch.input_ids, batch.attention_mask, batch.positions, hidden)
+
+    torch.testing.assert_close(logits(store.gather(texts)), logits(None), rtol=1e-4, atol=1e-4)
+
+
+def test_every_text_is_computed_once(tiny_llama: LM, computed: list[int]) -> None:
+    store, texts = TrunkStore(trunk_of(tiny_llama)), facts(tiny_llama, 8)
+    heard: list[int] = []
+    assert store.ensure([*texts[:5], *texts[:5]], heard.append) == 5
+    assert sum(computed) == sum(heard) == 5
+    assert store.missing([*texts, texts[6]]) == texts[5:]
+    assert store.ensure(texts) == 3
+    assert sum(computed) == 8
+    assert store.ensure(texts, heard.append) == 0
+    assert sum(heard) == 5
+
+
+def test_long_work_is_cut_into_batches_of_similar_length(
+    tiny_llama: LM, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emendo.store._BATCH_TOKENS", 40)
+    texts = facts(tiny_llama, 20)
+    small, whole = TrunkStore(trunk_of(tiny_llama), dtype=torch.float32), TrunkStore(trunk_of(tiny_llama))
+    small.ensure(texts)
+    assert len(computed) > 4
+    assert sum(computed) == 20
+    monkeypatch.undo()
+    whole.ensure(texts)
+    torch.testing.assert_close(small.gather(texts).bfloat16(), whole.gather(texts), rtol=1e-2, atol=1e-4)
+
+
+def test_the_last_token_is_only_predicted_so_it_does_not_matter(tiny_llama: LM) -> None:
+    store = TrunkStore(trunk_of(tiny_llama))
+    store.ensure([Text((5, 6, 7, 8), 3)])
+    assert store.missing([Text((5, 6, 7, 9), 2)]) == []
+    assert store.missing([Text((5, 6, 8, 8), 3)]) != []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_on_disk_it_is_the_same_bit_for_bit(
+    tiny_llama: LM, tmp_path: Path, computed: list[int], dtype: torch.dtype
+) -> None:
+    texts = facts(tiny_llama, 10)
+    memory = TrunkStore(trunk_of(tiny_llama), dtype=dtype)
+    disk = TrunkStore(trunk_of(tiny_llama), tmp_path / "store", dtype)
+    for store in (memory, disk):
+        store.ensure(texts[:6])
+        store.ensure(texts[4:])
+    computed.clear()
+    again = TrunkStore(trunk_of(tiny_llama), tmp_path / "store", dtype)
+    assert len(again) == 10
+    assert again.ensure(texts) == 0
+    assert computed == []
+    for store in (disk, again):
+        assert torch.equal(store.gather(texts[::-1]), memory.gather(texts[::-1]))
+
+
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: halve(next(folder.glob("*.bin"))),
+        lambda folder: halve(next(folder.glob("*.npz"))),
+        lambda folder: next(folder.glob("*.npz")).write_bytes(b""),
+        lambda folder: next(folder.glob("*.bin")).unlink(),
+    ],
+    ids=["short rows", "short index", "empty index", "no rows"],
+)
+def test_what_is_damaged_is_computed_anew(
+    tiny_llama: LM, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    texts, trunk = facts(tiny_llama, 5), trunk_of(tiny_llama)
+    store = TrunkStore(trunk, tmp_path)
+    store.ensure(texts)
+    wanted = store.gather(texts).clone()
+    del store
+    damage(tmp_path)
+    healed = TrunkStore(trunk, tmp_path)
+    assert healed.ensure(texts) == 5
+    assert torch.equal(healed.gather(texts), wanted)
+    assert TrunkStore(trunk, tmp_path).ensure(texts) == 0
+
+
+def test_rows_of_another_dtype_are_not_misread(tiny_llama: LM, tmp_path: Path) -> None:
+    texts, trunk = facts(tiny_llama, 5), trunk_of(tiny_llama)
+    TrunkStore(trunk, tmp_path, torch.bfloat16).ensure(texts)
+    exact = TrunkStore(trunk, tmp_path, torch.float32)
+    assert exact.ensure(texts) == 5
+    assert exact.gather(texts).dtype == torch.float32
