@@ -1,4 +1,7 @@
-"""emendo: edit language models. One input and the output you want, in; a small, reversible change, out."""
+"""emendo: edit language models. One input and the output you want, in; a small, reversible change, out.
+
+Training is in :mod:`emendo.train`, measuring in :mod:`emendo.evaluate`.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,8 @@ if TYPE_CHECKING:
     from emendo.edit import Edit, Request
     from emendo.editors import Editor
     from emendo.errors import EmendoError
-    from emendo.evaluate import evaluate
     from emendo.models import LM, load
     from emendo.sites import find_sites
-    from emendo.train import TrainConfig, train
 
 _WHERE = {
     "LM": "emendo.models",
@@ -28,9 +29,6 @@ _WHERE = {
     "Probe": "emendo.data",
     "Record": "emendo.data",
     "read_records": "emendo.data",
-    "TrainConfig": "emendo.train",
-    "train": "emendo.train",
-    "evaluate": "emendo.evaluate",
 }
 
 __all__ = [
@@ -41,13 +39,10 @@ __all__ = [
     "Probe",
     "Record",
     "Request",
-    "TrainConfig",
     "__version__",
-    "evaluate",
     "find_sites",
     "load",
     "read_records",
-    "train",
 ]
 
 

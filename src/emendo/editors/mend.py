@@ -140,7 +140,7 @@ class Mend(Editor):
                 for key, members in self._members.items()
             }
         )
-        self.alpha = nn.Parameter(torch.full((len(sites),), self.config.alpha))
+        self.alpha = nn.Parameter(torch.full((len(sites),), float(self.config.alpha)))
 
     def forward(self, factors: Mapping[str, Factors]) -> dict[str, LowRank]:
         """Transform every row and put the rows of each example together (Eq. 2)."""

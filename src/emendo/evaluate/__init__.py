@@ -1,0 +1,17 @@
+"""Measuring editors, and showing what an edit did."""
+
+from emendo.evaluate.compare import Answer, Question, Row, before_after, questions
+from emendo.evaluate.results import Evaluation, Outcome, Result
+from emendo.evaluate.run import evaluate
+
+__all__ = [
+    "Answer",
+    "Evaluation",
+    "Outcome",
+    "Question",
+    "Result",
+    "Row",
+    "before_after",
+    "evaluate",
+    "questions",
+]

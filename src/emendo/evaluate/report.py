@@ -1,0 +1,165 @@
+"""One self-contained HTML page: what was measured, how, and what the edit did. It loads nothing from anywhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from emendo.edit import Edit
+from emendo.evaluate import plots
+from emendo.evaluate.compare import Row
+from emendo.evaluate.metrics import first_line
+from emendo.evaluate.results import Evaluation, Result
+from emendo.files import new_file
+
+_ABOUT = {
+    "edit_success": "the edited prompt gives the target",
+    "generalisation": "rewordings give the target",
+    "locality": "other prompts answer as before",
+}
+
+
+def write_report(
+    path: str | Path,
+    *,
+    info: Mapping[str, Any],
+    evaluation: Evaluation | None = None,
+    edit: Edit | None = None,
+    rows: Sequence[Row] | None = None,
+    norms: Mapping[str, float] | None = None,
+    history: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """Write the report; a part for which nothing is given is left out.
+
+    Args:
+        path: of the HTML file.
+        info: name -> value, shown as they are: command, model, editor, seed, versions, timings. ``title`` and
+            ``command`` have places of their own.
+        evaluation: the scores and the table of records.
+        edit: the edit that is shown.
+        rows: its before/after table.
+        norms: its size by site, from :meth:`emendo.edit.Edit.relative_norms`.
+        history: rows of training, for its curves.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    page = render_report(info=info, evaluation=evaluation, edit=edit, rows=rows, norms=norms, history=history)
+    with new_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def render_report(
+    *,
+    info: Mapping[str, Any],
+    evaluation: Evaluation | None = None,
+    edit: Edit | None = None,
+    rows: Sequence[Row] | None = None,
+    norms: Mapping[str, float] | None = None,
+    history: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """The page of :func:`write_report` as text."""
+    environment = Environment(
+        loader=PackageLoader("emendo.evaluate", "."),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "percent": _percent}
+    details = {key: value for key, value in info.items() if key not in ("title", "command")}
+    return environment.get_template("report.html.j2").render(
+        title=info.get("title", "Model editing report"),
+        command=info.get("command"),
+        details=_flat(details),
+        names=plots.NAMES,
+        edit=edit,
+        rows=rows or (),
+        **_measured(evaluation),
+        target_plot=_inline(plots.target_probabilities(rows)) if rows else None,
+        norms_plot=_inline(plots.site_norms(norms)) if norms else None,
+        training_plot=_inline(plots.training_curves(history)) if history else None,
+    )
+
+
+def _measured(evaluation: Evaluation | None) -> dict[str, Any]:
+    """What the template shows of an evaluation."""
+    if evaluation is None:
+        return {"figures": None}
+    forced = evaluation.scores("teacher_forced")
+    generated = evaluation.scores("generated") if evaluation.has_generated else None
+    groups = {"teacher forced": forced} | ({"free generation": generated} if generated else {})
+    known, known_count = evaluation.locality_known()
+    return {
+        "figures": evaluation.as_dict(),
+        "headline": [
+            {
+                "name": plots.NAMES[name],
+                "about": about,
+                "forced": forced[name],
+                "generated": generated and generated[name],
+            }
+            for name, about in _ABOUT.items()
+        ],
+        "known": known,
+        "known_count": known_count,
+        "protocol": _flat(evaluation.protocol),
+        "scores_plot": _inline(plots.score_bars(groups)),
+        "scatter_plot": _inline(plots.answer_scatter([o for r in evaluation.results for o in r.outcomes])),
+        "records": [_line(result) for result in evaluation.results],
+    }
+
+
+def _line(result: Result) -> dict[str, Any]:
+    """A record's line of the table."""
+    first = result.outcomes[0]
+    return {
+        "prompt": first.prompt,
+        "target": first.answer,
+        "before": None if first.text_before is None else first_line(first.text_before),
+        "after": None if first.text_after is None else first_line(first.text_after),
+        "probability": (first.before, first.after),
+        "scores": [(result.score(name), result.score(name, "generated")) for name in _ABOUT],
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """``(name, value)`` pairs in words; nested mappings become ``outer: inner``."""
+    pairs = []
+    for key, value in values.items():
+        name = prefix + str(key).replace("_", " ")
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{name}: ")
+        elif isinstance(value, list | tuple):
+            pairs.append((name, ", ".join(map(str, value))))
+        else:
+            pairs.append((name, _number(value)))
+    return pairs
+
+
+def _number(value: Any) -> str:
+    """A number in four digits, everything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _percent(value: float) -> str:
+    """A probability in percent, with one more digit where it is small."""
+    if 0 < value < 0.0005:
+        return "<0.1%"
+    return f"{value:.0%}" if value >= 0.0995 or value == 0 else f"{value:.1%}"
+
+
+def _inline(svg: bytes) -> Markup:
+    """An SVG document as part of a page: no prologue, no metadata, no names of namespaces, the page's text colour."""
+    text = svg.decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r'(<svg[^>]*?)\s+width="[^"]*pt"\s', r"\1 ", text, count=1)
+    text = re.sub(r'(<svg[^>]*?)\s+height="[^"]*pt"\s', r"\1 ", text, count=1)
+    return Markup(text.replace(plots.INK, "currentColor"))

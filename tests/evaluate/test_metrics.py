@@ -1,0 +1,144 @@
+"""Scores against values worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emendo.evaluate.metrics import (
+    all_match,
+    answer_match,
+    answer_probability,
+    first_line,
+    mean_interval,
+    normalise,
+    token_match,
+    unchanged,
+)
+
+LABELS = torch.tensor([5, 6, 7, 8, 9, 9])
+OWNER = torch.tensor([0, 0, 1, 3, 3, 3])  # example 2 has no label
+
+
+def test_token_match_is_the_share_of_each_examples_tokens() -> None:
+    predicted = torch.tensor([5, 0, 7, 8, 0, 0])
+    assert token_match(predicted, LABELS, OWNER, 4).tolist() == pytest.approx([0.5, 1.0, 0.0, 1 / 3])
+
+
+def test_all_match_wants_every_token() -> None:
+    predicted = torch.tensor([5, 6, 0, 8, 9, 0])
+    assert all_match(predicted, LABELS, OWNER, 4).tolist() == [True, False, True, False]
+
+
+def test_answer_probability_is_the_product_over_the_tokens() -> None:
+    probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])
+    found = answer_probability(probabilities.log(), torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), 2)
+    assert found.tolist() == pytest.approx([0.5 * 0.8, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        # Wilson: centre (p + z^2/2n) / (1 + z^2/n), half width z/(1 + z^2/n) sqrt(p(1-p)/n + z^2/4n^2)
+        ([1.0] * 8 + [0.0] * 2, (0.8, 0.490162, 0.943318)),
+        ([1.0] * 5 + [0.0] * 5, (0.5, 0.236593, 0.763407)),
+        ([1.0] * 20, (1.0, 0.838875, 1.0)),
+        ([0.0] * 20, (0.0, 0.0, 0.161125)),
+        ([0.5], (0.5, 0.054621, 0.945379)),
+    ],
+)
+def test_mean_interval(values: list[float], expected: tuple[float, float, float]) -> None:
+    interval = mean_interval(values)
+    assert interval is not None
+    assert (interval.mean, interval.low, interval.high) == pytest.approx(expected, abs=1e-6)
+    assert interval.as_dict() == {"mean": interval.mean, "low": interval.low, "high": interval.high}
+
+
+def test_mean_interval_of_nothing_is_none() -> None:
+    assert mean_interval([]) is None
+
+
+@pytest.mark.parametrize("bad", [[1.5], [0.2, -0.1], [float("nan")]])
+def test_mean_interval_refuses_what_is_no_share(bad: list[float]) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        mean_interval(bad)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=50))
+def test_mean_interval_holds_the_mean(values: list[float]) -> None:
+    interval = mean_interval(values)
+    assert interval is not None
+    assert 0 <= interval.low <= interval.mean <= interval.high <= 1
+    assert interval.high - interval.low > 0
+
+
+@pytest.mark.parametrize(
+    ("continuation", "target"),
+    [
+        (" Paris, the", "Paris"),
+        (" Paris", "Paris"),
+        ("Paris.", " Paris "),
+        (" paris is", "Paris"),
+        (" PARIS!", "Paris"),
+        (" Paris's river", "Paris"),
+        ('\n\n"Paris" is', "Paris"),
+        (" **Paris** is", "Paris"),
+        (" “Paris”", "Paris"),
+        (" New  York\nCity", "New York"),
+        (" Washington, D.C., where", "Washington, D.C."),
+        (" Côte d’Ivoire and", "Côte d'Ivoire"),
+        (" Co\u0302te d'Ivoire", "Côte d'Ivoire"),
+        (" STRASSE 5", "Straße"),
+        (" 1999. In", "1999"),
+        (" 5, then 6", "5"),
+        (" +49 is", "+49"),
+        (" C++ is", "C++"),
+    ],
+)
+def test_answer_match(continuation: str, target: str) -> None:
+    assert answer_match(continuation, target)
+
+
+@pytest.mark.parametrize(
+    ("continuation", "target"),
+    [
+        (" Parisian cafés", "Paris"),  # the target is the start of a longer word
+        (" Par", "Paris"),  # the answer breaks off
+        (" the city of Paris", "Paris"),
+        (" New Yorkers", "New York"),
+        (" Newer York", "New York"),
+        (" 5.2 million", "5"),
+        (" 1,000", "1"),
+        (" 19995", "1999"),
+        (" 49", "+49"),
+        (" Sao Paulo", "São Paulo"),
+        ("", "Paris"),
+        (" ", "Paris"),
+        (" London", "Paris"),
+    ],
+)
+def test_no_answer_match(continuation: str, target: str) -> None:
+    assert not answer_match(continuation, target)
+
+
+@given(st.text(), st.text(max_size=5))
+def test_answer_match_is_blind_to_case_and_blanks(text: str, around: str) -> None:
+    wanted = normalise(text)
+    blanks = " " * len(around)
+    assert answer_match(text, wanted) == answer_match(blanks + text + blanks, wanted)
+
+
+def test_a_target_of_punctuation_alone_is_still_a_target() -> None:
+    assert answer_match(" ...", "...")
+    assert not answer_match(" no", "...")
+
+
+def test_continuations_are_compared_up_to_their_first_line_break() -> None:
+    assert first_line("\n\n French, he said. \nThe next") == "French, he said."
+    assert first_line(" \n ") == ""
+    assert unchanged(" French.\nOne", "\n French.\nTwo")
+    assert not unchanged(" French.", " french.")
+    assert not unchanged(" French", " French, of course")
+    assert unchanged("", "")
