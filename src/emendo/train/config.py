@@ -17,7 +17,8 @@ class TrainConfig:
         lr: learning rate of Adam at its peak; the editor may set multiples of it for some parameters.
         warmup: steps over which it rises; then it falls along a cosine to 2% at the end.
         minutes: stop after this much time, whatever ``steps`` says; the schedule follows whichever is nearer its end.
-        c_edit: weight of the edit loss against the locality loss (c_e in MEND Eq. 4; 0.1 in the paper).
+        c_edit: weight of the edit loss, a mean of edit prompt and rewording, against the locality loss (c_e in MEND
+            Eq. 4; 0.1 in the paper, for the rewording alone).
         near: locality examples per edit that the record itself gives (its neighbours).
         sibling: locality examples per edit taken from other records of the same relation.
         unrelated: locality examples per edit taken from the record's unrelated probes or any other record.
@@ -30,12 +31,12 @@ class TrainConfig:
         checkpoint_every: seconds between checkpoints.
     """
 
-    steps: int = 2000
-    batch: int = 16
+    steps: int = 2500
+    batch: int = 8
     lr: float = 1e-3
     warmup: int = 100
     minutes: float | None = None
-    c_edit: float = 0.1
+    c_edit: float = 0.2
     near: int = 1
     sibling: int = 1
     unrelated: int = 0

@@ -156,8 +156,6 @@ class _Run:
 
     def _step(self) -> None:
         window = self.episodes.window(self.state.step)
-        if window is None and not len(self.store):  # resumed in the middle of a window, store in memory
-            window = self.episodes.batch(self.state.step)
         if window is not None:
             self._ensure(window)
         batch = self.episodes.batch(self.state.step)

@@ -1,0 +1,97 @@
+"""`emendo edit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emendo.cli import options as opt
+from emendo.cli.console import emit, note, output
+
+HELP = """Make one edit: after PROMPT the model shall say TARGET.
+
+Shows the likeliest answers before and after, and saves the edit. The model itself is not changed; the edit is a
+small folder of its own that can be applied and taken off.
+
+\b
+Example:
+  emendo edit --editor runs/demo "The capital of Australia is" "Canberra" --out my-edit
+"""
+
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="The text before the answer.")]
+Target = Annotated[str, typer.Argument(metavar="TARGET", help="What the model shall say after it.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FOLDER", help="Where to save the edit.  [default: it is only shown]"),
+]
+Paraphrases = Annotated[
+    list[str] | None,
+    typer.Option("--paraphrase", metavar="TEXT", help="A rewording of PROMPT to show too (may be repeated)."),
+]
+Neighbours = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--neighbour",
+        metavar="TEXT",
+        help="A prompt that must keep its answer, to show too (may be repeated).",
+    ),
+]
+
+
+def run(
+    prompt: Prompt,
+    target: Target,
+    editor: opt.EditorFolder,
+    out: Out = None,
+    paraphrase: Paraphrases = None,
+    neighbour: Neighbours = None,
+    model: opt.SameModel = None,
+    dtype: opt.Dtype = "float32",
+    device: opt.Device = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Make an edit."""
+    from emendo.cli.loading import load_editor
+    from emendo.cli.making import UNRELATED, make_edit
+    from emendo.cli.runs import refuse_occupied
+    from emendo.cli.show import before_after, rows_as_dicts
+    from emendo.edit import Request
+    from emendo.evaluate import Question
+
+    if out is not None:
+        refuse_occupied(out, "edit.json", overwrite=overwrite)
+    request = Request(prompt, target)
+    asked = [Question("edit", prompt)]
+    asked += [Question("paraphrase", text) for text in paraphrase or []]
+    asked += [Question("neighbour", text) for text in neighbour or []]
+    asked += [Question("unrelated", text) for text in UNRELATED]
+    lm, trained = load_editor(editor, model, dtype, device)
+    edit, rows = make_edit(lm, trained, request, asked)
+    if out is not None:
+        edit.save_pretrained(out, overwrite=overwrite)
+    if as_json:
+        figures = {key: value for key, value in edit.card.items() if key != "rows"}
+        emit(
+            {
+                "prompt": prompt,
+                "target": target,
+                "out": out and str(out),
+                **figures,
+                "rows": rows_as_dicts(rows),
+            }
+        )
+        return
+    before_after(rows)
+    console = output()
+    console.print(
+        f"rank {edit.rank}, ||dW||/||W|| {edit.card['relative_norm']:.2%} on average over the sites"
+    )
+    if out is None:
+        note("The edit was not saved; give --out FOLDER to keep it.")
+    else:
+        console.print(
+            f'Saved in {out}. Try it: emendo generate --edit {out} "{prompt}"', soft_wrap=True, markup=False
+        )

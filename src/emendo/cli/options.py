@@ -1,0 +1,89 @@
+"""Options that commands share, each with its help in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL = "smollm2-135m"
+"""The model that is built in: it comes with a Python package, so that nothing needs a hub."""
+
+_MODEL_HELP = (
+    f"The language model: {MODEL} (built in), a folder in the Hugging Face layout, or an id on the hub."
+)
+
+Model = Annotated[str, typer.Option("--model", metavar="NAME", help=_MODEL_HELP)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
+SameModel = Annotated[
+    str | None,
+    typer.Option("--model", metavar="NAME", help=f"{_MODEL_HELP}  [default: the one it was made for]"),
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", metavar="TYPE", help="Number format of the model: float32, bfloat16 or float16."),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="DEVICE", help="Where the model runs: cpu, cuda, cuda:1.  [default: cpu]"
+    ),
+]
+EditorFolder = Annotated[
+    Path,
+    typer.Option(
+        "--editor",
+        metavar="FOLDER",
+        help="A trained editor: the --out folder of emendo train, or its editor/.",
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object for machines instead of text for people.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what --out already holds, if emendo wrote it.")
+]
+Sites = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sites",
+        metavar="WHICH",
+        help="Which weight matrices to edit: mlp, attention, all, or a pattern over their names such as "
+        "'*.down_proj' (may be repeated).  [default: mlp]",
+        rich_help_panel="Editor",
+    ),
+]
+Last = Annotated[
+    int | None,
+    typer.Option(
+        "--last",
+        metavar="N",
+        help="Edit the last N blocks.  [default: 3; with a pattern, all blocks]",
+        rich_help_panel="Editor",
+    ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        "--rank",
+        metavar="R",
+        help="Rank of the editor's layers: more learns more and takes more memory. Short for --set rank=R.  "
+        "[default: 256]",
+        rich_help_panel="Editor",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting of the editor, such as norm=false or factors=u (may be repeated); an unknown key lists "
+        "them all.",
+        rich_help_panel="Editor",
+    ),
+]
+Method = Annotated[
+    str,
+    typer.Option("--editor", metavar="METHOD", help="The editing method: mend.", rich_help_panel="Editor"),
+]

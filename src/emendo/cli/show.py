@@ -1,0 +1,96 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from emendo.cli.console import output
+
+if TYPE_CHECKING:
+    from emendo.evaluate import Answer, Row
+
+_KINDS = {
+    "edit": "edited prompt",
+    "paraphrase": "rewordings",
+    "neighbour": "near neighbours",
+    "unrelated": "unrelated prompts",
+}
+_SCORES = {
+    "edit_success": "edit success",
+    "generalisation": "generalisation",
+    "locality": "locality",
+    "locality_neighbours": "  near neighbours",
+    "locality_unrelated": "  unrelated",
+}
+
+
+def before_after(rows: Sequence[Row]) -> None:
+    """Print the likeliest answers without and with an edit, and what became of the target's probability."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=False)
+    table.add_column("prompt", max_width=44)
+    table.add_column("before", max_width=26)
+    table.add_column("after", max_width=26)
+    table.add_column(f"P({rows[0].target})", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    kind = None
+    for row in rows:
+        if row.kind != kind:
+            kind = row.kind
+            table.add_row(f"[bold]{_KINDS[kind]}[/bold]")
+        wanted = row.reached if kind in ("edit", "paraphrase") else not row.changed
+        table.add_row(
+            escape(row.prompt),
+            _answers(row.before),
+            _answers(row.after),
+            f"{_percent(row.target_before)} → {_percent(row.target_after)}",
+            "[green]✓[/green]" if wanted else "[red]✗[/red]",
+        )
+    console = output()
+    console.print(table)
+    console.print(
+        f"[dim]✓ as it should be: the edited prompt and its rewordings give {escape(repr(rows[0].target))}, the others "
+        "answer as before[/dim]"
+    )
+
+
+def rows_as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as JSON values."""
+    return [asdict(row) for row in rows]
+
+
+def scores(figures: Mapping[str, Any]) -> None:
+    """Print an evaluation's scores with their intervals, from what its ``as_dict()`` gives."""
+    generated = figures.get("generated")
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column(f"{figures['records']} facts, one edit at a time")
+    table.add_column("teacher forced")
+    if generated:
+        table.add_column("free generation")
+    for name, heading in _SCORES.items():
+        if name in figures["teacher_forced"]:
+            cells = [_interval(figures["teacher_forced"][name])]
+            cells += [_interval(generated[name])] if generated else []
+            table.add_row(heading, *cells)
+    output().print(table)
+    output().print(
+        f"[dim]in brackets the 95% interval; {figures['seconds_per_edit']:.2f} s for an edit[/dim]"
+    )
+
+
+def _answers(answers: Sequence[Answer]) -> str:
+    return "\n".join(f"{escape(a.text)} [dim]{_percent(a.probability)}[/dim]" for a in answers)
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}" if value >= 0.0995 else f"{value:.1%}"
+
+
+def _interval(value: Mapping[str, float | None]) -> str:
+    if value["mean"] is None:
+        return "[dim]no such prompt[/dim]"
+    return f"{value['mean']:.1%} [dim]({value['low']:.1%} to {value['high']:.1%})[/dim]"

@@ -1,0 +1,85 @@
+"""`emendo sites`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from emendo.cli import options as opt
+from emendo.cli.console import emit, output
+
+HELP = """Show where a model can be edited, and how much memory that takes.
+
+\b
+Examples:
+  emendo sites smollm2-135m
+  emendo sites ./my-model --sites all --last 2
+  emendo sites ./my-model --sites '*.down_proj' --json
+"""
+
+
+def run(
+    model: opt.ModelArgument,
+    sites: opt.Sites = None,
+    last: opt.Last = None,
+    editor: opt.Method = "mend",
+    rank: opt.Rank = None,
+    settings: opt.Settings = None,
+    dtype: opt.Dtype = "float32",
+    device: opt.Device = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Show a model's sites."""
+    from emendo.cli.loading import load_model
+    from emendo.cli.memory import estimate
+    from emendo.cli.settings import editor_config, site_choice
+    from emendo.editors import editor_class
+    from emendo.sites import find_sites
+
+    pairs = [*(settings or []), *([f"rank={rank}"] if rank is not None else [])]
+    config, which = editor_config(editor, pairs), site_choice(sites or ["mlp"])
+    lm = load_model(model, dtype, device)
+    chosen = find_sites(lm.model, which, last=last)
+    needs = estimate(lm.model, editor_class(editor), config, chosen)
+    figures = {
+        "model": model,
+        "fingerprint": lm.fingerprint,
+        "sites": [
+            {"name": s.name, "d_in": s.d_in, "d_out": s.d_out, "block": s.block, "attention": s.attention}
+            for s in chosen
+        ],
+        "editor": {"name": editor, "parameters": needs.parameters},
+        "memory": needs.as_dict(),
+    }
+    if as_json:
+        emit(figures)
+    else:
+        _show(figures)
+
+
+def _show(figures: dict[str, Any]) -> None:
+    console, memory = output(), figures["memory"]
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for heading in ("site", "inputs", "outputs", "weights", "part"):
+        table.add_column(heading, justify="left" if heading in ("site", "part") else "right", no_wrap=True)
+    for site in figures["sites"]:
+        part = "attention" if site["attention"] else "mlp"
+        weights = f"{site['d_in'] * site['d_out']:,}"
+        table.add_row(site["name"], str(site["d_in"]), str(site["d_out"]), weights, part)
+    console.print(table)
+    editor = figures["editor"]
+    console.print(
+        f"\n{len(figures['sites'])} weight matrices; a {editor['name']} editor for them has {editor['parameters']:,} "
+        "parameters.\n\nMemory, estimated:"
+    )
+    for name, heading in (("training", "to train the editor"), ("editing", "to make an edit")):
+        parts = ", ".join(
+            f"{part} {_megabytes(size)}" for part, size in memory[name].items() if part != "total"
+        )
+        console.print(f"  {heading:<20} {_megabytes(memory[name]['total'])}   = {parts}", soft_wrap=True)
+    console.print(f"\n{memory['how']}")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MB"

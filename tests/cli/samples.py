@@ -1,0 +1,40 @@
+"""What the tests of several commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+SHORT = (
+    "--steps",
+    "12",
+    "--batch",
+    "4",
+    "--warmup",
+    "2",
+    "--validate-every",
+    "5",
+    "--rank",
+    "8",
+    "--last",
+    "2",
+)
+"""Options of a training run of a second."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command said."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Emendo = Callable[..., Answer]

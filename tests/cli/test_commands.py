@@ -1,0 +1,166 @@
+"""`emendo edit`, `generate`, `evaluate` and `sites` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli.samples import Emendo
+from emendo import Edit, Editor, load
+from emendo.data import read_records
+from emendo.evaluate import evaluate
+
+PROMPT = "The capital of Bada is"
+
+
+def test_edit_saves_what_it_shows(emendo_command: Emendo, trained: Path, model: Path, tmp_path: Path) -> None:
+    said = emendo_command(
+        *("edit", "--editor", trained, PROMPT, "Oslo", "--out", tmp_path / "edit"),
+        *("--paraphrase", "Bada's capital is", "--neighbour", "The capital of Gude is"),
+    )
+    for text in ("edited prompt", "rewordings", "near neighbours", "unrelated", "P(Oslo)", "Bada's capital"):
+        assert text in said.out
+    assert f"Saved in {tmp_path / 'edit'}" in said.out
+    edit = Edit.from_pretrained(tmp_path / "edit")
+    assert edit.origin.requests[0].target == "Oslo"
+    assert edit.card["rank"] == edit.rank
+    assert [row["kind"] for row in edit.card["rows"]] == [
+        *("edit", "paraphrase", "neighbour", "unrelated", "unrelated", "unrelated")
+    ]
+    direct = Editor.from_pretrained(trained / "editor").edit(load(model), PROMPT, "Oslo")
+    for name, delta in direct.deltas.items():
+        assert torch.equal(edit.deltas[name].left, delta.left)
+
+
+def test_edit_without_a_place_to_save(emendo_command: Emendo, trained: Path) -> None:
+    said = emendo_command("edit", "--editor", trained / "editor", PROMPT, "Oslo")
+    assert "not saved" in said.err and "--out" in said.err
+
+
+def test_edit_json(emendo_command: Emendo, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "edit"
+    said = emendo_command("edit", "--editor", trained, PROMPT, "Oslo", "--out", out, "--json").json
+    assert said.keys() == {
+        *(
+            "prompt",
+            "target",
+            "out",
+            "target_before",
+            "target_after",
+            "reached",
+            "rank",
+            "relative_norm",
+            "rows",
+        )
+    }
+    assert said["out"] == str(out)
+    assert said["rows"][0].keys() == {
+        *("kind", "prompt", "target", "answer", "before", "after"),
+        *("target_before", "target_after", "reached", "changed"),
+    }
+    assert said["rows"][0]["before"][0].keys() == {"text", "probability"}
+    assert emendo_command("edit", "--editor", trained, PROMPT, "Oslo", "--json").json["out"] is None
+
+
+def test_edit_overwrites_edits_only_when_asked(emendo_command: Emendo, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "edit"
+    command = ("edit", "--editor", trained, PROMPT)
+    emendo_command(*command, "Oslo", "--out", out)
+    assert "already holds something" in emendo_command(*command, "Lima", "--out", out, code=2).err
+    assert Edit.from_pretrained(out).origin.requests[0].target == "Oslo"
+    emendo_command(*command, "Lima", "--out", out, "--overwrite")
+    assert Edit.from_pretrained(out).origin.requests[0].target == "Lima"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    said = emendo_command(*command, "Oslo", "--out", tmp_path / "mine", "--overwrite", code=2)
+    assert "not emendo's" in said.err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+
+
+def test_generate_shows_both_sides(emendo_command: Emendo, edit_folder: Path, model: Path) -> None:
+    said = emendo_command("generate", "--edit", edit_folder, PROMPT, "--tokens", 5, "--json").json
+    assert said.keys() == {"prompt", "tokens", "before", "after"}
+    lm, edit = load(model), Edit.from_pretrained(edit_folder)
+    assert said["before"] == lm.generate(PROMPT, 5)
+    with edit.applied(lm):
+        assert said["after"] == lm.generate(PROMPT, 5)
+    lines = emendo_command("generate", "--edit", edit_folder, PROMPT).out.splitlines()
+    assert lines[0].startswith(f"without the edit  {PROMPT} ")
+    assert lines[1].startswith(f"with the edit     {PROMPT} ")
+
+
+def test_evaluate_json_is_the_evaluation(
+    emendo_command: Emendo, trained: Path, model: Path, facts: Path
+) -> None:
+    said = emendo_command("evaluate", "--editor", trained, "--data", facts, "--limit", 5, "--json").json
+    assert {"records", "protocol", "seconds_per_edit", "teacher_forced", "generated"} <= said.keys()
+    assert said["records"] == 5
+    for measure in ("teacher_forced", "generated"):
+        for score in ("edit_success", "generalisation", "locality"):
+            assert said[measure][score].keys() == {"mean", "low", "high"}
+    direct = evaluate(load(model), Editor.from_pretrained(trained / "editor"), read_records(facts), limit=5)
+    expected = json.loads(json.dumps(direct.as_dict()))
+    for key in ("teacher_forced", "generated", "token_level", "locality_kl", "rank"):
+        assert said[key] == expected[key], key
+
+
+def test_evaluate_for_people_with_a_report(
+    emendo_command: Emendo, trained: Path, facts: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "report.html"
+    said = emendo_command(
+        *("evaluate", "--editor", trained, "--data", facts, "--limit", 3, "--no-generated", "--report", page)
+    )
+    assert "3 facts, one edit at a time" in said.out and "teacher forced" in said.out
+    assert "free generation" not in said.out
+    assert str(page) in said.err
+    html = page.read_text(encoding="utf-8")
+    assert f"emendo evaluate --editor {trained} --data {facts} --limit 3 --no-generated" in html
+
+
+def test_evaluate_without_generation_says_null(emendo_command: Emendo, trained: Path, facts: Path) -> None:
+    command = ("evaluate", "--editor", trained, "--data", facts, "--limit", 2, "--no-generated", "--json")
+    assert emendo_command(*command).json["generated"] is None
+
+
+def test_sites_json(emendo_command: Emendo, model: Path) -> None:
+    said = emendo_command("sites", model, "--last", 2, "--rank", 8, "--json").json
+    assert said.keys() == {"model", "fingerprint", "sites", "editor", "memory"}
+    assert said["sites"][0] == {
+        "name": "model.layers.2.mlp.gate_proj",
+        "d_in": 32,
+        "d_out": 48,
+        "block": 2,
+        "attention": False,
+    }
+    assert len(said["sites"]) == 6
+    for name in ("training", "editing"):
+        parts = said["memory"][name]
+        assert parts["total"] == sum(size for part, size in parts.items() if part != "total")
+    lm = load(model)
+    assert said["memory"]["editing"]["model"] == sum(p.numel() * 4 for p in lm.model.parameters())
+    assert said["memory"]["training"]["editor"] == 20 * said["editor"]["parameters"]
+
+
+def test_sites_agrees_with_the_editor_that_is_trained(
+    emendo_command: Emendo, model: Path, trained: Path
+) -> None:
+    said = emendo_command("sites", model, "--last", 2, "--rank", 8, "--json").json
+    editor = Editor.from_pretrained(trained / "editor")
+    assert said["editor"]["parameters"] == sum(p.numel() for p in editor.parameters())
+    assert [site["name"] for site in said["sites"]] == [site.name for site in editor.sites]
+    assert said["fingerprint"] == editor.fingerprint
+
+
+def test_sites_for_people(emendo_command: Emendo, model: Path) -> None:
+    said = emendo_command("sites", model, "--sites", "attention", "--last", 1).out
+    assert "model.layers.3.self_attn.q_proj" in said and "attention" in said
+    assert "4 weight matrices" in said and "estimate" in said
+
+
+@pytest.mark.parametrize("flag", [["--dtype", "bfloat16"], ["--device", "cpu"]])
+def test_number_format_and_device(emendo_command: Emendo, edit_folder: Path, flag: list[str]) -> None:
+    assert "with the edit" in emendo_command("generate", "--edit", edit_folder, PROMPT, *flag).out

@@ -1,0 +1,156 @@
+"""The demo from end to end on a tiny model: whole, repeated, stopped, with other settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.samples import Answer, Emendo
+from emendo import Edit, Editor
+from emendo.cli import measuring
+from emendo.data import read_records
+from emendo.evaluate import evaluate
+from emendo.train import loop
+
+OPTIONS = ("--steps", 4, "--limit", 40, "--facts", 3)
+FILES = {
+    *(
+        "run.json",
+        "checkpoint.safetensors",
+        "history.json",
+        "editor",
+        "edit",
+        "evaluation.json",
+        "report.html",
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def finished(
+    emendo_command: Emendo, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Answer]:
+    """A demo that has run once; not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    return out, emendo_command("demo", "--model", model, "--out", out, *OPTIONS)
+
+
+@pytest.fixture
+def demo(emendo_command: Emendo, model: Path, tmp_path: Path) -> Any:
+    """Runs the demo in a folder of this test."""
+
+    def call(*args: object, code: int = 0) -> Answer:
+        out = ("--out", tmp_path / "demo")
+        return emendo_command("demo", "--model", model, *out, *(args or OPTIONS), code=code)
+
+    return call
+
+
+def count(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, real: Any) -> list[int]:
+    calls: list[int] = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(0)
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+def test_the_demo(finished: tuple[Path, Answer]) -> None:
+    out, said = finished
+    assert {path.name for path in out.iterdir()} == FILES
+    for text in ("edited prompt", "rewordings", "near neighbours", "unrelated", "3 facts", "What next"):
+        assert text in said.out
+    assert sum(line.startswith("  emendo ") for line in said.out.splitlines()) == 3
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert "Australia" in html and "<svg" in html and 'src="http' not in html
+    figures = json.loads((out / "evaluation.json").read_text())["figures"]
+    assert figures["records"] == 3 and figures["generated"] is not None
+
+
+def test_repeated_it_trains_and_measures_nothing_again(
+    demo: Any, finished: tuple[Path, Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "demo"
+    shutil.copytree(finished[0], out)
+    steps = count(monkeypatch, loop, "training_step", loop.training_step)
+    measured = count(monkeypatch, measuring, "evaluate", evaluate)
+    again = demo()
+    assert (len(steps), len(measured)) == (0, 0)
+    assert "Using the editor" in again.err
+    assert again.out.replace(str(out), "OUT") == finished[1].out.replace(str(finished[0]), "OUT")
+    assert (out / "report.html").read_bytes() == (finished[0] / "report.html").read_bytes()
+    more = demo("--steps", 4, "--limit", 40, "--facts", 4)
+    assert (len(steps), len(measured)) == (0, 1)
+    assert "4 facts" in more.out
+
+
+def test_its_edit_and_its_editor_can_be_used(
+    emendo_command: Emendo, finished: tuple[Path, Answer], tmp_path: Path
+) -> None:
+    out, said = finished
+    edit, editor = Edit.from_pretrained(out / "edit"), Editor.from_pretrained(out / "editor")
+    record = next(r for r in read_records("atlas", split="test") if r.id == measuring.EXAMPLE)
+    prompt = edit.origin.requests[0].prompt
+    assert prompt == record.prompt and edit.origin.requests[0].target == record.answer
+    assert f"P({record.answer})" in said.out
+    assert edit.origin.fingerprint == editor.fingerprint
+    assert "with the edit" in emendo_command("generate", "--edit", out / "edit", prompt).out
+    emendo_command("edit", "--editor", out, "The capital of France is", "Lyon", "--out", tmp_path / "my-edit")
+
+
+def test_the_example_is_learnt_from_nowhere() -> None:
+    shown = {measuring.EXAMPLE, *measuring.NEIGHBOURS}
+    subjects = {r.subject for r in read_records("atlas", split="test") if r.id in shown}
+    assert len(subjects) == len(shown)
+    for split in ("train", "validation"):
+        assert all(r.subject not in subjects for r in read_records("atlas", split=split))
+
+
+def test_a_stopped_demo_goes_on(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = loop.training_step, []
+
+    def stop(*args: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "training_step", stop)
+        said = demo(code=130)
+    assert "step 2 is saved" in said.err and "emendo demo --out" in said.err
+    assert "--resume" not in said.err.split("Go on with")[1]
+    steps = count(monkeypatch, loop, "training_step", real)
+    assert "Going on" in demo().err
+    assert len(steps) == 2
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "evaluate", interrupt)
+        said = demo("--steps", 4, "--limit", 40, "--facts", 2, code=130)
+    assert "the editor is kept" in said.err
+    assert len(steps) == 2
+
+
+def test_other_settings_train_anew_and_other_runs_are_left_alone(
+    demo: Any,
+    emendo_command: Emendo,
+    model: Path,
+    finished: tuple[Path, Answer],
+    trained: Path,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "demo")
+    assert "other settings; training anew" in demo("--steps", 5, "--limit", 40, "--facts", 3).err
+    assert Editor.from_pretrained(tmp_path / "demo" / "editor").info["steps"] == 5
+    said = emendo_command("demo", "--model", model, "--out", trained, code=2)
+    assert "holds a run of emendo train" in said.err

@@ -1,0 +1,81 @@
+"""Help pages cannot drift, and cost no import of torch."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from emendo import __version__
+from emendo.cli import reference
+from emendo.editors import EDITORS
+from emendo.editors.mend import MendConfig
+from emendo.train import TrainConfig
+
+PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+COMMANDS = ("demo", "train", "edit", "generate", "evaluate", "sites")
+
+
+def test_the_page_of_help_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == reference.page(), (
+        "renew it: python -m emendo.cli.reference > docs/cli.md"
+    )
+
+
+def test_every_command_has_a_sentence_an_example_and_help_for_every_option(emendo_command) -> None:
+    listed = re.findall(r"^  (\w+)  ", emendo_command("--help").out.split("Commands:")[1], re.MULTILINE)
+    assert tuple(listed) == COMMANDS
+    for command in COMMANDS:
+        page = emendo_command(command, "--help").out
+        assert re.search(rf"Examples?:\n    emendo {command}", page), command
+        options = page.split("\nOptions:\n")[1]
+        for option in re.findall(r"^  (--.*)$", options, re.MULTILINE):
+            assert re.search(r"  \S", option) or option.endswith("-h"), (command, option)
+
+
+def test_defaults_that_the_help_shows_are_those_of_the_training_loop(emendo_command) -> None:
+    page = " ".join(emendo_command("train", "--help").out.split())
+    for field in fields(TrainConfig):
+        if field.name in ("minutes", "text"):
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        found = re.search(rf" {flag} [NX] .*?\[default: ([^\]]+)\]", page)
+        assert found, flag
+        assert float(found[1]) == field.default, flag
+    assert re.search(rf"--rank R .*?\[default: {MendConfig().rank}\]", page)
+    assert f"The editing method: {', '.join(EDITORS)}." in page
+
+
+def test_version(emendo_command) -> None:
+    assert emendo_command("--version").out == f"emendo {__version__}\n"
+
+
+def test_help_does_not_import_torch() -> None:
+    program = (
+        "import sys; from emendo.cli import main\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    for command in ([], ["train"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *command, "--help"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0 and "Usage: emendo" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train", "--out", "x", "--stepps", "3"], "--stepps"),
+        (["train", "--steps", "3"], "Missing option '--out'"),
+        (["train", "--out", "x", "--steps", "many"], "Invalid value for '--steps'"),
+        (["generate", "--edit", "x", "--tokens", "0", "Hi"], "Invalid value for '--tokens'"),
+    ],
+)
+def test_options_that_do_not_exist_or_fit(emendo_command, args: list[str], message: str) -> None:
+    assert message in emendo_command(*args, code=2).err
