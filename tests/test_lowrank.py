@@ -69,6 +69,7 @@ def test_sum_over_examples(change: LowRank) -> None:
     assert total.sum() is total
     close(change[0].dense(), change.dense()[0])
     close(change[torch.tensor([-1])].dense(), change.dense()[-1:])
+    close(change.take(torch.tensor([0, 0])).dense(), change.dense()[:1].expand(2, -1, -1))
 
 
 @given(changes(), changes(batched=True))

@@ -49,6 +49,10 @@ class LowRank:
         """The changes of some of the examples."""
         return LowRank(self.left[index], self.right[index])
 
+    def take(self, index: Tensor) -> LowRank:
+        """The changes of the examples ``index [n]``, in that order; its backward pass is faster than indexing's."""
+        return LowRank(self.left.index_select(0, index), self.right.index_select(0, index))
+
     def __add__(self, other: LowRank) -> LowRank:
         """The sum of two changes; ranks add."""
         return LowRank(torch.cat([self.left, other.left], -1), torch.cat([self.right, other.right], -2))

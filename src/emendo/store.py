@@ -19,7 +19,7 @@ from emendo.data.batch import Text, collate, length_buckets
 from emendo.files import new_file
 from emendo.trunk import Trunk
 
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 512
 
 
 class TrunkStore:

@@ -137,6 +137,7 @@ def test_a_record_without_what_was_asked_still_has_a_locality_text(lm: LM) -> No
 
 def test_windows_cover_every_step_once(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WINDOW", 8)
+    monkeypatch.setattr(module, "GROUP", 1)
     episodes = Episodes(lm, records(30), TrainConfig(batch=4))
     for first in (0, 2, 4):
         window = episodes.window(first)
@@ -147,6 +148,7 @@ def test_windows_cover_every_step_once(lm: LM, monkeypatch: pytest.MonkeyPatch) 
 def test_the_first_epoch_needs_only_texts_of_windows_so_far(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the trunk runs just ahead of the training, not over everything at the start."""
     monkeypatch.setattr(module, "WINDOW", 8)
+    monkeypatch.setattr(module, "GROUP", 1)
     made = [replace(r, neighbours=(), unrelated=()) for r in records(32)]
     episodes = Episodes(lm, made, TrainConfig(batch=4, near=0, sibling=1))
     edits: set[Text] = set()

@@ -36,8 +36,7 @@ Steps = Annotated[
     typer.Option("--steps", metavar="N", help="Optimiser steps, at most.  [default: as emendo train]"),
 ]
 Limit = Annotated[
-    int | None,
-    typer.Option("--limit", metavar="N", help="Learn from the first N built-in facts.  [default: all]"),
+    int, typer.Option("--limit", metavar="N", min=1, help="Learn from the first N built-in facts.")
 ]
 
 
@@ -47,7 +46,7 @@ def run(
     minutes: Minutes = 6.0,
     facts: Facts = 100,
     steps: Steps = None,
-    limit: Limit = None,
+    limit: Limit = 2000,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
 ) -> None:
@@ -65,6 +64,7 @@ def run(
         "minutes": minutes,
         "steps": steps,
         "limit": limit,
+        "variety": 2,  # fewer texts to read, so more steps in the time there is
     }
     the_run = _open(out, {**options, "dtype": dtype, "device": device})
     lm = load_model(model, dtype, device)

@@ -47,6 +47,8 @@ def run(
     lr: own.Lr = None,
     minutes: own.Minutes = None,
     c_edit: own.CEdit = None,
+    prompt_share: own.PromptShare = None,
+    variety: own.Variety = None,
     near: own.Near = None,
     sibling: own.Sibling = None,
     unrelated: own.Unrelated = None,

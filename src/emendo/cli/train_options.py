@@ -27,6 +27,19 @@ Minutes = Annotated[
 CEdit = Annotated[
     float | None, _number("--c-edit", "Weight of the edit loss against the locality loss.", 0.2, metavar="X")
 ]
+PromptShare = Annotated[
+    float | None,
+    _number(
+        "--prompt-share",
+        "Share of the edit loss that the edit prompt has; its rewording has the rest.",
+        0.65,
+        metavar="X",
+    ),
+]
+Variety = Annotated[
+    int | None,
+    _number("--variety", "Use at most N rewordings, neighbours and unrelated probes of a record.", 3),
+]
 Near = Annotated[
     int | None, _number("--near", "Neighbours of the record per edit that must keep their answers.", 1)
 ]
@@ -49,7 +62,7 @@ ValidateEvery = Annotated[
 ]
 ValidateOn = Annotated[int | None, _number("--validate-on", "Facts to validate on, at most.", 100)]
 Patience = Annotated[
-    int | None, _number("--patience", "Stop after so many validations without a better loss.", 10)
+    int | None, _number("--patience", "Stop after so many validations without a better score.", 10)
 ]
 CheckpointEvery = Annotated[
     float | None, _number("--checkpoint-every", "Seconds between checkpoints.", 60.0, metavar="X")

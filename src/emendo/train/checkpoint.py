@@ -25,7 +25,8 @@ class State:
     Attributes:
         step: optimiser steps done.
         seconds: time spent, over all sessions.
-        best: lowest validation loss so far.
+        best: highest validation score so far.
+        best_loss: the validation loss that came with it.
         stale: validations since then.
         validated: step of the latest validation.
         bad: steps skipped for a non-finite value, in all.
@@ -37,7 +38,8 @@ class State:
 
     step: int = 0
     seconds: float = 0.0
-    best: float = float("inf")
+    best: float = -1.0
+    best_loss: float = float("inf")
     stale: int = 0
     validated: int = 0
     bad: int = 0

@@ -17,8 +17,11 @@ class TrainConfig:
         lr: learning rate of Adam at its peak; the editor may set multiples of it for some parameters.
         warmup: steps over which it rises; then it falls along a cosine to 2% at the end.
         minutes: stop after this much time, whatever ``steps`` says; the schedule follows whichever is nearer its end.
-        c_edit: weight of the edit loss, a mean of edit prompt and rewording, against the locality loss (c_e in MEND
-            Eq. 4; 0.1 in the paper, for the rewording alone).
+        c_edit: weight of the edit loss, over edit prompt and rewording, against the locality loss (c_e in MEND Eq. 4;
+            0.1 in the paper, for the rewording alone).
+        prompt_share: share of the edit loss that the edit prompt has; the rewording has the rest.
+        variety: use at most so many rewordings, neighbours and unrelated probes of a record: each is a text more that
+            the frozen blocks have to read once.
         near: locality examples per edit that the record itself gives (its neighbours).
         sibling: locality examples per edit taken from other records of the same relation.
         unrelated: locality examples per edit taken from the record's unrelated probes or any other record.
@@ -27,7 +30,8 @@ class TrainConfig:
         seed: of the editor's start and of the order of the records.
         validate_every: steps between validations.
         validate_on: how many validation records to use.
-        patience: stop after so many validations without a better loss.
+        patience: stop after so many validations without a better score, the harmonic mean of edit success,
+            generalisation and locality (at equal scores, without a lower loss).
         checkpoint_every: seconds between checkpoints.
     """
 
@@ -37,6 +41,8 @@ class TrainConfig:
     warmup: int = 100
     minutes: float | None = None
     c_edit: float = 0.2
+    prompt_share: float = 0.65
+    variety: int = 3
     near: int = 1
     sibling: int = 1
     unrelated: int = 0
@@ -49,7 +55,7 @@ class TrainConfig:
     checkpoint_every: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "validate_every", "validate_on", "patience"):
+        for name in ("steps", "batch", "variety", "validate_every", "validate_on", "patience"):
             if getattr(self, name) < 1:
                 raise RequestError(
                     f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}."
@@ -64,6 +70,8 @@ class TrainConfig:
                 raise RequestError(
                     f"--{name.replace('_', '-')} cannot be negative, but is {getattr(self, name)}."
                 )
+        if not 0 <= self.prompt_share <= 1:
+            raise RequestError(f"--prompt-share must be between 0 and 1, not {self.prompt_share}.")
         if min(self.near, self.sibling, self.unrelated, self.text) < 0:
             raise RequestError("The numbers of locality examples cannot be negative.")
         if self.near + self.sibling + self.unrelated + self.text == 0:

@@ -9,7 +9,7 @@ import random
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from emendo.data import Record
 from emendo.data.batch import Text, encode
@@ -17,6 +17,8 @@ from emendo.errors import TrainingError
 from emendo.models import LM
 from emendo.train.config import TrainConfig
 
+GROUP = 8
+"""Steps that are looked ahead at together (see :mod:`emendo.train.ahead`)."""
 WINDOW = 512
 """Records whose texts are put through the trunk together, and among whose siblings the first epoch chooses."""
 
@@ -69,7 +71,7 @@ class Episodes:
         if not records:
             raise TrainingError("There are no records to train on.")
         self.config = config
-        self.items = _encode(lm, records)
+        self.items = _encode(lm, [_shortened(record, config.variety) for record in records])
         found = [_passage(lm, text) for text in passages] if config.text else []
         self.passages = [passage for passage in found if passage is not None]
         if config.text and not self.passages:
@@ -99,7 +101,7 @@ class Episodes:
 
     def window(self, step: int) -> list[Episode] | None:
         """The episodes of the steps that share a trunk window, at its first step; None at the others."""
-        steps = max(1, WINDOW // self.config.batch)
+        steps = max(1, WINDOW // self.config.batch // GROUP) * GROUP
         if step % steps:
             return None
         return [episode for s in range(step, step + steps) for episode in self.batch(s)]
@@ -146,6 +148,16 @@ class Episodes:
 
 def _pick(texts: list[Text], count: int, rng: random.Random) -> list[Text]:
     return rng.sample(texts, min(count, len(texts)))
+
+
+def _shortened(record: Record, variety: int) -> Record:
+    """The record with at most ``variety`` texts of each kind."""
+    return replace(
+        record,
+        paraphrases=record.paraphrases[:variety],
+        neighbours=record.neighbours[:variety],
+        unrelated=record.unrelated[:variety],
+    )
 
 
 def _encode(lm: LM, records: Sequence[Record]) -> list[_Encoded]:

@@ -11,6 +11,9 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+_LINE_EVERY = 100
+"""Steps between two lines where there is no terminal to redraw."""
+
 
 class Quiet:
     """Hears everything and says nothing; the interface of every progress view."""
@@ -37,7 +40,10 @@ class Quiet:
 
 
 class Terminal(Quiet):
-    """A live view: a bar and a line of figures that stay in place, validations above them."""
+    """A live view: a bar and a line of figures that stay in place, validations above them.
+
+    Where the output is no terminal (a log file, CI), a line every so many steps instead.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -67,6 +73,10 @@ class Terminal(Quiet):
 
     def step(self, step: int, steps: int, figures: Mapping[str, float]) -> None:
         """Redraw the bar and the figures."""
+        if not self.console.is_terminal:
+            if step % _LINE_EVERY == 0:
+                self.validation(step, figures, best=False)
+            return
         self._bar.update(self._train, completed=step, total=steps)
         table = Table.grid(padding=(0, 2))
         for _ in figures:
@@ -78,11 +88,12 @@ class Terminal(Quiet):
     def validation(self, step: int, figures: Mapping[str, float], best: bool) -> None:
         """Print a line that stays."""
         text = "  ".join(f"[dim]{name}[/dim] {_figure(name, value)}" for name, value in figures.items())
-        self.console.print(f"  step {step:>5}  {text}{'  [green]best so far[/green]' if best else ''}")
+        mark = "  [green]best so far[/green]" if best else ""
+        self.console.print(f"  step {step:>5}  {text}{mark}", soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
 
 
 def _figure(name: str, value: float) -> str:

@@ -2,7 +2,8 @@
 
 For a batch of B episodes the editor makes B separate edits. Each is judged on its own texts (MEND, Algorithm 1):
 
-    L = c_edit * mean(NLL on the edit prompt, NLL on the rewording) + mean over locality texts KL(before || after)
+    L = c_edit * (p * NLL on the edit prompt + (1 - p) * NLL on the rewording)
+        + mean over locality texts of KL(before || after)                          with p = prompt_share
 
 The loss sees the editor only through the changes, so the edited passes run in micro-batches of similar length
 that collect ``dL/d(change)``, and one backward pass through the editor follows. Memory does not grow with the
@@ -11,7 +12,7 @@ number of outer texts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +24,8 @@ from emendo.editors.base import Editor
 from emendo.losses import per_example, token_kl, token_nll
 from emendo.lowrank import LowRank, applied
 from emendo.store import TrunkStore
+from emendo.train.ahead import BUCKET_TOKENS, Ahead, look_ahead
 from emendo.train.episodes import Episode
-
-_BUCKET_TOKENS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Outcome:
 
     Attributes:
         loss: ``c_edit * edit_loss + locality_loss``.
-        edit_loss: NLL in nats per target token, over edit prompt and rewording.
+        edit_loss: NLL in nats per target token, over edit prompt and rewording as weighted in the loss.
         locality_loss: KL(before || after) in nats per answer token.
         success: share of edits whose whole target is the argmax on the edit prompt.
         generalisation: the same on the rewording.
@@ -59,17 +59,22 @@ class _Outer:
     weight: float
 
 
-def _outer_texts(episodes: Sequence[Episode], c_edit: float) -> list[_Outer]:
+def _outer_texts(episodes: Sequence[Episode], c_edit: float, prompt_share: float) -> list[_Outer]:
     outer = []
     for index, episode in enumerate(episodes):
-        outer.append(_Outer(index, episode.edit, 0, c_edit / 2))
-        outer.append(_Outer(index, episode.paraphrase, 1, c_edit / 2))
+        outer.append(_Outer(index, episode.edit, 0, c_edit * prompt_share))
+        outer.append(_Outer(index, episode.paraphrase, 1, c_edit * (1 - prompt_share)))
         outer += [_Outer(index, text, 2, 1 / len(episode.locality)) for text in episode.locality]
     return outer
 
 
 def training_step(
-    editor: Editor, store: TrunkStore, episodes: Sequence[Episode], c_edit: float
+    editor: Editor,
+    store: TrunkStore,
+    episodes: Sequence[Episode],
+    c_edit: float,
+    prompt_share: float = 0.5,
+    ahead: Ahead | None = None,
 ) -> Outcome | None:
     """Add the gradient of the mean loss of a batch of episodes to the editor's parameters.
 
@@ -78,20 +83,23 @@ def training_step(
         store: holds the trunk's output of every text of the episodes.
         episodes: the batch.
         c_edit: weight of the edit loss.
+        prompt_share: share of the edit prompt in it.
+        ahead: what :func:`~emendo.train.ahead.look_ahead` gave for the batch, where it was called before.
 
     Returns:
         What the edits did, or None where a factor, a loss or a gradient was not finite. Then the parameters'
         gradients must not be used; the running statistics have not seen the batch if its factors were at fault.
     """
-    factors = _factors(editor, store, episodes)
-    if not _finite(factors):
+    if ahead is None:
+        (ahead,) = look_ahead(editor, store, [episodes])
+    if not _finite(ahead.factors):
         return None
-    deltas = editor(factors)
+    deltas = editor(ahead.factors)
     leaves = {
         name: LowRank(d.left.detach().requires_grad_(), d.right.detach().requires_grad_())
         for name, d in deltas.items()
     }
-    outcome = _judge(store, leaves, episodes, c_edit, backward=True)
+    outcome = _judge(store, leaves, episodes, ahead.reference, c_edit, prompt_share, backward=True)
     ends, gradients = [], []
     for name, delta in deltas.items():
         for end, leaf in ((delta.left, leaves[name].left), (delta.right, leaves[name].right)):
@@ -103,41 +111,42 @@ def training_step(
 
 
 @torch.no_grad()
-def validation_step(editor: Editor, store: TrunkStore, episodes: Sequence[Episode], c_edit: float) -> Outcome:
+def validation_step(
+    editor: Editor, store: TrunkStore, episodes: Sequence[Episode], c_edit: float, prompt_share: float = 0.5
+) -> Outcome:
     """The same losses and scores without training; the editor is used in eval mode and nothing is updated."""
     training = editor.training
     editor.eval()
     try:
-        deltas = editor(_factors(editor, store, episodes))
-        return _judge(store, deltas, episodes, c_edit, backward=False)
+        (ahead,) = look_ahead(editor, store, [episodes])
+        return _judge(
+            store, editor(ahead.factors), episodes, ahead.reference, c_edit, prompt_share, backward=False
+        )
     finally:
         editor.train(training)
 
 
-def _factors(editor: Editor, store: TrunkStore, episodes: Sequence[Episode]) -> dict[str, Factors]:
-    texts = [episode.edit for episode in episodes]
-    return editor.factors(store.trunk, texts, store.gather(texts))
-
-
-def _finite(factors: dict[str, Factors]) -> bool:
+def _finite(factors: Mapping[str, Factors]) -> bool:
     return all(bool(f.u.isfinite().all()) and bool(f.delta.isfinite().all()) for f in factors.values())
 
 
 def _judge(
     store: TrunkStore,
-    deltas: dict[str, LowRank],
+    deltas: Mapping[str, LowRank],
     episodes: Sequence[Episode],
+    reference: Mapping[Text, Tensor],
     c_edit: float,
+    prompt_share: float,
     *,
     backward: bool,
 ) -> Outcome:
     """Losses and scores of each episode's change on its own texts; gradients go to the changes' leaves."""
-    outer = _outer_texts(episodes, c_edit)
+    outer = _outer_texts(episodes, c_edit, prompt_share)
     losses = [0.0, 0.0, 0.0]
     correct = [0.0, 0.0, 0.0]
-    for part in length_buckets(outer, lambda item: len(item.text.inputs), _BUCKET_TOKENS):
+    for part in length_buckets(outer, lambda item: len(item.text.inputs), BUCKET_TOKENS):
         part.sort(key=lambda item: item.kind)
-        value, right = _bucket(store, deltas, part)
+        value, right = _bucket(store, deltas, part, reference)
         kinds = torch.tensor([item.kind for item in part])
         weights = value.new_tensor([item.weight for item in part])
         if backward:
@@ -147,7 +156,7 @@ def _judge(
             correct[kind] += float(right[kinds == kind].sum())
     count = len(episodes)
     kept = sum(item.kind == 2 for item in outer)
-    edit_loss = (losses[0] + losses[1]) / (2 * count)
+    edit_loss = (prompt_share * losses[0] + (1 - prompt_share) * losses[1]) / count
     locality_loss = losses[2] / kept
     return Outcome(
         loss=c_edit * edit_loss + locality_loss,
@@ -159,7 +168,9 @@ def _judge(
     )
 
 
-def _bucket(store: TrunkStore, deltas: dict[str, LowRank], part: list[_Outer]) -> tuple[Tensor, Tensor]:
+def _bucket(
+    store: TrunkStore, deltas: Mapping[str, LowRank], part: list[_Outer], reference: Mapping[Text, Tensor]
+) -> tuple[Tensor, Tensor]:
     """For some outer texts, each under its own episode's change: loss ``[texts]`` and all-tokens-right ``[texts]``.
 
     The loss is NLL for edit prompts and rewordings and KL against the unedited model for locality texts, which
@@ -167,25 +178,20 @@ def _bucket(store: TrunkStore, deltas: dict[str, LowRank], part: list[_Outer]) -
     """
     trunk = store.trunk
     split = sum(item.kind < 2 for item in part)
-    reference = None
-    if split < len(part):
-        kept = [item.text for item in part[split:]]
-        batch = collate(kept)
-        with torch.no_grad():
-            reference = trunk.logits(
-                batch.input_ids, batch.attention_mask, batch.positions, store.gather(kept)
-            )
     texts = [item.text for item in part]
     batch = collate(texts)
     rows = torch.tensor([item.episode for item in part])
-    with applied(trunk.model, {name: delta[rows.to(delta.left.device)] for name, delta in deltas.items()}):
+    with applied(
+        trunk.model, {name: delta.take(rows.to(delta.left.device)) for name, delta in deltas.items()}
+    ):
         logits = trunk.logits(batch.input_ids, batch.attention_mask, batch.positions, store.gather(texts))
     owner, labels = batch.owner.to(logits.device), batch.labels.to(logits.device)
     cut = int((batch.owner < split).sum())
     values, expected = [token_nll(logits[:cut], labels[:cut])], [labels[:cut]]
-    if reference is not None:
-        values.append(token_kl(reference, logits[cut:]))
-        expected.append(reference.argmax(-1))
+    if split < len(part):
+        before = torch.cat([reference[item.text] for item in part[split:]])
+        values.append(token_kl(before, logits[cut:]))
+        expected.append(before.argmax(-1))
     right = (logits.detach().argmax(-1) == torch.cat(expected)).float()
     loss = per_example(torch.cat(values), owner, len(part))
     return loss, per_example(right, owner, len(part)).eq(1).float().cpu()

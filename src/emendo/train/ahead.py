@@ -1,0 +1,86 @@
+"""What the next steps need that does not depend on the editor, computed for several steps at once.
+
+The factors of the edits and the unedited model's logits on the locality texts are the same whatever the editor has
+learnt, so they are taken for a group of steps together: texts of similar length share a batch, which halves the
+padding and keeps the matrix products large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from emendo.capture import Factors
+from emendo.data.batch import Text, collate, length_buckets
+from emendo.editors.base import Editor
+from emendo.store import TrunkStore
+from emendo.train.episodes import Episode
+
+BUCKET_TOKENS = 400
+"""Padded tokens of one pass through the edited blocks."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ahead:
+    """What one batch of episodes needs.
+
+    Attributes:
+        factors: by site, the rows of the batch's edits.
+        reference: locality text -> the unedited model's logits ``[labels, vocabulary]``.
+    """
+
+    factors: Mapping[str, Factors]
+    reference: Mapping[Text, Tensor]
+
+
+def look_ahead(editor: Editor, store: TrunkStore, batches: Sequence[Sequence[Episode]]) -> list[Ahead]:
+    """Factors and reference logits for several batches of episodes.
+
+    Args:
+        editor: says where to capture; nothing else of it matters.
+        store: holds the trunk's output of every text.
+        batches: the episodes of the next steps.
+    """
+    factors = _factors(editor, store, [[episode.edit for episode in batch] for batch in batches])
+    reference = _reference(store, {text for batch in batches for e in batch for text in e.locality})
+    return [
+        Ahead(rows, {text: reference[text] for episode in batch for text in episode.locality})
+        for rows, batch in zip(factors, batches, strict=True)
+    ]
+
+
+def _factors(
+    editor: Editor, store: TrunkStore, batches: Sequence[Sequence[Text]]
+) -> list[dict[str, Factors]]:
+    """Capture in batches of similar length, then hand each batch its own rows, in its own order."""
+    texts = [text for batch in batches for text in batch]
+    found: dict[str, list[Factors]] = {}
+    for part in length_buckets(range(len(texts)), lambda i: len(texts[i].inputs), BUCKET_TOKENS):
+        chosen = [texts[i] for i in part]
+        for name, rows in editor.factors(store.trunk, chosen, store.gather(chosen)).items():
+            owner = torch.tensor(part).to(rows.owner)[rows.owner]
+            found.setdefault(name, []).append(Factors(rows.u, rows.delta, owner, len(texts)))
+    bounds = torch.tensor([0, *(len(batch) for batch in batches)]).cumsum(0).tolist()
+    split: list[dict[str, Factors]] = [{} for _ in batches]
+    for name, parts in found.items():
+        owner, order = torch.cat([part.owner for part in parts]).sort(stable=True)
+        u, delta = (torch.cat([getattr(part, factor) for part in parts])[order] for factor in ("u", "delta"))
+        cuts = torch.searchsorted(owner, torch.tensor(bounds).to(owner)).tolist()
+        for i, rows_of in enumerate(split):
+            own = slice(cuts[i], cuts[i + 1])
+            rows_of[name] = Factors(u[own], delta[own], owner[own] - bounds[i], len(batches[i]))
+    return split
+
+
+@torch.no_grad()
+def _reference(store: TrunkStore, texts: set[Text]) -> dict[Text, Tensor]:
+    logits: dict[Text, Tensor] = {}
+    ordered = sorted(texts, key=lambda text: text.ids)  # a set has no order of its own
+    for part in length_buckets(ordered, lambda text: len(text.inputs), BUCKET_TOKENS):
+        batch = collate(part)
+        rows = store.trunk.logits(batch.input_ids, batch.attention_mask, batch.positions, store.gather(part))
+        logits |= zip(part, rows.split([len(text.labels) for text in part]), strict=True)
+    return logits

@@ -1,0 +1,69 @@
+"""Looking ahead at several steps gives what each of them would have found by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cases import records
+from emendo.editors.base import edit_factors
+from emendo.editors.mend import Mend
+from emendo.models import LM
+from emendo.sites import find_sites
+from emendo.store import TrunkStore
+from emendo.train import TrainConfig, ahead
+from emendo.train.ahead import look_ahead
+from emendo.train.episodes import Episodes
+from emendo.train.step import training_step
+from emendo.trunk import Trunk
+
+
+@pytest.fixture
+def parts(tiny_llama: LM) -> tuple[Mend, TrunkStore, Episodes]:
+    sites = find_sites(tiny_llama.model, last=2)
+    torch.manual_seed(0)
+    episodes = Episodes(tiny_llama, records(30), TrainConfig(batch=3, near=1, sibling=1))
+    store = TrunkStore(Trunk(tiny_llama.model, sites), dtype=torch.float32)
+    store.ensure(text for step in range(4) for episode in episodes.batch(step) for text in episode.texts())
+    return Mend(sites), store, episodes
+
+
+def test_each_batch_gets_its_own_rows_and_references(
+    parts: tuple[Mend, TrunkStore, Episodes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        ahead, "BUCKET_TOKENS", 40
+    )  # several buckets, so that rows have to be put back in order
+    editor, store, episodes = parts
+    batches = [episodes.batch(step) for step in range(4)]
+    for found, batch in zip(look_ahead(editor, store, batches), batches, strict=True):
+        texts = [episode.edit for episode in batch]
+        alone = edit_factors(store.trunk, editor.sites, texts)
+        for name, factors in alone.items():
+            got = found.factors[name]
+            assert got.examples == factors.examples
+            torch.testing.assert_close(got.owner, factors.owner)
+            torch.testing.assert_close(got.u, factors.u, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(got.delta, factors.delta, rtol=1e-4, atol=1e-6)
+        for episode in batch:
+            for text in episode.locality:
+                ids = torch.tensor([text.inputs])
+                logits = store.trunk.model(input_ids=ids).logits[0, text.start - 1 :]
+                torch.testing.assert_close(found.reference[text], logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_is_the_same_with_and_without_looking_ahead(
+    parts: tuple[Mend, TrunkStore, Episodes],
+) -> None:
+    editor, store, episodes = parts
+    batches = [episodes.batch(step) for step in range(4)]
+    gradients = []
+    for found in (None, look_ahead(editor, store, batches)[2]):
+        torch.manual_seed(0)
+        fresh = Mend(editor.sites)
+        outcome = training_step(fresh, store, batches[2], 0.2, 0.5, found)
+        assert outcome is not None
+        gradients.append([p.grad for p in fresh.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
