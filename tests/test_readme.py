@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -34,3 +35,15 @@ def test_the_commands_of_the_readme_exist() -> None:
 
     named = set(re.findall(r"`emendo ([a-z]+)`", README.read_text(encoding="utf-8")))
     assert named == {command.name or command.callback.__name__ for command in app.registered_commands}
+
+
+def test_the_record_of_the_docs_is_one(tmp_path: Path) -> None:
+    page = (README.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "one.jsonl").write_text(json.dumps(json.loads(shown)) + "\n", encoding="utf-8")
+    (record,) = emendo.read_records(tmp_path / "one.jsonl", need_paraphrase=True)
+    assert (record.target, record.neighbours[0].answer, record.unrelated[0].answer) == (
+        "Canberra",
+        "Berlin",
+        "O",
+    )

@@ -15,7 +15,8 @@ def fingerprint(model: nn.Module) -> str:
     """16 hex digits from every parameter's name, shape and an even sample of its values.
 
     Values are rounded to bfloat16 first, so a model keeps its fingerprint when it is cast between float32 and
-    bfloat16. Hooks do not change it; merging an edit into the weights does.
+    bfloat16. A float16 copy has a fingerprint of its own, for rounding twice is not rounding once: train and edit in
+    the same format. Hooks do not change it; merging an edit into the weights does.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in model.named_parameters():

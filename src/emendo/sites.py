@@ -14,7 +14,6 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -183,8 +182,3 @@ def find_sites(
             + f". The last block has: {', '.join(names)}."
         )
     return chosen
-
-
-def device_of(model: nn.Module, site: Site) -> torch.device:
-    """The device of the site's own weight (models may be spread over several)."""
-    return site.weight(model).device

@@ -14,6 +14,7 @@ from emendo.evaluate.metrics import (
     first_line,
     mean_interval,
     normalise,
+    same_answer,
     token_match,
     unchanged,
 )
@@ -133,6 +134,17 @@ def test_answer_match_is_blind_to_case_and_blanks(text: str, around: str) -> Non
 def test_a_target_of_punctuation_alone_is_still_a_target() -> None:
     assert answer_match(" ...", "...")
     assert not answer_match(" no", "...")
+
+
+def test_the_same_answer_is_the_same_words_at_its_place() -> None:
+    assert same_answer(" Paris, the capital", " Paris. It is", "Paris")
+    assert same_answer(" the City of Light", " The city of\nnothing", "a b c")
+    assert not same_answer(" Paris", " Parisian", "Paris")
+    assert not same_answer(" Rome", " Paris", "Paris")
+    assert not same_answer(" New York", " New Delhi", "New Delhi")
+    assert same_answer(" New York", " New Delhi", "Oslo")  # one word is looked at, for the answer has one
+    assert same_answer("", "\n", "Oslo")
+    assert not same_answer("", " Oslo", "Oslo")
 
 
 def test_continuations_are_compared_up_to_their_first_line_break() -> None:

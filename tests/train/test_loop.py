@@ -70,8 +70,8 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
-def outcome(loss: float) -> Outcome:
-    return Outcome(loss, loss, 0.0, 0.5, 0.5, 0.5)
+def outcome(loss: float, score: float = 0.5) -> Outcome:
+    return Outcome(loss, loss, 0.0, score, score, score)
 
 
 def test_the_editor_learns_and_the_model_stays_as_it_was(lm: LM) -> None:
@@ -115,22 +115,31 @@ def test_progress_hears_steps_validations_and_the_trunk(lm: LM) -> None:
     assert heard["trunk"][-1][0] == heard["trunk"][-1][1]
 
 
-def test_the_best_editor_comes_back_not_the_last(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses, seen = iter([3.0, 1.0, 2.0]), []
+@pytest.mark.parametrize(
+    ("outcomes", "kept"),
+    [
+        ([(1.0, 0.5), (3.0, 0.9), (2.0, 0.8)], 1),  # the best score, not the last one nor the lowest loss
+        ([(1.0, 0.5), (1.0, 0.9), (2.0, 0.89)], 2),  # of scores that are alike the later
+        ([(3.0, 0.0), (1.0, 0.0), (2.0, 0.0)], 1),  # while nothing succeeds, the lowest loss
+    ],
+)
+def test_the_best_editor_comes_back(
+    lm: LM, monkeypatch: pytest.MonkeyPatch, outcomes: list[tuple[float, float]], kept: int
+) -> None:
+    coming, seen = iter(outcomes), []
 
     def validate(editor: Mend, *args: Any) -> Outcome:
         seen.append(parameters(editor))
-        return outcome(next(losses))
+        return outcome(*next(coming))
 
     monkeypatch.setattr(loop, "validation_step", validate)
     result = go(lm)
-    assert same(parameters(result.editor), seen[1])  # type: ignore[arg-type]
-    assert not same(seen[1], seen[2])
+    assert [same(parameters(result.editor), editor) for editor in seen] == [i == kept for i in range(3)]
 
 
 def test_early_stopping(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = iter([1.0, 2.0, 3.0, 0.1])
-    monkeypatch.setattr(loop, "validation_step", lambda *_: outcome(next(losses)))
+    scores = iter([0.9, 0.5, 0.4, 1.0])
+    monkeypatch.setattr(loop, "validation_step", lambda *_: outcome(1.0, next(scores)))
     result = go(lm, replace(CONFIG, steps=100, patience=2, validate_every=3))
     assert (result.stopped, result.steps) == ("early", 9)
 

@@ -43,7 +43,7 @@ Limit = Annotated[
 def run(
     out: Out = Path("runs/demo"),
     model: opt.Model = opt.MODEL,
-    minutes: Minutes = 6.0,
+    minutes: Minutes = 7.0,
     facts: Facts = 100,
     steps: Steps = None,
     limit: Limit = 2000,

@@ -76,6 +76,8 @@ def scores(figures: Mapping[str, Any]) -> None:
             cells = [_interval(figures["teacher_forced"][name])]
             cells += [_interval(generated[name])] if generated else []
             table.add_row(heading, *cells)
+    if generated:
+        table.add_row("  whole text unchanged", "", _interval(generated["locality_whole_text"]))
     output().print(table)
     output().print(
         f"[dim]in brackets the 95% interval; {figures['seconds_per_edit']:.2f} s for an edit[/dim]"

@@ -25,14 +25,14 @@ Minutes = Annotated[
     ),
 ]
 CEdit = Annotated[
-    float | None, _number("--c-edit", "Weight of the edit loss against the locality loss.", 0.2, metavar="X")
+    float | None, _number("--c-edit", "Weight of the edit loss against the locality loss.", 0.3, metavar="X")
 ]
 PromptShare = Annotated[
     float | None,
     _number(
         "--prompt-share",
         "Share of the edit loss that the edit prompt has; its rewording has the rest.",
-        0.65,
+        0.5,
         metavar="X",
     ),
 ]

@@ -90,7 +90,7 @@ def _result(
     """What `emendo train --json` prints."""
     marked = "validation "
     seen = [row for row in result.history if math.isfinite(row.get(f"{marked}loss", math.nan))]
-    best = max(seen, key=lambda row: (row[f"{marked}score"], -row[f"{marked}loss"])) if seen else {}
+    best = next((row for row in reversed(seen) if row[f"{marked}kept"]), {})
     return {
         "out": str(run.folder),
         "editor": run.settings.editor,

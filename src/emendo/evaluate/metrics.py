@@ -123,6 +123,27 @@ def first_line(continuation: str) -> str:
     return continuation.strip().split("\n", 1)[0].rstrip()
 
 
+def same_answer(before: str, after: str, answer: str) -> bool:
+    """Whether two continuations begin with the same words, as many as the stored answer has.
+
+    This is to locality what :func:`answer_match` is to success: it looks at the place of the answer and at no more.
+    Words are compared normalised and without punctuation around them; the answer itself need not be among them,
+    because what counts is that the edit changed nothing.
+
+    Args:
+        before: the clean model's continuation.
+        after: the edited model's.
+        answer: the stored answer.
+    """
+    count = max(1, len(normalise(answer).split()))
+
+    def words(text: str) -> list[str]:
+        found = [word.strip(_OPENING + _CLOSING) or word for word in normalise(first_line(text)).split()]
+        return found[:count]
+
+    return words(before) == words(after)
+
+
 def unchanged(before: str, after: str) -> bool:
     """Whether two continuations are the same text, letter by letter, up to their natural stop."""
     return first_line(before) == first_line(after)

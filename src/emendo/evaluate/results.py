@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, Literal, get_args
 
 from emendo.data.schema import Record
-from emendo.evaluate.metrics import Interval, mean_interval
+from emendo.evaluate.metrics import Interval, mean_interval, unchanged
 
 Kind = Literal["edit", "paraphrase", "neighbour", "unrelated"]
 Measure = Literal["teacher_forced", "generated", "token_level"]
@@ -125,6 +125,18 @@ class Evaluation:
         ]
         return mean_interval([fmean(values) for values in kept if values]), sum(map(len, kept))
 
+    def locality_whole_text(self) -> Interval | None:
+        """How many locality prompts keep their whole generated text, letter by letter up to its first line break."""
+        rows = [
+            [
+                float(unchanged(o.text_before, o.text_after))
+                for o in result.outcomes
+                if o.kind in SCORES["locality"] and o.text_before is not None and o.text_after is not None
+            ]
+            for result in self.results
+        ]
+        return mean_interval([fmean(row) for row in rows if row])
+
     def locality_kl(self) -> float | None:
         """Mean ``KL(clean || edited)`` at the answer positions of the locality prompts, in nats."""
         values = [o.kl for r in self.results for o in r.outcomes if o.kind in SCORES["locality"]]
@@ -140,7 +152,11 @@ class Evaluation:
             "seconds_per_edit": self.seconds_per_edit,
             "seconds_per_edit_in_batch": self.seconds_per_edit_in_batch,
             "teacher_forced": _plain(self.scores("teacher_forced")),
-            "generated": _plain(self.scores("generated")) if self.has_generated else None,
+            "generated": _plain(
+                {**self.scores("generated"), "locality_whole_text": self.locality_whole_text()}
+            )
+            if self.has_generated
+            else None,
             "token_level": _plain(self.scores("token_level")),
             "locality_known": {**_plain({"": known})[""], "n": count},
             "locality_kl": _finite(self.locality_kl()),

@@ -21,7 +21,7 @@ from emendo.edit import Request
 from emendo.editors.base import Editor
 from emendo.errors import RequestError
 from emendo.evaluate.cases import EXTRA_TOKENS, TOKEN_STEP, Case, by_budget, tokenise
-from emendo.evaluate.metrics import all_match, answer_match, answer_probability, token_match, unchanged
+from emendo.evaluate.metrics import all_match, answer_match, answer_probability, same_answer, token_match
 from emendo.evaluate.results import Evaluation, Result
 from emendo.losses import per_example, token_kl
 from emendo.lowrank import Deltas, LowRank, applied
@@ -200,7 +200,7 @@ class _Run:
             for (_, case), text in zip(part, texts, strict=True):
                 case.found["text_after"] = text
                 if case.local:
-                    case.found["generated"] = unchanged(case.found["text_before"], text)
+                    case.found["generated"] = same_answer(case.found["text_before"], text, case.answer)
                 else:
                     case.found["generated"] = answer_match(text, case.answer)
 
@@ -222,7 +222,7 @@ class _Run:
 def _rows(deltas: Deltas, part: Sequence[tuple[int, Case]]) -> dict[str, LowRank]:
     """The change of each row's own edit."""
     rows = torch.tensor([row for row, _ in part])
-    return {name: delta[rows.to(delta.left.device)] for name, delta in deltas.items()}
+    return {name: delta.take(rows.to(delta.left.device)) for name, delta in deltas.items()}
 
 
 def _protocol(
@@ -249,7 +249,10 @@ def _protocol(
         words |= {
             "generation": "greedy, from the prompt alone",
             "generated_edit_success": "the continuation begins with the target, as whole words, case and quotes aside",
-            "generated_locality": "the continuation is the same text before and after, up to its first line break",
+            "generated_locality": "the continuation begins with the same words before and after, as many as the stored "
+            "answer has",
+            "generated_locality_whole_text": "the continuation is the same text before and after, letter by letter, up "
+            "to its first line break",
             "new_tokens": new_tokens
             or f"answer tokens + {EXTRA_TOKENS}, rounded up to a multiple of {TOKEN_STEP}",
         }

@@ -26,7 +26,7 @@ class State:
         step: optimiser steps done.
         seconds: time spent, over all sessions.
         best: highest validation score so far.
-        best_loss: the validation loss that came with it.
+        best_loss: the validation loss of the editor that is kept.
         stale: validations since then.
         validated: step of the latest validation.
         bad: steps skipped for a non-finite value, in all.

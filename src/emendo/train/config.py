@@ -31,7 +31,7 @@ class TrainConfig:
         validate_every: steps between validations.
         validate_on: how many validation records to use.
         patience: stop after so many validations without a better score, the harmonic mean of edit success,
-            generalisation and locality (at equal scores, without a lower loss).
+            generalisation and locality (while that is 0, without a lower loss).
         checkpoint_every: seconds between checkpoints.
     """
 
@@ -40,8 +40,8 @@ class TrainConfig:
     lr: float = 1e-3
     warmup: int = 100
     minutes: float | None = None
-    c_edit: float = 0.2
-    prompt_share: float = 0.65
+    c_edit: float = 0.3
+    prompt_share: float = 0.5
     variety: int = 3
     near: int = 1
     sibling: int = 1
