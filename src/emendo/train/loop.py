@@ -254,14 +254,9 @@ class _Run:
             self.best = {name: tensor.detach().clone() for name, tensor in self.editor.state_dict().items()}
         else:
             self.state.stale += 1
+        figures = {**means, "score": score, "kept": float(better)}
         self.state.history.append(
-            {
-                "step": self.state.step,
-                **{
-                    f"validation {name}": value
-                    for name, value in {**means, "score": score, "kept": float(better)}.items()
-                },
-            }
+            {"step": self.state.step, **{f"validation {name}": value for name, value in figures.items()}}
         )
         self.progress.validation(self.state.step, means, better)
 
@@ -302,7 +297,8 @@ def _validation_batches(lm: LM, records: Sequence[Record], config: TrainConfig) 
 def harmonic_mean(*values: float) -> float:
     """The harmonic mean: the score that the best editor is chosen by, low as soon as one of the three is.
 
-    Of editors whose scores are alike the later one is kept. The loss would choose worse: its mean KL hangs on a few locality texts whose answer flips (docs/log.md).
+    Of editors whose scores are alike the later one is kept. The loss would choose worse: its mean KL hangs on a few
+    locality texts whose answer flips (docs/log.md).
     """
     return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0
 
