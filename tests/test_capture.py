@@ -14,11 +14,11 @@ from torch import Tensor
 
 from cases import ARCHITECTURES, VOCABULARY, build_model, unchanged
 from emendo.capture import Factors, capture, move
-from emendo.data.batch import Text, TokenBatch, collate
 from emendo.errors import ModelError
 from emendo.losses import per_example, token_nll
 from emendo.models import LM
 from emendo.sites import Site, find_sites
+from emendo.texts import Text, TokenBatch, collate
 from emendo.trunk import Trunk
 
 KINDS = sorted(ARCHITECTURES)
@@ -80,10 +80,10 @@ def test_factors_of_a_resumed_pass_rebuild_the_dense_gradient(kind: str) -> None
     model = build_model(kind, torch.float64)
     sites, batch = find_sites(model, "all"), three_texts()
     trunk = Trunk(model, sites)
-    hidden = trunk.run(batch.input_ids, batch.attention_mask)
+    hidden = trunk.run(batch)
 
     def loss() -> Tensor:
-        logits = trunk.logits(batch.input_ids, batch.attention_mask, batch.positions, hidden)
+        logits = trunk.logits(batch, hidden)
         return per_example(token_nll(logits, batch.labels), batch.owner, 3)
 
     with unchanged(model):
@@ -127,7 +127,7 @@ def test_rows_are_the_tokens_that_matter(tiny_llama: LM, side: str) -> None:
     trunk = Trunk(tiny_llama.model, sites)
 
     def loss() -> Tensor:
-        logits = trunk.logits(batch.input_ids, batch.attention_mask, batch.positions)
+        logits = trunk.logits(batch)
         return per_example(token_nll(logits, batch.labels), batch.owner, 3)
 
     _, factors = capture(tiny_llama.model, sites, loss)

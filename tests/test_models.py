@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from cases import CONTEXT, build_lm, build_tokenizer
@@ -79,13 +79,6 @@ def test_no_such_model(tmp_path: Path) -> None:
 
 def test_no_such_dtype(folder: Path) -> None:
     assert message(folder, dtype="int4") == "dtype 'int4' is not one of float32, bfloat16, float16."
-
-
-def test_encoder_decoder(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    config = AutoConfig.for_model("t5", d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, vocab_size=50)
-    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
-    assert "encoder-decoder" in message(tmp_path)
 
 
 def test_folder_without_a_tokenizer(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from cases import records
-from emendo.data.batch import Text, collate, encode
+from emendo.data.batch import encode
 from emendo.models import LM
 from emendo.sites import find_sites
 from emendo.store import TrunkStore
+from emendo.texts import Text, TokenBatch, collate
 from emendo.trunk import Trunk
 
 
@@ -31,9 +32,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     run = Trunk.run
 
-    def counted(self: Trunk, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        calls.append(len(input_ids))
-        return run(self, input_ids, attention_mask)
+    def counted(self: Trunk, batch: TokenBatch) -> Tensor:
+        calls.append(len(batch))
+        return run(self, batch)
 
     monkeypatch.setattr(Trunk, "run", counted)
     return calls
@@ -49,7 +50,7 @@ def test_gathered_rows_are_the_output_of_the_trunk(tiny_llama: LM, dtype: torch.
     assert found.shape[:2] == (4, max(len(text.inputs) for text in asked))
     for row, text in zip(found, asked, strict=True):
         alone = collate([text])
-        expected = store.trunk.run(alone.input_ids, alone.attention_mask)[0]
+        expected = store.trunk.run(alone)[0]
         torch.testing.assert_close(row[: len(text.inputs)], expected.to(dtype), rtol=1e-2, atol=1e-4)
         assert not row[len(text.inputs) :].any()
 
@@ -61,7 +62,7 @@ def test_resumed_from_the_store_the_logits_are_those_of_the_full_pass(tiny_gpt2:
 
     def logits(hidden: Tensor | None) -> Tensor:
         with torch.no_grad():
-            return store.trunk.logits(batch.input_ids, batch.attention_mask, batch.positions, hidden)
+            return store.trunk.logits(batch, hidden)
 
     torch.testing.assert_close(logits(store.gather(texts)), logits(None), rtol=1e-4, atol=1e-4)
 

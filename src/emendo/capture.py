@@ -6,7 +6,8 @@ examples' losses before differentiating gives every example its own ``delta`` in
 row of one example depends on another example.
 
 No parameter's ``.grad`` is touched, nothing below the first site is differentiated, and no second-order graph
-is built: ``u`` and ``delta`` are constants for whatever is trained on them.
+is built: ``u`` and ``delta`` are constants for whatever is trained on them. A method that trains the model itself
+(ENN) asks for the graph.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def capture(
     model: nn.Module,
     sites: tuple[Site, ...],
     loss: Callable[[], Tensor],
+    *,
+    create_graph: bool = False,
 ) -> tuple[Tensor, dict[str, Factors]]:
     """Run ``loss`` and return its value with the factors of its gradient at every site.
 
@@ -75,6 +78,7 @@ def capture(
         model: the model that ``loss`` runs once on a batch.
         sites: where to capture.
         loss: runs the model and returns each example's loss ``[examples]``.
+        create_graph: leave ``u`` and ``delta`` differentiable in the model's parameters (second order).
 
     Returns:
         The losses ``[examples]``, detached, and the factors by site name. Rows whose ``u`` or ``delta`` is
@@ -88,7 +92,7 @@ def capture(
 
     def keep(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            inputs[name] = args[0].detach()
+            inputs[name] = args[0] if create_graph else args[0].detach()
             if not output.requires_grad or not torch.is_grad_enabled():
                 output = output.detach().requires_grad_()
             outputs[name] = output
@@ -102,7 +106,8 @@ def capture(
             losses = loss()
             if idle := [site.name for site in sites if site.name not in outputs]:
                 raise ModelError(f"The model never ran {idle[0]}, so it cannot be edited; leave it out.")
-            gradients = torch.autograd.grad(losses.sum(), [outputs[site.name] for site in sites])
+            ends = [outputs[site.name] for site in sites]
+            gradients = torch.autograd.grad(losses.sum(), ends, create_graph=create_graph)
     finally:
         for handle in handles:
             handle.remove()

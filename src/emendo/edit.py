@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from emendo.lowrank import LowRank, applied
 from emendo.models import LM
 
 FORMAT = 1
+M = TypeVar("M", nn.Module, LM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +110,10 @@ class Edit:
         return Attachment(stack)
 
     @contextmanager
-    def applied(self, model: nn.Module | LM) -> Iterator[None]:
-        """The edit attached for the length of a ``with`` block; see :meth:`attach`."""
+    def applied(self, model: M) -> Iterator[M]:
+        """The edit attached for the length of a ``with`` block, which is given the model; see :meth:`attach`."""
         with self.attach(model):
-            yield
+            yield model
 
     @property
     def rank(self) -> int:

@@ -71,6 +71,20 @@ class LowRank:
             return self
         return LowRank(self.left.transpose(0, 1).flatten(1), self.right.flatten(0, 1))
 
+    def group(self, size: int) -> LowRank:
+        """The sums of every ``size`` consecutive changes: ``[examples / size, d_out, size * r]`` and its like."""
+        count, d_out, rank = self.left.shape
+        left = self.left.view(count // size, size, d_out, rank).transpose(1, 2).flatten(2)
+        return LowRank(left, self.right.reshape(count // size, size * rank, -1))
+
+    @classmethod
+    def of_dense(cls, change: Tensor) -> LowRank:
+        """A dense change ``[..., d_out, d_in]`` as it is: one factor is the identity, nothing is lost or computed."""
+        d_out, d_in = change.shape[-2:]
+        eye = torch.eye(min(d_out, d_in), dtype=change.dtype, device=change.device)
+        eye = eye.expand(*change.shape[:-2], *eye.shape)
+        return cls(change, eye) if d_in <= d_out else cls(eye, change)
+
     def dense(self) -> Tensor:
         """``dW [..., d_out, d_in]`` itself."""
         return self.left @ self.right

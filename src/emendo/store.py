@@ -13,10 +13,10 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from emendo.data.batch import Text, collate, length_buckets
 from emendo.files import new_file
+from emendo.texts import Text, TokenBatch, collate, length_buckets
 from emendo.trunk import Trunk
 
 _BATCH_TOKENS = 512
@@ -42,6 +42,22 @@ class TrunkStore:
     def __len__(self) -> int:
         return len(self._index)
 
+    @property
+    def model(self) -> nn.Module:
+        """The model that the trunk is a part of."""
+        return self.trunk.model
+
+    def logits(self, texts: Sequence[Text]) -> tuple[TokenBatch, Tensor]:
+        """The texts as one batch, and the logits at its label positions, resumed from what is kept."""
+        batch = collate(texts)
+        return batch, self.trunk.logits(batch, self.gather(texts))
+
+    def over(self, trunk: Trunk) -> TrunkStore:
+        """The same kept outputs under another model that shares the frozen part."""
+        other = TrunkStore(trunk, dtype=self.dtype)
+        other._chunks, other._index = self._chunks, self._index
+        return other
+
     def missing(self, texts: Iterable[Text]) -> list[Text]:
         """The texts not yet kept, each once."""
         return list({key: text for text in texts if (key := _key(text)) not in self._index}.values())
@@ -61,14 +77,14 @@ class TrunkStore:
             return 0
         rows, keys, first = [], [], []
         at = 0
-        for part in length_buckets(todo, lambda text: len(text.inputs), _BATCH_TOKENS):
+        for part in length_buckets(todo, lambda text: len(text.trunk), _BATCH_TOKENS):
             batch = collate(part)
-            hidden = self.trunk.run(batch.input_ids, batch.attention_mask).to("cpu", self.dtype)
-            rows.append(hidden[batch.attention_mask.bool()])
+            hidden = self.trunk.run(batch).to("cpu", self.dtype)
+            rows.append(hidden[batch.trunk_mask.bool()])
             for text in part:
                 keys.append(_key(text))
                 first.append(at)
-                at += len(text.inputs)
+                at += len(text.trunk)
             if progress is not None:
                 progress(len(part))
         self._add(torch.cat(rows), keys, first)
@@ -76,12 +92,12 @@ class TrunkStore:
 
     def gather(self, texts: Sequence[Text]) -> Tensor:
         """Hidden states ``[texts, tokens, width]``, padded on the right with zeros, as :func:`collate` pads."""
-        length = max(len(text.inputs) for text in texts)
+        length = max(len(text.trunk) for text in texts)
         width = self._chunks[0].shape[-1]
         out = torch.zeros(len(texts), length, width, dtype=self.dtype)
         for row, text in zip(out, texts, strict=True):
             chunk, first = self._index[_key(text)]
-            count = len(text.inputs)
+            count = len(text.trunk)
             row[:count] = self._chunks[chunk][first : first + count]
         return out
 
@@ -123,4 +139,4 @@ class TrunkStore:
 
 def _key(text: Text) -> bytes:
     """16 bytes that stand for what the model reads of the text."""
-    return hashlib.blake2b(np.asarray(text.inputs, np.int32).tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(np.asarray(text.trunk, np.int32).tobytes(), digest_size=16).digest()

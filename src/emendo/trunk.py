@@ -5,6 +5,13 @@ Everything below that block is frozen and its output depends on the text alone, 
 a forward pre-hook takes the hidden state and stops the pass; to resume, the blocks below are stand-ins that
 hand their input on, and a pre-hook feeds the kept hidden state to the first edited block. The list keeps its
 length, so layer indices, masks and rotary tables stay right.
+
+How far the trunk reaches depends on the kind of model:
+
+- a decoder, or a classifier on one stack of blocks: all blocks below the first edited one;
+- an encoder-decoder with edits in its encoder: the encoder's blocks below the first edited one. The decoder runs in
+  full, since every block of it reads what the edited encoder gives;
+- an encoder-decoder with edits in its decoder alone: the whole encoder. The decoder runs in full here too.
 """
 
 from __future__ import annotations
@@ -18,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from emendo.errors import ModelError
-from emendo.sites import Site, find_stacks
+from emendo.sites import Site, find_stacks, kind_of
+from emendo.texts import TokenBatch
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
@@ -32,6 +40,7 @@ class _Pass(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         object.__setattr__(self, "block", block)  # not registered as a child: it must not show up as one
+        object.__setattr__(self, "biased", _bias_table(block) is not None)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -39,61 +48,89 @@ class _Pass(nn.Module):
         except AttributeError:
             return getattr(object.__getattribute__(self, "block"), name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states, None, None) if self.biased else hidden_states
+
+
+def _bias_table(block: nn.Module) -> nn.Module | None:
+    """The self-attention of a block of T5's kind, whose blocks hand a relative position bias on to each other."""
+    return next((m for m in block.modules() if hasattr(m, "has_relative_attention_bias")), None)
 
 
 class Trunk:
-    """The frozen blocks of a one-stack model below the first edited site, and the way on from there.
+    """The frozen blocks of a model below the first edited site, and the way on from there.
 
     Args:
         model: the model; it is not changed.
         sites: what is edited; the trunk ends below the lowest of their blocks.
 
     Raises:
-        ModelError: the sites stand in several stacks, or the model's outputs cannot be scored by token.
+        ModelError: the sites stand in stacks that do not belong together, or the model's outputs cannot be scored.
     """
 
     def __init__(self, model: nn.Module, sites: tuple[Site, ...]) -> None:
-        names = {site.stack for site in sites}
-        if len(names) != 1:
-            raise ModelError(f"A trunk needs sites in exactly one stack of blocks, not in {sorted(names)}.")
-        self.stack = names.pop()
-        if len(find_stacks(model)) > 1:
-            raise ModelError(
-                f"{type(model).__name__} has several stacks of blocks; only decoder-only models are supported."
-            )
-        self.block = min(site.block for site in sites)
         self.model = model
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        if head is None:
+        self.kind = kind_of(model)
+        stacks = {stack.name: stack.depth for stack in find_stacks(model)}
+        if len(stacks) > 1 + (self.kind == "seq2seq"):
             raise ModelError(
-                f"{type(model).__name__} has no vocabulary projection, so the probability of a target text "
-                "cannot be read from it. Load it as a causal language model."
+                f"{type(model).__name__} has {len(stacks)} stacks of blocks: {', '.join(stacks)}."
             )
-        self.head: nn.Module = head
+        if strange := {site.stack for site in sites} - stacks.keys():
+            raise ModelError(f"The model has no blocks {', '.join(strange)}; it has {', '.join(stacks)}.")
+        self.stack = next(iter(stacks))
+        """Where it stands: the only stack, or the encoder's, which comes first."""
+        self.block = min(
+            (site.block for site in sites if site.stack == self.stack), default=stacks[self.stack]
+        )
+        """The first edited block; the number of blocks where there is none."""
+        if self.kind != "seq2seq" and self.block == stacks[self.stack]:
+            raise ModelError("A trunk needs at least one site.")
         parameters = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in parameters
-
-    def _inputs(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids.to(device),
-            "attention_mask": attention_mask.to(device),
-            "use_cache": False,
-        }
-        if self._takes_positions and not bool(attention_mask[:, 0].all()):  # padded on the left
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        return inputs
+        self._takes_positions = self.kind == "causal" and "position_ids" in parameters
 
     @torch.no_grad()
-    def run(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The hidden state ``[batch, tokens, width]`` that enters the first edited block.
+    def run(self, batch: TokenBatch) -> Tensor:
+        """The hidden state ``[texts, tokens, width]`` that enters the first edited block.
+
+        For an encoder-decoder the tokens are those of the source; without edits in its encoder, what the whole
+        encoder gives.
+        """
+        if self.kind != "seq2seq":
+            return self._until(self.model, self._inputs(batch))
+        encoder = self.model.get_encoder()  # type: ignore[operator]
+        inputs = {name: self._inputs(batch)[name] for name in ("input_ids", "attention_mask")}
+        if f"{self.block}" in self.model.get_submodule(self.stack)._modules:
+            return self._until(encoder, inputs)
+        hidden: Tensor = encoder(**inputs).last_hidden_state
+        return hidden
+
+    def logits(self, batch: TokenBatch, hidden: Tensor | None = None) -> Tensor:
+        """Logits at the label positions only, resumed from the trunk's output.
 
         Args:
-            input_ids: ``[batch, tokens]``.
-            attention_mask: ``[batch, tokens]``, 1 for text and 0 for padding.
+            batch: the texts.
+            hidden: ``[texts, tokens, width]`` from :meth:`run`; None runs the whole model.
+
+        Returns:
+            ``[n, vocabulary]``, one row for each of the batch's labels (classes in place of the vocabulary for a
+            classifier).
         """
+        inputs = self._inputs(batch)
+        if hidden is None:
+            return label_logits(self.model, inputs, batch.positions)
+        if f"{self.block}" not in self.model.get_submodule(self.stack)._modules:
+            rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+            kept = hidden.to(next(self.model.parameters()))
+            return label_logits(self.model, {**rest, "encoder_outputs": (kept,)}, batch.positions)
+        with self._resuming(hidden):
+            return label_logits(self.model, inputs, batch.positions)
+
+    def _inputs(self, batch: TokenBatch) -> dict[str, Any]:
+        return model_inputs(self.model, batch, positions=self._takes_positions)
+
+    def _until(self, module: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Run a module until the first edited block."""
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise _Stop(args[0] if args else kwargs["hidden_states"])
@@ -101,7 +138,7 @@ class Trunk:
         first = self.model.get_submodule(f"{self.stack}.{self.block}")
         handle = first.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.model(**self._inputs(input_ids, attention_mask))
+            module(**inputs)
         except _Stop as stopped:
             return stopped.hidden
         finally:
@@ -117,38 +154,86 @@ class Trunk:
 
         blocks = self.model.get_submodule(self.stack)
         below = {str(i): blocks._modules[str(i)] for i in range(self.block)}
-        handle = blocks._modules[str(self.block)].register_forward_pre_hook(feed, with_kwargs=True)  # type: ignore[union-attr]
-        try:
+        first = blocks.get_submodule(str(self.block))
+        with ExitStack() as stack:
+            stack.callback(first.register_forward_pre_hook(feed, with_kwargs=True).remove)
+            stack.callback(blocks._modules.update, below)
+            if below:
+                stack.enter_context(_lent_bias(blocks.get_submodule("0"), first))
             for key, block in below.items():
                 blocks._modules[key] = _Pass(block)  # type: ignore[arg-type]
             yield
-        finally:
-            blocks._modules.update(below)
-            handle.remove()
 
-    def logits(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, hidden: Tensor | None = None
-    ) -> Tensor:
-        """Logits at the asked positions only, resumed from the trunk's output.
 
-        Args:
-            input_ids: ``[batch, tokens]``.
-            attention_mask: ``[batch, tokens]``.
-            positions: ``[n]``, indices into the flattened ``batch * tokens``.
-            hidden: ``[batch, tokens, width]`` from :meth:`run`; None runs the whole model.
+@contextmanager
+def _lent_bias(owner: nn.Module, borrower: nn.Module) -> Iterator[None]:
+    """T5's first block owns the table of relative positions; lend it to the block from which a pass resumes."""
+    source, target = _bias_table(owner), _bias_table(borrower)
+    if source is None or target is None or target.has_relative_attention_bias:
+        yield
+        return
+    target.relative_attention_bias = source.relative_attention_bias
+    target.has_relative_attention_bias = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del target.relative_attention_bias
+        target.has_relative_attention_bias = False  # type: ignore[assignment]
 
-        Returns:
-            ``[n, vocabulary]``; row ``i`` predicts the token after position ``i``.
-        """
 
-        def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            rows = args[0].flatten(0, 1).index_select(0, positions.to(args[0].device))
-            return (rows.unsqueeze(0),)
+def model_inputs(model: nn.Module, batch: TokenBatch, *, positions: bool = False) -> dict[str, Any]:
+    """What a model's ``forward`` takes for a batch of texts.
 
-        with ExitStack() as stack:
-            stack.callback(self.head.register_forward_pre_hook(gather).remove)
-            if hidden is not None:
-                stack.enter_context(self._resuming(hidden))
-            output = self.model(**self._inputs(input_ids, attention_mask))
-        logits: Tensor = output.logits.squeeze(0)
+    Args:
+        model: a model of any kind.
+        batch: the texts.
+        positions: give ``position_ids`` where the batch is padded on the left.
+    """
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    pad = getattr(model.config, "pad_token_id", None) or 0
+
+    def tokens(
+        ids: Tensor, mask: Tensor
+    ) -> Tensor:  # some models read off the padding's id where the text ends
+        return ids.masked_fill(mask == 0, pad).to(device)
+
+    kind = kind_of(model)
+    ids, mask = tokens(batch.input_ids, batch.attention_mask), batch.attention_mask.to(device)
+    if kind == "classifier":
+        return {"input_ids": ids, "attention_mask": mask}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if kind == "seq2seq":
+        assert batch.source_ids is not None and batch.source_mask is not None
+        source = {
+            "input_ids": tokens(batch.source_ids, batch.source_mask),
+            "attention_mask": batch.source_mask.to(device),
+        }
+        return {**source, "decoder_input_ids": ids, "decoder_attention_mask": mask, "use_cache": False}
+    if positions and not bool(batch.attention_mask[:, 0].all()):  # padded on the left
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+def label_logits(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+    """Run a model and keep the logits ``[n, vocabulary]`` at ``positions [n]`` of the flattened batch.
+
+    The vocabulary projection sees those positions only. A classifier gives one row of logits for each text; one with a
+    single logit z gives (0, z), so that the second class has the probability sigmoid(z).
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        scores: Tensor = model(**inputs).logits
+        if scores.shape[-1] == 1:
+            scores = torch.cat([torch.zeros_like(scores), scores], -1)
+        return scores.index_select(0, (positions // inputs["input_ids"].shape[1]).to(scores.device))
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        rows = args[0].flatten(0, 1).index_select(0, positions.to(args[0].device))
+        return (rows.unsqueeze(0),)
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        logits: Tensor = model(**inputs).logits.squeeze(0)
         return logits
+    finally:
+        handle.remove()

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cases import BEGIN, END, build_tokenizer, records
-from emendo.data.batch import Text, collate, encode, length_buckets
+from emendo.data.batch import encode
 from emendo.errors import RequestError
+from emendo.texts import Text, collate, length_buckets
 
 PLAIN, WITH_BOS = build_tokenizer(), build_tokenizer(bos=True)
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)

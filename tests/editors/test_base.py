@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from cases import ARCHITECTURES, CONTEXT, VOCABULARY, build_lm, records, unchanged
 from emendo import editors
 from emendo.capture import Factors, capture
-from emendo.data.batch import Text, collate, encode
+from emendo.data.batch import encode
 from emendo.edit import Request
-from emendo.editors import EDITORS, Editor, editor_class
+from emendo.editors import EDITORS, Editor, GradientEditor, editor_class
 from emendo.editors.base import edit_factors
 from emendo.editors.mend import Mend
 from emendo.errors import MismatchError, RequestError, StorageError
@@ -28,6 +28,7 @@ from emendo.losses import per_example, token_nll
 from emendo.lowrank import LowRank, applied
 from emendo.models import LM
 from emendo.sites import Site, find_sites
+from emendo.texts import Text, collate
 from emendo.trunk import Trunk
 
 
@@ -36,7 +37,7 @@ class StepConfig:
     lr: float = 0.1
 
 
-class Step(Editor):
+class Step(GradientEditor):
     """``dW = -lr * sum_i delta_i u_i^T``: one step of gradient descent."""
 
     name = "step"
@@ -144,8 +145,8 @@ def test_a_batch_of_episodes_equals_separate_edits(kind: str) -> None:
     with unchanged(lm.model), torch.no_grad():
         together = editor.each(lm, FACTS)
         with applied(lm.model, together):
-            hidden = trunk.run(batch.input_ids, batch.attention_mask)
-            logits = trunk.logits(batch.input_ids, batch.attention_mask, batch.positions, hidden)
+            hidden = trunk.run(batch)
+            logits = trunk.logits(batch, hidden)
         for i, (fact, probe) in enumerate(zip(FACTS, probes, strict=True)):
             edit = editor.edit(lm, fact.prompt, fact.target)
             for name, delta in edit.deltas.items():
@@ -168,10 +169,10 @@ def padded_changes(lm: LM, texts: list[Text], side: Literal["left", "right"]) ->
     """Each text's own dense change, from one batch padded on that side."""
     sites = find_sites(lm.model)
     batch, trunk = collate(texts, pad_id=3, side=side), Trunk(lm.model, sites)
-    hidden = trunk.run(batch.input_ids, batch.attention_mask)
+    hidden = trunk.run(batch)
 
     def loss() -> Tensor:
-        logits = trunk.logits(batch.input_ids, batch.attention_mask, batch.positions, hidden)
+        logits = trunk.logits(batch, hidden)
         return per_example(token_nll(logits, batch.labels), batch.owner, len(texts))
 
     factors = capture(lm.model, sites, loss)[1]
@@ -205,7 +206,7 @@ def test_a_known_trunk_output_is_not_computed_again(exact: LM, monkeypatch: pyte
     sites = find_sites(exact.model)
     trunk, texts = Trunk(exact.model, sites), [Text((5, 6, 7, 8), 2), Text((9, 3, 4), 1)]
     batch = collate(texts)
-    hidden = trunk.run(batch.input_ids, batch.attention_mask)
+    hidden = trunk.run(batch)
     expected = edit_factors(trunk, sites, texts)
     monkeypatch.setattr(trunk, "run", lambda *_: pytest.fail("the trunk ran again"))
     for name, factors in edit_factors(trunk, sites, texts, hidden).items():

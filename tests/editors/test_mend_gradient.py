@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from cases import build_lm, records, unchanged
 from emendo.capture import Factors
-from emendo.data.batch import collate, encode
+from emendo.data.batch import encode
 from emendo.editors.base import edit_factors
 from emendo.editors.mend import Mend, MendConfig
 from emendo.losses import per_example, token_kl, token_nll
 from emendo.lowrank import applied
 from emendo.models import LM
 from emendo.sites import find_sites
+from emendo.texts import collate
 from emendo.trunk import Trunk
 
 
@@ -27,11 +28,11 @@ def outer_loss(lm: LM, editor: Mend, factors: Mapping[str, Factors]) -> Callable
         (r.neighbours[0].prompt, r.neighbours[0].answer) for r in facts
     ]
     batch, trunk = collate(encode(lm.tokenizer, judged)), Trunk(lm.model, editor.sites)
-    hidden = trunk.run(batch.input_ids, batch.attention_mask)
+    hidden = trunk.run(batch)
     rows = torch.tensor([0, 1, 0, 1])
 
     def logits() -> Tensor:
-        return trunk.logits(batch.input_ids, batch.attention_mask, batch.positions, hidden)
+        return trunk.logits(batch, hidden)
 
     clean, edited = logits(), batch.owner < 2
 

@@ -9,6 +9,7 @@ from cases import records
 from emendo.editors.base import edit_factors
 from emendo.editors.mend import Mend
 from emendo.models import LM
+from emendo.outer import Weights
 from emendo.sites import find_sites
 from emendo.store import TrunkStore
 from emendo.train import TrainConfig, ahead
@@ -61,7 +62,7 @@ def test_a_step_is_the_same_with_and_without_looking_ahead(
     for found in (None, look_ahead(editor, store, batches)[2]):
         torch.manual_seed(0)
         fresh = Mend(editor.sites)
-        outcome = training_step(fresh, store, batches[2], 0.2, 0.5, found)
+        outcome = training_step(fresh, store, batches[2], Weights(0.2), found)
         assert outcome is not None
         gradients.append([p.grad for p in fresh.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0

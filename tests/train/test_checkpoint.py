@@ -18,9 +18,9 @@ from damage import full_disk
 from emendo.editors.mend import Mend, MendConfig
 from emendo.errors import StorageError
 from emendo.models import LM
+from emendo.outer import Outcome
 from emendo.sites import find_sites
 from emendo.train import TrainConfig, TrainResult, checkpoint, loop, train
-from emendo.train.step import Outcome
 
 CONFIG = TrainConfig(
     steps=13, batch=4, lr=3e-3, warmup=3, validate_every=5, validate_on=4, checkpoint_every=1e9

@@ -17,10 +17,10 @@ from cases import build_lm, records, unchanged
 from emendo.editors.mend import Mend, MendConfig
 from emendo.errors import MismatchError, RequestError, TrainingError
 from emendo.models import LM
+from emendo.outer import Outcome
 from emendo.sites import find_sites
 from emendo.train import TrainConfig, TrainResult, loop, train
 from emendo.train.progress import Quiet
-from emendo.train.step import Outcome
 
 CONFIG = TrainConfig(
     steps=12, batch=4, lr=1e-3, warmup=2, validate_every=4, validate_on=4, checkpoint_every=1e9

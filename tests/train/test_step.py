@@ -12,14 +12,15 @@ from torch.nn import functional as F
 
 from cases import build_lm, records, unchanged
 from emendo.capture import Factors
-from emendo.data.batch import Text
 from emendo.editors.mend import Mend, MendConfig
 from emendo.models import LM
+from emendo.outer import Episode, Outcome, Weights
 from emendo.sites import find_sites
 from emendo.store import TrunkStore
+from emendo.texts import Text
 from emendo.train.config import TrainConfig
-from emendo.train.episodes import Episode, Episodes
-from emendo.train.step import Outcome, training_step, validation_step
+from emendo.train.episodes import Episodes
+from emendo.train.step import training_step, validation_step
 from emendo.trunk import Trunk
 
 C_EDIT = 0.3
@@ -105,7 +106,7 @@ def test_the_step_has_the_gradient_of_the_textbook(kind: str) -> None:
     lm, episodes, store = _setting(kind)
     editor, plain = _editor(lm).train(), _editor(lm).train()
     with unchanged(lm.model):
-        outcome = training_step(editor, store, episodes, C_EDIT)
+        outcome = training_step(editor, store, episodes, Weights(C_EDIT))
     loss = _textbook(lm, plain, episodes)
     loss.backward()
     assert outcome is not None
@@ -120,8 +121,8 @@ def test_the_step_has_the_gradient_of_the_textbook(kind: str) -> None:
 def test_a_batch_is_the_mean_of_its_episodes(config: dict[str, Any]) -> None:
     lm, episodes, store = _setting("llama", 4)
     together, alone = _editor(lm, **config).eval(), _editor(lm, **config).eval()
-    outcome = training_step(together, store, episodes, C_EDIT)
-    parts = [training_step(alone, store, [episode], C_EDIT) for episode in episodes]
+    outcome = training_step(together, store, episodes, Weights(C_EDIT))
+    parts = [training_step(alone, store, [episode], Weights(C_EDIT)) for episode in episodes]
     assert outcome is not None
     for name in Outcome.__dataclass_fields__:
         mean = sum(getattr(part, name) for part in parts) / len(parts)
@@ -133,7 +134,7 @@ def test_a_batch_is_the_mean_of_its_episodes(config: dict[str, Any]) -> None:
 def test_scores_are_those_of_the_edited_model() -> None:
     lm, episodes, store = _setting("llama", 4)
     editor = _editor(lm).eval()
-    outcome = validation_step(editor, store, episodes, C_EDIT)
+    outcome = validation_step(editor, store, episodes, Weights(C_EDIT))
     success, kept = [], []
     for episode in episodes:
         ids = torch.tensor([episode.edit.ids])
@@ -154,8 +155,8 @@ def test_validation_changes_nothing() -> None:
     lm, episodes, store = _setting("llama")
     editor = _editor(lm).train()
     before = {name: tensor.clone() for name, tensor in editor.state_dict().items()}
-    first = validation_step(editor, store, episodes, C_EDIT)
-    assert validation_step(editor, store, episodes, C_EDIT) == first
+    first = validation_step(editor, store, episodes, Weights(C_EDIT))
+    assert validation_step(editor, store, episodes, Weights(C_EDIT)) == first
     assert editor.training
     assert all(tensor.equal(before[name]) for name, tensor in editor.state_dict().items())
     assert all(parameter.grad is None for parameter in editor.parameters())
@@ -164,7 +165,7 @@ def test_validation_changes_nothing() -> None:
 def test_training_takes_in_the_statistics() -> None:
     lm, episodes, store = _setting("llama")
     editor = _editor(lm).train()
-    training_step(editor, store, episodes, C_EDIT)
+    training_step(editor, store, episodes, Weights(C_EDIT))
     counts = [float(buffer) for name, buffer in editor.named_buffers() if name.endswith("count")]
     assert counts and all(count > 0 for count in counts)
 
@@ -176,5 +177,5 @@ def test_factors_that_are_not_finite_reach_nothing() -> None:
     with torch.no_grad():
         for chunk in store._chunks:
             chunk.fill_(float("nan"))
-    assert training_step(editor, store, episodes, C_EDIT) is None
+    assert training_step(editor, store, episodes, Weights(C_EDIT)) is None
     assert all(tensor.equal(before[name]) for name, tensor in editor.state_dict().items())

@@ -44,6 +44,7 @@ def run(
     last: opt.Last = None,
     steps: own.Steps = None,
     batch: own.Batch = None,
+    together: own.Together = None,
     lr: own.Lr = None,
     minutes: own.Minutes = None,
     c_edit: own.CEdit = None,

@@ -15,7 +15,8 @@ def _number(flag: str, text: str, default: float | None = None, metavar: str = "
 
 # Defaults stand here for the reader only: options that are not given take those of TrainConfig.
 Steps = Annotated[int | None, _number("--steps", "Optimiser steps.", 2500)]
-Batch = Annotated[int | None, _number("--batch", "Edits per step, each an edit of its own.", 8)]
+Batch = Annotated[int | None, _number("--batch", "Facts per step.", 8)]
+Together = Annotated[int | None, _number("--together", "How many facts make one edit.", 1)]
 Lr = Annotated[float | None, _number("--lr", "Learning rate at its peak.", 0.001, metavar="X")]
 Warmup = Annotated[int | None, _number("--warmup", "Steps over which the learning rate rises.", 100)]
 Minutes = Annotated[

@@ -13,8 +13,8 @@ from emendo.cli.loading import passages, training_records
 from emendo.cli.runs import Run, clear
 from emendo.cli.settings import site_choice
 from emendo.data import Record
-from emendo.editors import Editor, editor_class
-from emendo.errors import EmendoError
+from emendo.editors import GradientEditor, editor_class
+from emendo.errors import EmendoError, RequestError
 from emendo.models import LM
 from emendo.sites import find_sites
 from emendo.train import TrainResult, train
@@ -66,16 +66,25 @@ def carry_out(run: Run, lm: LM) -> Run:
     return run.finish(result.editor, result.history, _result(run, result, records, validation, skipped))
 
 
-def new_editor(run: Run, lm: LM) -> Editor:
-    """The untrained editor of a run, the same at every call."""
+def new_editor(run: Run, lm: LM) -> GradientEditor:
+    """The untrained editor of a run, the same at every call.
+
+    Raises:
+        RequestError: the method is not one to train.
+    """
     settings = run.settings
     kind = editor_class(settings.editor)
+    if not issubclass(kind, GradientEditor):
+        raise RequestError(
+            f"{settings.editor} needs no training. Use it at once: emendo edit --editor {settings.editor} "
+            f"--model {settings.model} PROMPT TARGET"
+        )
     sites = find_sites(lm.model, site_choice(settings.sites), last=settings.last)
     torch.manual_seed(settings.config.seed)
     return kind(sites, kind.Config(**settings.editor_settings)).to(lm.device)
 
 
-def _beginning(lm: LM, editor: Editor, records: int, validation: int, resume: bool) -> str:
+def _beginning(lm: LM, editor: GradientEditor, records: int, validation: int, resume: bool) -> str:
     size = sum(parameter.numel() for parameter in editor.parameters()) / 1e6
     return (
         f"{'Going on with' if resume else 'Training'} a {editor.name} editor of {size:.1f} million parameters at "

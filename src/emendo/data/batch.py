@@ -1,63 +1,99 @@
-"""Texts to tokens: one tokenisation of ``prompt + " " + answer`` gives both the ids and the answer's span."""
+"""Words to tokens: prompts with their answers, as each kind of model reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from emendo.errors import RequestError
+from emendo.models import LM
+from emendo.texts import Text
 
-T = TypeVar("T")
 
+def to_texts(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[Text]:
+    """Tokenise ``(prompt, answer)`` pairs as the model reads them (see :mod:`emendo.texts`).
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A tokenised prompt and answer.
+    Args:
+        lm: the model.
+        pairs: prompts and answers; for a classifier an answer is the name of a class.
 
-    Attributes:
-        ids: token ids of the whole text.
-        start: index of the answer's first token; at least 1, because a label needs a token before it.
+    Raises:
+        RequestError: an empty prompt or answer, a text that does not fit the model's context, a name that is no class
+            of the model's, or a slow tokenizer.
     """
-
-    ids: tuple[int, ...]
-    start: int
-
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """What the model reads: all but the last token, which is only ever predicted."""
-        return self.ids[:-1]
-
-    @property
-    def labels(self) -> tuple[int, ...]:
-        """The answer's tokens."""
-        return self.ids[self.start :]
+    match lm.kind:
+        case "causal":
+            return encode(lm.tokenizer, pairs, max_tokens=lm.context)
+        case "seq2seq":
+            return _sources_and_answers(lm, pairs)
+        case "classifier":
+            return _with_classes(lm, pairs)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenBatch:
-    """Several texts, padded; the label positions of all of them one after the other.
+def _sources_and_answers(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[Text]:
+    """The prompt for the encoder; for the decoder its start token and the answer with its end.
 
-    Attributes:
-        input_ids: ``[texts, tokens]``.
-        attention_mask: ``[texts, tokens]``, 1 for text and 0 for padding.
-        positions: ``[n]`` indices into the flattened ``texts * tokens``: where each label is predicted.
-        labels: ``[n]`` the answers' tokens.
-        owner: ``[n]`` the text each label belongs to.
+    What the config forces the decoder to begin with (BART) is read and not scored.
     """
+    if not pairs:
+        return []
+    prompts, answers = _stripped(pairs)
+    sources = lm.tokenizer(prompts, return_attention_mask=False)["input_ids"]
+    targets = lm.tokenizer(text_target=answers, return_attention_mask=False)["input_ids"]
+    config = lm.model.config
+    forced = getattr(config, "forced_bos_token_id", None)
+    texts = []
+    for prompt, source, target in zip(prompts, sources, targets, strict=True):
+        _check_length(lm, prompt, len(source))
+        begin: tuple[int, ...] = (config.decoder_start_token_id,)
+        if forced is not None and target[0] == forced:
+            begin, target = (*begin, forced), target[1:]
+        if config.eos_token_id is not None and target[-1] != config.eos_token_id:
+            target = [*target, config.eos_token_id]
+        texts.append(Text((*begin, *target), len(begin), tuple(source)))
+    return texts
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    positions: Tensor
-    labels: Tensor
-    owner: Tensor
 
-    def __len__(self) -> int:
-        return len(self.input_ids)
+def _with_classes(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[Text]:
+    """The prompt, and the number of the class after it."""
+    if not pairs:
+        return []
+    prompts, answers = _stripped(pairs)
+    numbers = {label.casefold(): number for number, label in enumerate(lm.labels)}
+    texts = []
+    for prompt, answer, ids in zip(prompts, answers, lm.tokenizer(prompts)["input_ids"], strict=True):
+        _check_length(lm, prompt, len(ids))
+        if answer.casefold() not in numbers:
+            raise RequestError(
+                f"{answer!r} is no class of {lm.name}; a classifier can only be made to answer one of "
+                f"{', '.join(map(repr, lm.labels))}."
+            )
+        texts.append(Text((*ids, numbers[answer.casefold()]), len(ids)))
+    return texts
+
+
+def _check_length(lm: LM, prompt: str, tokens: int) -> None:
+    if lm.context is not None and tokens > lm.context:
+        raise RequestError(
+            f"The prompt has {tokens} tokens but the model's context is {lm.context}: shorten {prompt[:40]!r}..."
+        )
+
+
+def _stripped(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """Prompts and answers without white space where they meet."""
+    prompts = [prompt.rstrip() for prompt, _ in pairs]
+    answers = [answer.strip() for _, answer in pairs]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if not prompt.strip():
+            raise RequestError(
+                f"The prompt is empty (target {answer!r}); give the text that comes before it."
+            )
+        if not answer:
+            raise RequestError(
+                f"The target is empty (prompt {prompt!r}); give the text that should follow it."
+            )
+    return prompts, answers
 
 
 def encode(
@@ -86,17 +122,7 @@ def encode(
             f"{type(tokenizer).__name__} gives no character offsets, by which the answer's tokens are found; "
             "a fast tokenizer is needed."
         )
-    prompts = [prompt.rstrip() for prompt, _ in pairs]
-    answers = [answer.strip() for _, answer in pairs]
-    for prompt, answer in zip(prompts, answers, strict=True):
-        if not prompt.strip():
-            raise RequestError(
-                f"The prompt is empty (target {answer!r}); give the text that comes before it."
-            )
-        if not answer:
-            raise RequestError(
-                f"The target is empty (prompt {prompt!r}); give the text that should follow it."
-            )
+    prompts, answers = _stripped(pairs)
     coded = tokenizer(
         [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)],
         return_offsets_mapping=True,
@@ -119,36 +145,3 @@ def encode(
             )
         texts.append(Text(tuple(ids[:stop]), start))
     return texts
-
-
-def collate(texts: Sequence[Text], pad_id: int = 0, side: Literal["left", "right"] = "right") -> TokenBatch:
-    """Pad texts to one length. The padding's id is never seen by the model, being masked."""
-    length = max(len(text.ids) - 1 for text in texts)
-    input_ids = torch.full((len(texts), length), pad_id)
-    mask = torch.zeros(len(texts), length, dtype=torch.long)
-    positions: list[int] = []
-    labels: list[int] = []
-    owner: list[int] = []
-    for row, text in enumerate(texts):
-        inputs = text.inputs
-        at = 0 if side == "right" else length - len(inputs)
-        input_ids[row, at : at + len(inputs)] = torch.tensor(inputs)
-        mask[row, at : at + len(inputs)] = 1
-        first = row * length + at + text.start - 1
-        positions += range(first, first + len(text.labels))
-        labels += text.labels
-        owner += [row] * len(text.labels)
-    return TokenBatch(input_ids, mask, torch.tensor(positions), torch.tensor(labels), torch.tensor(owner))
-
-
-def length_buckets(items: Sequence[T], length: Callable[[T], int], tokens: int) -> Iterator[list[T]]:
-    """Sort by length and cut into batches of at most ``tokens`` padded tokens each (but at least one item)."""
-    ordered = sorted(items, key=length)
-    batch: list[T] = []
-    for item in ordered:
-        if batch and (len(batch) + 1) * length(item) > tokens:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch

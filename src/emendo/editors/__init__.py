@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from emendo.editors.base import Editor
+from emendo.editors.base import Editor, GradientEditor
 from emendo.errors import RequestError
 
 EDITORS = {
@@ -26,4 +26,4 @@ def editor_class(name: str) -> type[Editor]:
     return kind
 
 
-__all__ = ["EDITORS", "Editor", "editor_class"]
+__all__ = ["EDITORS", "Editor", "GradientEditor", "editor_class"]

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from emendo.capture import Factors
-from emendo.editors.base import Editor
+from emendo.editors.base import GradientEditor
 from emendo.errors import RequestError
 from emendo.lowrank import LowRank
 from emendo.nets import LowRankBlock, RunningStats
@@ -119,7 +119,7 @@ class _Network(nn.Module):
         return rows
 
 
-class Mend(Editor):
+class Mend(GradientEditor):
     """The MEND editor; see the module's text for its equations."""
 
     name = "mend"

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, TypeVar
 
-from emendo.data.batch import Text, encode, length_buckets
+from emendo.data.batch import to_texts
 from emendo.data.schema import Record
 from emendo.evaluate.results import SCORES, Kind, Outcome
 from emendo.models import LM
+from emendo.texts import Text, length_buckets
 
 T = TypeVar("T")
 
@@ -58,7 +59,7 @@ def tokenise(lm: LM, records: Sequence[Record], new_tokens: int | None) -> list[
         flat += [(index, "paraphrase", prompt, record.target) for prompt in record.paraphrases]
         flat += [(index, "neighbour", probe.prompt, probe.answer) for probe in record.neighbours]
         flat += [(index, "unrelated", probe.prompt, probe.answer) for probe in record.unrelated]
-    texts = encode(lm.tokenizer, [(prompt, answer) for *_, prompt, answer in flat], max_tokens=lm.context)
+    texts = to_texts(lm, [(prompt, answer) for *_, prompt, answer in flat])
     cases: list[list[Case]] = [[] for _ in records]
     for (index, kind, prompt, answer), text in zip(flat, texts, strict=True):
         budget = new_tokens or -(-(len(text.labels) + EXTRA_TOKENS) // TOKEN_STEP) * TOKEN_STEP

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emendo.data.batch import collate, encode
+from emendo.data.batch import to_texts
 from emendo.data.schema import Record
 from emendo.edit import Edit
 from emendo.evaluate.metrics import all_match, answer_match, answer_probability
 from emendo.evaluate.results import Kind
 from emendo.models import LM
+from emendo.texts import collate
 
 _WORD_TOKENS = 4  # tokens in which a word that began is completed
 
@@ -159,7 +160,7 @@ class _Side:
 
 
 def _ask(lm: LM, prompts: list[str], targets: list[str], known: list[list[str]], k: int) -> _Side:
-    texts = encode(lm.tokenizer, list(zip(prompts, targets, strict=True)), max_tokens=lm.context)
+    texts = to_texts(lm, list(zip(prompts, targets, strict=True)))
     batch = collate(texts)
     logits = _logits(lm, batch.input_ids, batch.attention_mask, batch.positions)
     labels, owner = batch.labels.to(logits.device), batch.owner.to(logits.device)

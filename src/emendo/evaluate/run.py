@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from emendo.data.batch import collate, length_buckets
 from emendo.data.schema import Record
 from emendo.edit import Request
 from emendo.editors.base import Editor
@@ -27,6 +26,7 @@ from emendo.losses import per_example, token_kl
 from emendo.lowrank import Deltas, LowRank, applied
 from emendo.models import LM
 from emendo.store import TrunkStore
+from emendo.texts import collate, length_buckets
 from emendo.trunk import Trunk
 
 Progress = Callable[[str, int, int], None]
@@ -118,7 +118,7 @@ class _Run:
             taken, deltas = self._edit(chunk)
             seconds += taken
             rows = [(row, case) for row, index in enumerate(chunk) for case in self.cases[index]]
-            for part in length_buckets(rows, lambda item: len(item[1].text.inputs), _FORCED_TOKENS):
+            for part in length_buckets(rows, lambda item: item[1].text.size, _FORCED_TOKENS):
                 self._force(part, deltas)
             if generated:
                 self._generate(rows, deltas)
@@ -172,10 +172,9 @@ class _Run:
         """Teacher-forced passes of the clean and of the edited model; each row under its own record's edit."""
         texts = [case.text for _, case in part]
         tokens, hidden, count = collate(texts), self.store.gather(texts), len(part)
-        inputs = (tokens.input_ids, tokens.attention_mask, tokens.positions, hidden)
-        before = self.trunk.logits(*inputs)
+        before = self.trunk.logits(tokens, hidden)
         with applied(self.lm.model, _rows(deltas, part)):
-            after = self.trunk.logits(*inputs)
+            after = self.trunk.logits(tokens, hidden)
         labels, owner = tokens.labels.to(before.device), tokens.owner.to(before.device)
         was, now = before.argmax(-1), after.argmax(-1)
         local = torch.tensor([case.local for _, case in part], device=owner.device)

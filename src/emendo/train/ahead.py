@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from emendo.capture import Factors
-from emendo.data.batch import Text, collate, length_buckets
-from emendo.editors.base import Editor
+from emendo.editors.base import GradientEditor
+from emendo.outer import BUCKET_TOKENS, Episode
 from emendo.store import TrunkStore
-from emendo.train.episodes import Episode
-
-BUCKET_TOKENS = 400
-"""Padded tokens of one pass through the edited blocks."""
+from emendo.texts import Text, length_buckets
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +33,9 @@ class Ahead:
     reference: Mapping[Text, Tensor]
 
 
-def look_ahead(editor: Editor, store: TrunkStore, batches: Sequence[Sequence[Episode]]) -> list[Ahead]:
+def look_ahead(
+    editor: GradientEditor, store: TrunkStore, batches: Sequence[Sequence[Episode]]
+) -> list[Ahead]:
     """Factors and reference logits for several batches of episodes.
 
     Args:
@@ -44,7 +43,8 @@ def look_ahead(editor: Editor, store: TrunkStore, batches: Sequence[Sequence[Epi
         store: holds the trunk's output of every text.
         batches: the episodes of the next steps.
     """
-    factors = _factors(editor, store, [[episode.edit for episode in batch] for batch in batches])
+    edits = [[episode.edit for episode in batch] for batch in batches]
+    factors = _factors(editor, store, edits) if editor.looks_ahead else [{} for _ in batches]
     reference = _reference(store, {text for batch in batches for e in batch for text in e.locality})
     return [
         Ahead(rows, {text: reference[text] for episode in batch for text in episode.locality})
@@ -53,12 +53,12 @@ def look_ahead(editor: Editor, store: TrunkStore, batches: Sequence[Sequence[Epi
 
 
 def _factors(
-    editor: Editor, store: TrunkStore, batches: Sequence[Sequence[Text]]
+    editor: GradientEditor, store: TrunkStore, batches: Sequence[Sequence[Text]]
 ) -> list[dict[str, Factors]]:
     """Capture in batches of similar length, then hand each batch its own rows, in its own order."""
     texts = [text for batch in batches for text in batch]
     found: dict[str, list[Factors]] = {}
-    for part in length_buckets(range(len(texts)), lambda i: len(texts[i].inputs), BUCKET_TOKENS):
+    for part in length_buckets(range(len(texts)), lambda i: texts[i].size, BUCKET_TOKENS):
         chosen = [texts[i] for i in part]
         for name, rows in editor.factors(store.trunk, chosen, store.gather(chosen)).items():
             owner = torch.tensor(part).to(rows.owner)[rows.owner]
@@ -79,8 +79,7 @@ def _factors(
 def _reference(store: TrunkStore, texts: set[Text]) -> dict[Text, Tensor]:
     logits: dict[Text, Tensor] = {}
     ordered = sorted(texts, key=lambda text: text.ids)  # a set has no order of its own
-    for part in length_buckets(ordered, lambda text: len(text.inputs), BUCKET_TOKENS):
-        batch = collate(part)
-        rows = store.trunk.logits(batch.input_ids, batch.attention_mask, batch.positions, store.gather(part))
+    for part in length_buckets(ordered, lambda text: text.size, BUCKET_TOKENS):
+        rows = store.logits(part)[1]
         logits |= zip(part, rows.split([len(text.labels) for text in part]), strict=True)
     return logits

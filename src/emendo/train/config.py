@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from emendo.errors import RequestError
+from emendo.outer import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +14,8 @@ class TrainConfig:
 
     Attributes:
         steps: optimiser steps.
-        batch: edits per step, each an edit of its own.
+        batch: facts per step.
+        together: how many facts make one edit; the batch is a multiple of it (k in MEND, section 5.3).
         lr: learning rate of Adam at its peak; the editor may set multiples of it for some parameters.
         warmup: steps over which it rises; then it falls along a cosine to 2% at the end.
         minutes: stop after this much time, whatever ``steps`` says; the schedule follows whichever is nearer its end.
@@ -37,6 +39,7 @@ class TrainConfig:
 
     steps: int = 2500
     batch: int = 8
+    together: int = 1
     lr: float = 1e-3
     warmup: int = 100
     minutes: float | None = None
@@ -55,7 +58,7 @@ class TrainConfig:
     checkpoint_every: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "variety", "validate_every", "validate_on", "patience"):
+        for name in ("steps", "batch", "together", "variety", "validate_every", "validate_on", "patience"):
             if getattr(self, name) < 1:
                 raise RequestError(
                     f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}."
@@ -63,6 +66,11 @@ class TrainConfig:
         for name in ("lr", "c_edit", "clip"):
             if not getattr(self, name) > 0:
                 raise RequestError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}.")
+        if self.batch % self.together:
+            raise RequestError(
+                f"--batch must be a multiple of --together: {self.batch} facts cannot be put into edits of "
+                f"{self.together}."
+            )
         if self.minutes is not None and not self.minutes > 0:
             raise RequestError(f"--minutes must be above 0, not {self.minutes}.")
         for name in ("warmup", "checkpoint_every"):
@@ -78,3 +86,8 @@ class TrainConfig:
             raise RequestError(
                 "At least one locality example per edit is needed, else nothing keeps the rest as it is."
             )
+
+    @property
+    def weights(self) -> Weights:
+        """The weights of the losses."""
+        return Weights(self.c_edit, self.prompt_share)

@@ -12,34 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from emendo.data import Record
-from emendo.data.batch import Text, encode
+from emendo.data.batch import to_texts
 from emendo.errors import TrainingError
 from emendo.models import LM
+from emendo.outer import Episode
+from emendo.texts import Text
 from emendo.train.config import TrainConfig
 
 GROUP = 8
 """Steps that are looked ahead at together (see :mod:`emendo.train.ahead`)."""
 WINDOW = 512
 """Records whose texts are put through the trunk together, and among whose siblings the first epoch chooses."""
-
-
-@dataclass(frozen=True, slots=True)
-class Episode:
-    """One edit and what it is judged by.
-
-    Attributes:
-        edit: the prompt with its target.
-        paraphrase: a rewording with the same target; the edit itself where the record has none.
-        locality: texts whose answers must stay as they are.
-    """
-
-    edit: Text
-    paraphrase: Text
-    locality: tuple[Text, ...]
-
-    def texts(self) -> tuple[Text, ...]:
-        """Every text of the episode."""
-        return (self.edit, self.paraphrase, *self.locality)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +150,7 @@ def _encode(lm: LM, records: Sequence[Record]) -> list[_Encoded]:
         pairs.append((r.prompt, r.target))
         pairs += [(p, r.target) for p in r.paraphrases]
         pairs += [(probe.prompt, probe.answer) for probe in (*r.neighbours, *r.unrelated)]
-    texts = iter(encode(lm.tokenizer, pairs, max_tokens=lm.context))
+    texts = iter(to_texts(lm, pairs))
     return [
         _Encoded(
             edit=next(texts),

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from emendo.data import Record
-from emendo.editors import Editor
+from emendo.editors.base import GradientEditor
 from emendo.errors import StorageError, TrainingError
 from emendo.models import LM, cache_folder
+from emendo.outer import Episode, Outcome
 from emendo.store import TrunkStore
 from emendo.train import checkpoint
 from emendo.train.ahead import Ahead, look_ahead
 from emendo.train.config import TrainConfig
-from emendo.train.episodes import GROUP, Episode, Episodes
+from emendo.train.episodes import GROUP, Episodes
 from emendo.train.progress import Quiet
-from emendo.train.step import Outcome, training_step, validation_step
+from emendo.train.step import training_step, validation_step
 from emendo.trunk import Trunk
 
 _BAD_IN_A_ROW = 5
@@ -46,7 +47,7 @@ class TrainResult:
         history: rows of figures, as they were reported.
     """
 
-    editor: Editor
+    editor: GradientEditor
     steps: int
     seconds: float
     stopped: str
@@ -55,7 +56,7 @@ class TrainResult:
 
 def train(
     lm: LM,
-    editor: Editor,
+    editor: GradientEditor,
     records: Sequence[Record],
     validation: Sequence[Record],
     config: TrainConfig | None = None,
@@ -90,7 +91,7 @@ class _Run:
     def __init__(
         self,
         lm: LM,
-        editor: Editor,
+        editor: GradientEditor,
         records: Sequence[Record],
         validation: Sequence[Record],
         config: TrainConfig,
@@ -107,11 +108,11 @@ class _Run:
         trunk = Trunk(lm.model, editor.sites)
         folder = cache_folder() / "trunk" / f"{lm.fingerprint}-{trunk.block}" if out is not None else None
         self.store = TrunkStore(trunk, folder)
+        editor.begin(lm)
         self.optimizer = torch.optim.Adam(editor.parameter_groups(config.lr), fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.state = checkpoint.State(settings=_settings(editor, config, records))
         self.best: dict[str, Tensor] = {}
-        self._weights = (config.c_edit, config.prompt_share)
         self._group = -1  # the group of steps that was looked ahead at
         self._looked: list[tuple[list[Episode], Ahead]] = []
         self.recent: deque[Outcome] = deque(maxlen=50)
@@ -164,7 +165,8 @@ class _Run:
         batch, ahead = self._ahead()
         self.editor.train()
         self.optimizer.zero_grad()
-        outcome = training_step(self.editor, self.store, batch, *self._weights, ahead)
+        weights = self.editor.weights(self.config.weights)
+        outcome = training_step(self.editor, self.store, batch, weights, ahead, self.config.together)
         norm = nn.utils.clip_grad_norm_(self.editor.parameters(), self.config.clip)
         if outcome is None or not bool(norm.isfinite()):
             self._skip()
@@ -174,6 +176,7 @@ class _Run:
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * rate
             self.optimizer.step()
+            self.editor.learnt(outcome)
             self.recent.append(outcome)
         self.state.step += 1
         if self.state.step % _REPORT_EVERY == 0 and self.recent:
@@ -242,9 +245,13 @@ class _Run:
             return
         self.state.validated = self.state.step
         self._ensure([episode for batch in self.held_out for episode in batch])
-        outcomes = [
-            validation_step(self.editor, self.store, batch, *self._weights) for batch in self.held_out
+        weights, together = self.config.weights, self.config.together
+        steps = [
+            validation_step(self.editor, self.store, batch, weights, together) for batch in self.held_out
         ]
+        outcomes = [outcome for outcome in steps if outcome is not None]
+        if not outcomes:
+            return
         means = _means(outcomes)
         score = harmonic_mean(means["success"], means["generalisation"], means["locality"])
         better = score >= self.state.best - _MARGIN and (score > 0 or means["loss"] < self.state.best_loss)
@@ -255,6 +262,8 @@ class _Run:
         else:
             self.state.stale += 1
         figures = {**means, "score": score, "kept": float(better)}
+        for outcome in outcomes:
+            self.editor.validated(outcome)
         self.state.history.append(
             {"step": self.state.step, **{f"validation {name}": value for name, value in figures.items()}}
         )
@@ -272,7 +281,7 @@ class _Run:
         self.recent.extend(Outcome(**row) for row in self.state.recent)
 
 
-def _settings(editor: Editor, config: TrainConfig, records: Sequence[Record]) -> dict[str, Any]:
+def _settings(editor: GradientEditor, config: TrainConfig, records: Sequence[Record]) -> dict[str, Any]:
     """What makes two runs the same run, as JSON values."""
     return {
         "editor": editor.name,
@@ -286,10 +295,12 @@ def _settings(editor: Editor, config: TrainConfig, records: Sequence[Record]) ->
 
 def _validation_batches(lm: LM, records: Sequence[Record], config: TrainConfig) -> list[list[Episode]]:
     records = records[: config.validate_on]
-    if not records:
+    size = min(config.batch, len(records) // config.together * config.together)
+    if not size:
         return []
-    size = min(config.batch, len(records))
-    plain = TrainConfig(batch=size, near=max(1, config.near), sibling=0, seed=config.seed)
+    plain = TrainConfig(
+        batch=size, together=config.together, near=max(1, config.near), sibling=0, seed=config.seed
+    )
     episodes = Episodes(lm, records, plain)
     return [episodes.batch(step) for step in range(math.ceil(len(records) / size))]
 
