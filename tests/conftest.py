@@ -10,9 +10,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 import pytest
 import torch
 from hypothesis import settings
-from transformers import PreTrainedTokenizerBase
 
-from cases import build_lm, build_tokenizer, unchanged
+from cases import build_lm, unchanged
 from emendo.models import LM
 
 settings.register_profile("emendo", deadline=None, derandomize=True, database=None, max_examples=50)
@@ -28,12 +27,6 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """Byte-level BPE, no BOS."""
-    return build_tokenizer()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cases import ARCHITECTURES, VOCABULARY, build_model, unchanged
+from cases import ARCHITECTURES, VOCABULARY, build_model, plain_logits, random_texts, unchanged
 from emendo.capture import Factors, capture, move
 from emendo.errors import ModelError
 from emendo.losses import per_example, token_nll
@@ -21,7 +21,8 @@ from emendo.sites import Site, find_sites
 from emendo.texts import Text, TokenBatch, collate
 from emendo.trunk import Trunk
 
-KINDS = sorted(ARCHITECTURES)
+KINDS = list(ARCHITECTURES)
+SAMPLE = ["llama", "gpt2", "t5-gated", "bart", "bert"]
 
 
 def three_texts(side: Any = "right") -> TokenBatch:
@@ -33,8 +34,7 @@ def three_texts(side: Any = "right") -> TokenBatch:
 
 def nll(model: Any, batch: TokenBatch) -> Tensor:
     """Each example's loss, from the whole logits of a plain pass."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
-    return per_example(token_nll(logits[batch.positions], batch.labels), batch.owner, len(batch))
+    return per_example(token_nll(plain_logits(model, batch), batch.labels), batch.owner, len(batch))
 
 
 def dense_gradients(model: Any, sites: tuple[Site, ...], loss: Callable[[Any], Tensor]) -> list[Tensor]:
@@ -58,7 +58,7 @@ def close(a: Tensor, b: Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_factors_rebuild_the_dense_gradient_of_every_site(kind: str) -> None:
     model = build_model(kind, torch.float64)
-    sites, batch = find_sites(model, "all"), three_texts()
+    sites, batch = find_sites(model, "all"), collate(random_texts(kind, 11, 5, 8))
     with unchanged(model):
         losses, factors = capture(model, sites, lambda: nll(model, batch))
     close(losses, nll(model, batch))
@@ -75,10 +75,12 @@ def test_factors_rebuild_the_dense_gradient_of_every_site(kind: str) -> None:
             close(rebuilt(factors[site.name], example), expected)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_factors_of_a_resumed_pass_rebuild_the_dense_gradient(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "which"), [(kind, "all") for kind in SAMPLE] + [("t5", "*decoder*"), ("bart", "*decoder*")]
+)
+def test_factors_of_a_resumed_pass_rebuild_the_dense_gradient(kind: str, which: str) -> None:
     model = build_model(kind, torch.float64)
-    sites, batch = find_sites(model, "all"), three_texts()
+    sites, batch = find_sites(model, which), collate(random_texts(kind, 11, 5, 8))
     trunk = Trunk(model, sites)
     hidden = trunk.run(batch)
 
@@ -94,21 +96,14 @@ def test_factors_of_a_resumed_pass_rebuild_the_dense_gradient(kind: str) -> None
         close(rebuilt(factors[site.name]), expected)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("kind", [*SAMPLE, "opt"])
 def test_each_example_has_the_factors_that_it_has_alone(kind: str) -> None:
     model = build_model(kind, torch.float64)
-    sites, batch = find_sites(model), three_texts()
+    sites, texts = find_sites(model), random_texts(kind, 11, 5, 8)
+    batch = collate(texts)
     _, together = capture(model, sites, lambda: nll(model, batch))
-    for i in range(3):
-        length = int(batch.attention_mask[i].sum())
-        mine = batch.owner == i
-        alone = TokenBatch(
-            batch.input_ids[i : i + 1, :length],
-            batch.attention_mask[i : i + 1, :length],
-            batch.positions[mine] - i * batch.input_ids.shape[1],
-            batch.labels[mine],
-            batch.owner[mine] - i,
-        )
+    for i, text in enumerate(texts):
+        alone = collate([text])
         _, single = capture(model, sites, lambda alone=alone: nll(model, alone))
         for site in sites:
             rows = together[site.name].owner == i
@@ -136,6 +131,25 @@ def test_rows_are_the_tokens_that_matter(tiny_llama: LM, side: str) -> None:
         assert rows == ([4, 1, 5] if site.block == 3 else [10, 4, 7]), site.name
         assert factors[site.name].owner.tolist() == sorted(factors[site.name].owner.tolist())
         assert torch.isfinite(factors[site.name].delta).all()
+
+
+def test_rows_of_an_encoder_decoder() -> None:
+    """In its encoder every token of the source has a gradient, in its decoder every one up to the last label."""
+    model, texts = build_model("bart"), [Text((2, 0, 7, 8), 2, (5, 6, 9, 4, 3)), Text((2, 0, 6), 2, (7, 8))]
+    _, factors = capture(model, find_sites(model), lambda: nll(model, collate(texts)))
+    rows = {name: torch.bincount(f.owner).tolist() for name, f in factors.items()}
+    last = {"model.decoder.layers.3.fc1": [2, 1], "model.decoder.layers.3.fc2": [2, 1]}  # labels only
+    assert {name: count for name, count in rows.items() if "decoder.layers.3" in name} == last
+    assert all(count == [3, 2] for name, count in rows.items() if "decoder.layers.2" in name)
+    assert all(count == [5, 2] for name, count in rows.items() if "encoder" in name)
+
+
+def test_rows_of_a_classifier() -> None:
+    """In its last block only the first token, from which the class is read, has a gradient."""
+    model, texts = build_model("bert"), [Text((5, 6, 9, 4, 1), 4), Text((7, 8, 0), 2)]
+    _, factors = capture(model, find_sites(model), lambda: nll(model, collate(texts)))
+    for name, f in factors.items():
+        assert torch.bincount(f.owner).tolist() == ([1, 1] if "layer.3" in name else [4, 2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

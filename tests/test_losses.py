@@ -9,13 +9,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emendo.losses import per_example, token_kl, token_nll
+from emendo.losses import per_example, token_kl, token_margin, token_nll
 
 
 def test_token_nll_is_minus_the_log_of_the_probability() -> None:
     logits, labels = torch.randn(5, 7, dtype=torch.float64), torch.tensor([0, 6, 3, 3, 1])
     expected = [-math.log(torch.softmax(row, 0)[label]) for row, label in zip(logits, labels, strict=True)]
     torch.testing.assert_close(token_nll(logits, labels), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_margin_is_what_the_best_other_answer_has_more() -> None:
+    logits, labels = torch.randn(40, 5, dtype=torch.float64), torch.arange(40) % 5
+    expected = []
+    for p, label in zip(logits.softmax(-1).tolist(), labels.tolist(), strict=True):
+        best = max(value for answer, value in enumerate(p) if answer != label)
+        expected.append(max(0.0, math.log(best) - math.log(p[label])))
+    torch.testing.assert_close(token_margin(logits, labels), torch.tensor(expected, dtype=torch.float64))
+    assert torch.equal(token_margin(logits, labels) == 0, logits.argmax(-1) == labels)
+    assert torch.autograd.gradcheck(lambda x: token_margin(x, labels[:6]), logits[:6].requires_grad_())
 
 
 def test_token_kl_is_the_definition() -> None:

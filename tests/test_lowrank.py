@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cases import ARCHITECTURES, VOCABULARY, build_lm, build_model, unchanged
+from cases import ARCHITECTURES, VOCABULARY, build_lm, build_model, plain_logits, random_texts, unchanged
 from emendo.lowrank import LowRank, applied
 from emendo.models import LM
 from emendo.sites import Site, find_sites
+from emendo.texts import collate
 
 sizes = st.integers(1, 6)
 
@@ -151,21 +152,21 @@ def merged(model: Any, sites: tuple[Site, ...], deltas: dict[str, LowRank], dtyp
     return dense
 
 
-@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_hook_equals_the_dense_change_of_the_weight(kind: str) -> None:
     model = build_model(kind, torch.float64)
     sites = find_sites(model, "all")
     deltas = random_changes(sites, 0.05, torch.float64)
-    ids = torch.randint(VOCABULARY, (2, 7))
+    batch = collate(random_texts(kind, 7, 5))
     with unchanged(model), applied(model, deltas):
-        hooked = model(ids).logits
-    expected = merged(model, sites, deltas, torch.float64)(ids).logits
+        hooked = plain_logits(model, batch)
+    expected = plain_logits(merged(model, sites, deltas, torch.float64), batch)
     # Llama's kin compute their norms in float32 whatever the model's dtype.
     torch.testing.assert_close(hooked, expected, rtol=1e-5, atol=1e-5)
-    assert (hooked - model(ids).logits).abs().max() > 0.1  # and it is a change that shows
+    assert (hooked - plain_logits(model, batch)).abs().max() > 0.1  # and it is a change that shows
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bart", "bert", "distilbert"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     # Relative to the largest logit; a few units in the last place of the dtype, gathered over three blocks.
@@ -175,26 +176,29 @@ def test_hook_equals_the_dense_change_in_every_dtype(kind: str, dtype: torch.dty
     model = build_model(kind, dtype)
     sites = find_sites(model)
     deltas = random_changes(sites, 0.02, torch.float64)
-    ids = torch.randint(VOCABULARY, (2, 7))
-    with applied(model, deltas):
-        hooked = model(ids).logits
+    batch = collate(random_texts(kind, 7, 5))
+    before = plain_logits(model, batch)
+    with unchanged(model), applied(model, deltas):
+        hooked = plain_logits(model, batch)
     assert hooked.dtype == dtype
-    expected = merged(model, sites, deltas, torch.float64)(ids).logits
+    assert torch.equal(plain_logits(model, batch), before)  # undone bit for bit
+    expected = plain_logits(merged(model, sites, deltas, torch.float64), batch)
     assert (hooked.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_each_row_of_the_batch_gets_its_own_change(kind: str) -> None:
     model = build_model(kind)
     sites = find_sites(model)
     deltas = random_changes(sites, 0.05, torch.float32, examples=3)
-    ids = torch.randint(VOCABULARY, (3, 6))
+    texts = random_texts(kind, 7, 5, 6)
+    batch = collate(texts)
     with applied(model, deltas):
-        together = model(ids).logits
-    for row in range(3):
+        together = plain_logits(model, batch)
+    for row, text in enumerate(texts):
         with applied(model, {name: delta[row] for name, delta in deltas.items()}):
-            alone = model(ids[row : row + 1]).logits[0]
-        torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-4)
+            alone = plain_logits(model, collate([text]))
+        torch.testing.assert_close(together[batch.owner == row], alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

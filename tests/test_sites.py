@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import AutoModel
+from transformers.pytorch_utils import Conv1D
 
 from cases import ARCHITECTURES, DEPTH, INNER, WIDTH, build_model, unchanged
 from emendo.errors import ModelError
 from emendo.models import LM
-from emendo.sites import Stack, all_sites, find_sites, find_stacks
+from emendo.sites import Stack, all_sites, find_sites, find_stacks, kind_of
 
-KINDS = sorted(ARCHITECTURES)
+KINDS = list(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_finds_every_matrix_of_a_decoder(kind: str) -> None:
+def test_finds_every_matrix(kind: str) -> None:
+    """By default those of the last three blocks, or of the last two of both stacks (MEND, footnote 3)."""
     model, known = build_model(kind), ARCHITECTURES[kind]
-    assert find_stacks(model) == [Stack(known.stack, DEPTH)]
-    names = {which: [site.name for site in find_sites(model, which)] for which in ("mlp", "attention", "all")}
-    for which, parts in (("mlp", known.mlp), ("attention", known.attention)):
-        expected = {f"{known.stack}.{block}.{part}" for block in (1, 2, 3) for part in parts}
-        assert set(names[which]) == expected
-        assert len(names[which]) == len(expected)
-    assert set(names["all"]) == {*names["mlp"], *names["attention"]}
+    assert find_stacks(model) == [Stack(blocks.stack, DEPTH) for blocks in known.blocks]
+    last = range(DEPTH - known.edited, DEPTH)
+    names = {which: [site.name for site in find_sites(model, which)] for which in ("mlp", "attention")}
+    for which, found in names.items():
+        assert sorted(found) == sorted(known.sites(which, last))
+    assert names["mlp"] == [site.name for site in find_sites(model)]
+    every = [site.name for site in find_sites(model, "all", blocks=range(DEPTH))]
+    assert set(every) == {name for which in names for name in known.sites(which, range(DEPTH))}
     order = [name for name, _ in model.named_modules()]
-    assert names["all"] == sorted(names["all"], key=order.index)
+    assert every == sorted(every, key=order.index)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_site(kind: str) -> None:
+    """Every other matrix: embeddings, what projects to words or classes, a pooler."""
+    model = build_model(kind)
+    sites = {site.name for site in all_sites(model)}
+    rest = {name for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)} - sites
+    ends = {"lm_head", "embed_out", "classifier", "dense", "out_proj", "pre_classifier"}
+    assert {name.split(".")[-1] for name in rest} <= ends
+    assert len(rest) == {"causal": 1, "seq2seq": 1, "classifier": 2}[ARCHITECTURES[kind].kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -42,7 +57,7 @@ def test_site_describes_its_matrix(kind: str) -> None:
             assert site.shape == (site.d_in, site.d_out)
             assert weight.data_ptr() == module.weight.data_ptr()  # type: ignore[union-attr, operator]
             assert site.transposed == known.transposed
-            assert site.attention == any(site.name.endswith(part) for part in known.attention)
+            assert site.attention == (site.name in known.sites("attention", range(DEPTH)))
             assert site.name.startswith(f"{site.stack}.{site.block}.")
             x = torch.randn(3, site.d_in)
             torch.testing.assert_close(module(x), F.linear(x, weight, module.bias))  # type: ignore[arg-type]
@@ -101,34 +116,31 @@ def test_a_model_without_blocks() -> None:
             find_sites(nn.Sequential(model))
 
 
-def test_encoder_decoder_has_two_stacks_and_two_blocks_of_each_by_default() -> None:
-    config = AutoConfig.for_model(
-        "t5", d_model=16, d_kv=4, d_ff=24, num_layers=3, num_decoder_layers=4, num_heads=4, vocab_size=50
-    )
-    model = AutoModelForSeq2SeqLM.from_config(config)
-    assert find_stacks(model) == [Stack("encoder.block", 3), Stack("decoder.block", 4)]
-    found = [(site.stack, site.block) for site in find_sites(model)]
-    assert set(found) == {
-        ("encoder.block", 1),
-        ("encoder.block", 2),
-        ("decoder.block", 2),
-        ("decoder.block", 3),
-    }
-    assert all("DenseReluDense" in site.name for site in find_sites(model))
+def test_the_stacks_of_an_encoder_decoder_may_differ_in_depth() -> None:
+    model = build_model("t5", num_decoder_layers=3)
+    assert find_stacks(model) == [Stack("encoder.block", 4), Stack("decoder.block", 3)]
+    found = {(site.stack.split(".")[0], site.block) for site in find_sites(model)}
+    assert found == {("encoder", 2), ("encoder", 3), ("decoder", 1), ("decoder", 2)}
+    only = {(site.stack.split(".")[0], site.block) for site in find_sites(model, blocks=[3, -3])}
+    assert only == {("encoder", 3), ("encoder", 1), ("decoder", 0)}
 
 
-def test_classifier_without_a_decoder() -> None:
-    config = AutoConfig.for_model(
-        "bert",
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        vocab_size=50,
-    )
-    model = AutoModelForSequenceClassification.from_config(config)
-    names = [site.name for site in find_sites(model, last=1)]
-    assert names == ["bert.encoder.layer.2.intermediate.dense", "bert.encoder.layer.2.output.dense"]
+@pytest.mark.parametrize(
+    ("kind", "pattern", "count"),
+    [
+        ("t5", "decoder.*.wo", DEPTH),
+        ("t5-gated", "*.wi_[01]", 4 * DEPTH),
+        ("bart", "model.decoder.layers.3.fc*", 2),
+        ("bart", "*encoder_attn*", 4 * DEPTH),
+        ("roberta", "*.3.output.dense", 1),
+        ("distilbert", ["*.0.ffn.lin?", "*q_lin"], 2 + DEPTH),
+    ],
+)
+def test_patterns_in_other_kinds_of_model(kind: str, pattern: str | list[str], count: int) -> None:
+    names = [site.name for site in find_sites(build_model(kind), pattern)]
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    assert len(names) == count
+    assert all(any(fnmatchcase(name, p) for p in patterns) for name in names)
 
 
 def test_a_stack_within_a_block_belongs_to_the_block() -> None:
@@ -138,3 +150,15 @@ def test_a_stack_within_a_block_belongs_to_the_block() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList([block(), block()])})
     assert find_stacks(model) == [Stack("layers", 2)]
     assert [site.name for site in find_sites(model, last=1)] == ["layers.1.experts.0", "layers.1.experts.1"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kind_of_a_model(kind: str) -> None:
+    assert kind_of(build_model(kind)) == ARCHITECTURES[kind].kind
+
+
+def test_a_model_that_says_neither_words_nor_classes() -> None:
+    for kind in ("gpt2", "t5", "bert"):
+        headless = AutoModel.from_config(build_model(kind).config)
+        with pytest.raises(ModelError, match="no vocabulary projection and no classes"):
+            kind_of(headless)

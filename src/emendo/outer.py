@@ -205,14 +205,14 @@ def through(deltas: Mapping[str, LowRank], judged: Callable[[Mapping[str, LowRan
         judged: judges them and back-propagates to them.
     """
     leaves = {
-        name: LowRank(d.left.detach().requires_grad_(), d.right.detach().requires_grad_())
+        name: LowRank(*(factor.detach().requires_grad_(factor.requires_grad) for factor in (d.left, d.right)))
         for name, d in deltas.items()
     }
     outcome = judged(leaves)
     ends, gradients = [], []
     for name, delta in deltas.items():
         for end, leaf in ((delta.left, leaves[name].left), (delta.right, leaves[name].right)):
-            if leaf.grad is not None and end.requires_grad:
+            if leaf.grad is not None:
                 ends.append(end)
                 gradients.append(leaf.grad)
     torch.autograd.backward(ends, gradients)

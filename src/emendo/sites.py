@@ -38,7 +38,8 @@ def kind_of(model: nn.Module) -> Kind:
         return "classifier"
     raise ModelError(
         f"{type(model).__name__} has no vocabulary projection and no classes, so the probability of a target cannot "
-        "be read from it. Load it as a causal language model, an encoder-decoder or a sequence classifier."
+        "be read from it. Load it as a causal language model, as an encoder-decoder, or as a sequence classifier on "
+        "one stack of blocks."
     )
 
 
@@ -86,6 +87,18 @@ class Site:
         weight = self.module(model).weight
         assert isinstance(weight, Tensor)
         return weight.T if self.transposed else weight
+
+
+def group_sites(sites: Sequence[Site], *, shared: bool) -> dict[str, list[int]]:
+    """Which matrices share what an editor learns: all of one shape or, unless ``shared``, none.
+
+    Returns:
+        A name for each group, and the indices of its matrices in ``sites``.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, site in enumerate(sites):
+        groups.setdefault(f"{site.d_in}x{site.d_out}" if shared else str(index), []).append(index)
+    return groups
 
 
 def _matrix_shape(module: nn.Module) -> tuple[int, int] | None:

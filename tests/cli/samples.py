@@ -11,7 +11,7 @@ SHORT = (
     "--steps",
     "12",
     "--batch",
-    "4",
+    "2",
     "--warmup",
     "2",
     "--validate-every",

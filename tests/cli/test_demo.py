@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ FILES = {
         "report.html",
     )
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_to_validate_on() -> Iterator[None]:
+    """The demo chooses its editor on a hundred facts; here on eight, to be quick."""
+    real = loop._validation_batches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_validation_batches", lambda lm, records, config: real(lm, records[:8], config))
+        yield
 
 
 @pytest.fixture(scope="module")

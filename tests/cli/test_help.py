@@ -12,12 +12,12 @@ import pytest
 
 from emendo import __version__
 from emendo.cli import reference
-from emendo.editors import EDITORS
+from emendo.cli.options import TRAINED, UNTRAINED
 from emendo.editors.mend import MendConfig
 from emendo.train import TrainConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
-COMMANDS = ("demo", "train", "edit", "generate", "evaluate", "sites")
+COMMANDS = ("demo", "train", "edit", "generate", "evaluate", "compare", "sites")
 
 
 def test_the_page_of_help_is_up_to_date() -> None:
@@ -47,7 +47,13 @@ def test_defaults_that_the_help_shows_are_those_of_the_training_loop(emendo_comm
         assert found, flag
         assert float(found[1]) == field.default, flag
     assert re.search(rf"--rank R .*?\[default: {MendConfig().rank}\]", page)
-    assert f"The editing method: {', '.join(EDITORS)}." in page
+    assert f"The editing method: {', '.join(TRAINED)}." in page
+
+
+@pytest.mark.parametrize("command", ["edit", "evaluate"])
+def test_methods_that_need_no_training_are_listed(emendo_command, command: str) -> None:
+    page = "".join(emendo_command(command, "--help").out.split())
+    assert f"amethodthatneedsnotraining:{','.join(UNTRAINED)}." in page  # lines break at hyphens too
 
 
 def test_version(emendo_command) -> None:

@@ -269,21 +269,21 @@ def test_sigint_to_a_real_process(emendo_command, model: Path, facts: Path, tmp_
     out = tmp_path / "run"
     options = ("--steps", "40", "--batch", "4", "--rank", "8", "--last", "2", "--checkpoint-every", "0")
     command = ["train", "--model", str(model), "--data", str(facts), "--out", str(out), *options]
-    child = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", "from emendo.cli import main; main()", *command],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "EMENDO_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        end = time.monotonic() + 60
-        while not (out / "checkpoint.safetensors").exists() and child.poll() is None:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        child.send_signal(signal.SIGINT)
-        _, said = child.communicate(timeout=60)
-    finally:
-        child.kill()
+    ) as child:
+        try:
+            end = time.monotonic() + 150
+            while not (out / "checkpoint.safetensors").exists() and child.poll() is None:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            child.send_signal(signal.SIGINT)
+            _, said = child.communicate(timeout=150)
+        finally:
+            child.kill()
     assert child.returncode == 130, said
     assert "Stopped: step" in said and "--resume" in said and "Traceback" not in said
     assert not (out / "editor").exists()

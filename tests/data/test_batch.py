@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import zip_longest
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -191,6 +192,27 @@ def test_padded_batch(side: Literal["left", "right"], texts: list[Text], pad_id:
     assert batch.owner.tolist() == expected_owner
     assert batch.attention_mask.flatten()[batch.positions].all()
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+
+
+@given(texts=texts, data=st.data())
+def test_sources_are_padded_on_the_right_beside_what_the_decoder_reads(
+    texts: list[Text], data: st.DataObject
+) -> None:
+    sources = [tuple(data.draw(st.lists(st.integers(1, 99), min_size=1, max_size=7))) for _ in texts]
+    both = [replace(text, source=source) for text, source in zip(texts, sources, strict=True)]
+    batch, plain = collate(both, 5), collate(texts, 5)
+    assert batch.source_ids is not None and batch.source_mask is not None
+    width = max(map(len, sources))
+    for row, text in enumerate(both):
+        padding = width - len(text.source)
+        assert batch.source_ids[row].tolist() == [*text.source, *[5] * padding]
+        assert batch.source_mask[row].tolist() == [1] * len(text.source) + [0] * padding
+        assert text.trunk == text.source
+        assert text.size == len(text.source) + len(text.inputs)
+    assert torch.equal(batch.trunk_mask, batch.source_mask)
+    assert torch.equal(plain.trunk_mask, plain.attention_mask)
+    for name in ("input_ids", "attention_mask", "positions", "labels", "owner"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name))
 
 
 @given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 60))

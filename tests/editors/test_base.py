@@ -15,13 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cases import ARCHITECTURES, CONTEXT, VOCABULARY, build_lm, records, unchanged
+from cases import (
+    ARCHITECTURES,
+    CONTEXT,
+    VOCABULARY,
+    build_lm,
+    of_kind,
+    plain_logits,
+    records,
+    records_for,
+    unchanged,
+)
 from emendo import editors
 from emendo.capture import Factors, capture
-from emendo.data.batch import encode
+from emendo.data.batch import to_texts
 from emendo.edit import Request
 from emendo.editors import EDITORS, Editor, GradientEditor, editor_class
-from emendo.editors.base import edit_factors
+from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend
 from emendo.errors import MismatchError, RequestError, StorageError
 from emendo.losses import per_example, token_nll
@@ -61,9 +71,21 @@ def editor_for(lm: LM) -> Step:
 
 
 def nll(lm: LM, request: Request) -> Tensor:
-    """The slow reference: the whole logits of one text, no batch, no trunk."""
-    ids = lm.tokenizer(f"{request.prompt} {request.target}", return_tensors="pt").input_ids
-    start = lm.tokenizer(request.prompt, return_tensors="pt").input_ids.shape[1]
+    """The slow reference: one text through the whole model, by hand or by the model's own loss; no batch, no trunk."""
+    ids = lm.tokenizer(request.prompt, return_tensors="pt").input_ids
+    if lm.kind == "classifier":
+        return lm.model(ids, labels=torch.tensor([lm.labels.index(request.target)])).loss
+    if lm.kind == "seq2seq":
+        target = lm.tokenizer(request.target, return_tensors="pt").input_ids
+        start = torch.tensor([[lm.model.config.decoder_start_token_id]])
+        labels = target.clone()
+        if lm.model.generation_config.forced_bos_token_id is not None:
+            labels[0, 0] = -100
+        return lm.model(ids, decoder_input_ids=torch.cat([start, target[:, :-1]], 1), labels=labels).loss
+    start, ids = (
+        ids.shape[1],
+        lm.tokenizer(f"{request.prompt} {request.target}", return_tensors="pt").input_ids,
+    )
     logits: Tensor = lm.model(ids).logits[0, start - 1 : -1]
     return nn.functional.cross_entropy(logits, ids[0, start:])
 
@@ -71,16 +93,18 @@ def nll(lm: LM, request: Request) -> Tensor:
 # ------------------------------------------------------------------------------------------ one edit
 
 
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+@pytest.mark.parametrize(
+    ("kind", "bos"), [(kind, False) for kind in ARCHITECTURES] + [(kind, True) for kind in of_kind("causal")]
+)
 def test_an_edit_is_a_function_of_the_dense_gradient(kind: str, bos: bool) -> None:
     lm = build_lm(kind, torch.float64, bos=bos)
+    fact = Request((record := records_for(lm, 3)[2]).prompt, record.target)
     with unchanged(lm.model):
-        edit = editor_for(lm).edit(lm, FACTS[2].prompt, FACTS[2].target)
+        edit = editor_for(lm).edit(lm, fact.prompt, fact.target)
     twin = LM(copy.deepcopy(lm.model), lm.tokenizer)
     sites = find_sites(twin.model)
     weights = [site.module(twin.model).weight.requires_grad_() for site in sites]
-    gradients = torch.autograd.grad(nll(twin, FACTS[2]), weights)
+    gradients = torch.autograd.grad(nll(twin, fact), weights)
     for site, gradient in zip(sites, gradients, strict=True):
         dense = -0.1 * (gradient.T if site.transposed else gradient)
         # Llama's kin compute their norms in float32 whatever the model's dtype.
@@ -135,27 +159,27 @@ def test_an_editor_of_another_model_is_refused(tiny_llama: LM, tiny_gpt2: LM) ->
 # --------------------------------------------------------------------------- batches of separate edits
 
 
-@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_batch_of_episodes_equals_separate_edits(kind: str) -> None:
     """Both the edits and the edited passes: all in one batch, or each alone from the clean model."""
     lm = build_lm(kind)
-    editor = editor_for(lm)
-    probes = encode(lm.tokenizer, [(r.paraphrases[0], r.target) for r in records(5)])
+    editor, made = editor_for(lm), records_for(lm, 5)
+    facts = [Request(record.prompt, record.target) for record in made]
+    probes = to_texts(lm, [(record.paraphrases[0], record.target) for record in made])
     trunk, batch = Trunk(lm.model, editor.sites), collate(probes)
     with unchanged(lm.model), torch.no_grad():
-        together = editor.each(lm, FACTS)
+        together = editor.each(lm, facts)
         with applied(lm.model, together):
             hidden = trunk.run(batch)
             logits = trunk.logits(batch, hidden)
-        for i, (fact, probe) in enumerate(zip(FACTS, probes, strict=True)):
+        for i, (fact, probe) in enumerate(zip(facts, probes, strict=True)):
             edit = editor.edit(lm, fact.prompt, fact.target)
             for name, delta in edit.deltas.items():
                 torch.testing.assert_close(together[name].dense()[i], delta.dense(), rtol=1e-3, atol=1e-5)
             with edit.applied(lm):
-                alone = lm.model(torch.tensor([probe.inputs])).logits[0, probe.start - 1 :]
+                alone = plain_logits(lm.model, collate([probe]))
             torch.testing.assert_close(logits[batch.owner == i], alone, rtol=1e-3, atol=1e-3)
-            clean = lm.model(torch.tensor([probe.inputs])).logits[0, probe.start - 1 :]
-            assert (alone - clean).abs().max() > 0.01
+            assert (alone - plain_logits(lm.model, collate([probe]))).abs().max() > 0.01
 
 
 @pytest.fixture(scope="module")

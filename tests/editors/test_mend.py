@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cases import records
 from emendo.capture import Factors
 from emendo.data.batch import encode
-from emendo.editors.base import edit_factors
+from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend, MendConfig
 from emendo.errors import RequestError
 from emendo.models import LM

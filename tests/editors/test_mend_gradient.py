@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cases import build_lm, records, unchanged
 from emendo.capture import Factors
 from emendo.data.batch import encode
-from emendo.editors.base import edit_factors
+from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend, MendConfig
 from emendo.losses import per_example, token_kl, token_nll
 from emendo.lowrank import applied

@@ -12,7 +12,7 @@ from cases import build_lm, records
 from emendo.editors.mend import Mend, MendConfig
 from emendo.errors import MismatchError, RequestError
 from emendo.evaluate import Question, before_after, questions
-from emendo.evaluate.compare import _word
+from emendo.evaluate.compare import _is_whole, _word
 from emendo.models import LM
 from emendo.sites import find_sites
 from evaluate.reference import continued, edited, forced
@@ -104,6 +104,28 @@ def test_an_edit_of_another_model_is_refused(tiny_llama: LM, tiny_gpt2: LM) -> N
     edit = mend(tiny_llama).edit(tiny_llama, "The capital of Bade is", "Rome")
     with pytest.raises(MismatchError):
         before_after(tiny_gpt2, edit, [Question("edit", "The capital of Bade is")])
+
+
+@pytest.mark.parametrize(
+    ("text", "known", "whole"),
+    [
+        (" Paris", [], False),
+        (" Paris,", [], False),
+        (" Paris is", [], True),
+        ("\n", [], True),
+        (" New ", ["New York"], False),
+        (" New Yor", ["New York"], False),
+        (" New York", ["New York"], False),
+        (" New York is", ["New York"], True),
+        (" New Yorkers", ["New York"], True),
+        ("\n\n", ["New York"], False),
+        (" ", [], False),
+    ],
+)
+def test_when_a_word_is_whole(text: str, known: list[str], whole: bool) -> None:
+    assert _is_whole(text, known) == whole
+    if whole:
+        assert len({_word(text + more, known) for more in ("", " is", "ers", "\n", " York", "?")}) == 1
 
 
 @pytest.mark.parametrize(

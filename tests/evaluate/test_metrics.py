@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from emendo.evaluate.metrics import (
+    Interval,
     all_match,
     answer_match,
     answer_probability,
+    bootstrap_interval,
     first_line,
     mean_interval,
     normalise,
+    perplexity,
     same_answer,
     token_match,
     unchanged,
@@ -154,3 +160,51 @@ def test_continuations_are_compared_up_to_their_first_line_break() -> None:
     assert not unchanged(" French.", " french.")
     assert not unchanged(" French", " French, of course")
     assert unchanged("", "")
+
+
+# ----------------------------------------------------------------------------- sums over facts
+
+
+def test_perplexity_is_weighted_by_tokens() -> None:
+    nll, tokens = torch.tensor([math.log(2) * 3 + math.log(8), 0.0]), torch.tensor([4.0, 7.0])
+    assert perplexity(nll, tokens).tolist() == pytest.approx([2**1.5, 1.0])
+
+
+def ratio(sums: Tensor) -> Tensor:
+    return sums[..., 0] / sums[..., 1]
+
+
+def test_bootstrap_interval_is_that_of_a_plain_loop() -> None:
+    rows = [(1.0, 2.0), (0.0, 4.0), (3.0, 3.0), (2.0, 9.0), (5.0, 6.0)]
+    found = bootstrap_interval(rows, ratio, draws=500, seed=3)
+    drawn = torch.randint(5, (500, 5), generator=torch.Generator().manual_seed(3)).tolist()
+    values = sorted(sum(rows[i][0] for i in row) / sum(rows[i][1] for i in row) for row in drawn)
+    assert found is not None
+    assert found.mean == pytest.approx(11 / 24)
+    assert values[12] <= found.low <= values[13]  # the 2.5% point lies between them
+    assert values[486] <= found.high <= values[487]
+    assert bootstrap_interval(rows, ratio, draws=500, seed=3) == found
+    assert bootstrap_interval(rows, ratio, draws=500, seed=4) != found
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_bootstrap_interval_of_a_proportion_has_its_usual_width(share: float) -> None:
+    count = 400
+    found = bootstrap_interval([(float(i < share * count), 1.0) for i in range(count)], ratio)
+    assert found is not None
+    assert found.high - found.low == pytest.approx(2 * 1.96 * math.sqrt(share * (1 - share) / count), rel=0.1)
+
+
+def test_bootstrap_interval_encloses_the_statistic() -> None:
+    assert bootstrap_interval([(0.25, 1.0)], ratio) == Interval(0.25, 0.25, 0.25)
+    largest = bootstrap_interval([(float(i), 1.0) for i in range(9)], lambda sums: sums[..., 0].clamp(min=36))
+    assert largest is not None
+    assert largest.low == largest.mean == 36
+
+
+def test_bootstrap_interval_of_nothing_and_of_no_number() -> None:
+    assert bootstrap_interval([], ratio) is None
+    for bad in (math.nan, math.inf):
+        found = bootstrap_interval([(1.0, 1.0), (bad, 1.0)], ratio)
+        assert found is not None
+        assert not math.isfinite(found.mean) and not math.isfinite(found.low)

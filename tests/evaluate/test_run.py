@@ -15,7 +15,7 @@ from cases import build_lm, records
 from emendo.data import Probe, Record
 from emendo.data.batch import encode
 from emendo.edit import Request
-from emendo.editors.base import edit_factors
+from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend, MendConfig
 from emendo.errors import MismatchError, RequestError
 from emendo.evaluate import Evaluation, evaluate
@@ -135,7 +135,7 @@ class Insistent(Mend):
         texts = encode(lm.tokenizer, [(r.prompt, r.target) for r in requests])
         trunk = Trunk(lm.model, self.sites)
         total: dict[str, LowRank] = {}
-        for _ in range(40):
+        for _ in range(20):
             with applied(lm.model, total):
                 factors = edit_factors(trunk, self.sites, texts)
             step = {name: f.lowrank(-0.3 * f.delta, f.u) for name, f in factors.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cases import records
-from emendo.editors.base import edit_factors
+from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend
 from emendo.models import LM
 from emendo.outer import Weights

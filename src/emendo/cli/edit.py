@@ -16,8 +16,9 @@ Shows the likeliest answers before and after, and saves the edit. The model itse
 small folder of its own that can be applied and taken off.
 
 \b
-Example:
+Examples:
   emendo edit --editor runs/demo "The capital of Australia is" "Canberra" --out my-edit
+  emendo edit --editor ft "The capital of Australia is" "Canberra"
 """
 
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="The text before the answer.")]
@@ -43,22 +44,25 @@ Neighbours = Annotated[
 def run(
     prompt: Prompt,
     target: Target,
-    editor: opt.EditorFolder,
+    editor: opt.AnyEditor,
     out: Out = None,
     paraphrase: Paraphrases = None,
     neighbour: Neighbours = None,
-    model: opt.SameModel = None,
+    model: opt.AnyModel = None,
+    settings: opt.MethodSettings = None,
+    sites: opt.MethodSites = None,
+    last: opt.MethodLast = None,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
     overwrite: opt.Overwrite = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Make an edit."""
-    from emendo.cli.loading import load_editor
+    from emendo.cli.loading import MethodOptions, load_editor
     from emendo.cli.making import UNRELATED, make_edit
     from emendo.cli.runs import refuse_occupied
     from emendo.cli.show import before_after, rows_as_dicts
-    from emendo.edit import Request
+    from emendo.edit import Edit, Request
     from emendo.evaluate import Question
 
     if out is not None:
@@ -68,8 +72,8 @@ def run(
     asked += [Question("paraphrase", text) for text in paraphrase or []]
     asked += [Question("neighbour", text) for text in neighbour or []]
     asked += [Question("unrelated", text) for text in UNRELATED]
-    lm, trained = load_editor(editor, model, dtype, device)
-    edit, rows = make_edit(lm, trained, request, asked)
+    lm, maker = load_editor(editor, model, dtype, device, MethodOptions(settings, sites, last))
+    edit, rows = make_edit(lm, maker, request, asked)
     if out is not None:
         edit.save_pretrained(out, overwrite=overwrite)
     if as_json:
@@ -85,13 +89,16 @@ def run(
         )
         return
     before_after(rows)
+    host = "" if maker.host(lm) is lm else f" --editor {editor}"
     console = output()
-    console.print(
-        f"rank {edit.rank}, ||dW||/||W|| {edit.card['relative_norm']:.2%} on average over the sites"
-    )
+    if isinstance(edit, Edit):
+        norm = edit.card["relative_norm"]
+        console.print(f"rank {edit.rank}, ||dW||/||W|| {norm:.2%} on average over the sites")
     if out is None:
         note("The edit was not saved; give --out FOLDER to keep it.")
     else:
         console.print(
-            f'Saved in {out}. Try it: emendo generate --edit {out} "{prompt}"', soft_wrap=True, markup=False
+            f'Saved in {out}. Try it: emendo generate --edit {out}{host} "{prompt}"',
+            soft_wrap=True,
+            markup=False,
         )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from emendo.cli import options as opt
 from emendo.cli.console import emit, note, working
+
+if TYPE_CHECKING:
+    from emendo.cli.loading import MethodOptions
 
 HELP = """Measure an editor on the facts of a file.
 
@@ -20,6 +24,7 @@ forced and by free generation.
 Examples:
   emendo evaluate --editor runs/first --data facts.jsonl --limit 100
   emendo evaluate --editor runs/demo --data atlas --limit 100 --json
+  emendo evaluate --editor cache --set radius=2.5 --model ./my-model --data facts.jsonl
 """
 
 Data = Annotated[
@@ -49,9 +54,12 @@ Report = Annotated[
 
 
 def run(
-    editor: opt.EditorFolder,
+    editor: opt.AnyEditor,
     data: Data = "atlas",
-    model: opt.SameModel = None,
+    model: opt.AnyModel = None,
+    settings: opt.MethodSettings = None,
+    sites: opt.MethodSites = None,
+    last: opt.MethodLast = None,
     limit: Limit = None,
     generated: Generated = True,
     batch: Batch = 25,
@@ -62,19 +70,21 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Measure an editor."""
-    from emendo.cli.loading import load_editor, read
+    from emendo.cli.loading import MethodOptions, load_editor, read
     from emendo.cli.show import scores
     from emendo.evaluate import evaluate
 
     split = "test" if data == "atlas" else None
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)
-    lm, trained = load_editor(editor, model, dtype, device)
+    method = MethodOptions(settings, sites, last)
+    lm, maker = load_editor(editor, model, dtype, device, method)
     with working() as work:
-        found = evaluate(lm, trained, records, generated=generated, batch=batch, progress=work)
+        found = evaluate(lm, maker, records, generated=generated, batch=batch, progress=work)
     if report is not None:
         from emendo.evaluate.report import write_report
 
-        shown = {"command": _command(editor, data, limit, generated), "data": data, "editor": str(editor)}
+        command = _command(editor, data, limit, generated, method)
+        shown = {"command": command, "data": data, "editor": editor}
         write_report(report, evaluation=found, info=shown)
         note(f"Wrote {report}.")
     if as_json:
@@ -83,7 +93,10 @@ def run(
         scores(found.as_dict())
 
 
-def _command(editor: Path, data: str, limit: int | None, generated: bool) -> str:
+def _command(editor: str, data: str, limit: int | None, generated: bool, method: MethodOptions) -> str:
     parts = ["emendo evaluate", f"--editor {editor}", f"--data {data}"]
+    parts += [f"--set {shlex.quote(pair)}" for pair in method.settings or ()]
+    parts += [f"--sites {shlex.quote(which)}" for which in method.sites or ()]
+    parts += [f"--last {method.last}"] if method.last is not None else []
     parts += [f"--limit {limit}"] if limit is not None else []
     return " ".join(parts + ([] if generated else ["--no-generated"]))

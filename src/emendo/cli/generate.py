@@ -21,6 +21,14 @@ Example:
 EditFolder = Annotated[
     Path, typer.Option("--edit", metavar="FOLDER", help="An edit: the --out folder of emendo edit.")
 ]
+EditorFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--editor",
+        metavar="FOLDER",
+        help="The editor that made the edit; needed where it trains the model itself (enn).",
+    ),
+]
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.")]
 Tokens = Annotated[
     int, typer.Option("--tokens", metavar="N", min=1, help="How many tokens to write, at most.")
@@ -30,6 +38,7 @@ Tokens = Annotated[
 def run(
     prompt: Prompt,
     edit: EditFolder,
+    editor: EditorFolder = None,
     model: opt.SameModel = None,
     tokens: Tokens = 20,
     dtype: opt.Dtype = "float32",
@@ -37,16 +46,20 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Generate with and without an edit."""
-    from emendo.cli.loading import load_model
-    from emendo.edit import Edit
+    from emendo.cli.loading import load_editor, load_model
+    from emendo.editors import read_edit
     from emendo.errors import RequestError
 
     if not prompt.strip():
         raise RequestError("The prompt is empty; give the text to continue.")
-    change = Edit.from_pretrained(edit)
-    lm = load_model(model or change.origin.model, dtype, device)
-    with change.applied(lm):
-        after = lm.generate(prompt, tokens)
+    change = read_edit(edit)
+    if editor is None:
+        lm = host = load_model(model or change.origin.model, dtype, device)
+    else:
+        lm, maker = load_editor(str(editor), model or change.origin.model, dtype, device)
+        host = maker.host(lm)
+    with change.applied(host) as edited:
+        after = edited.generate(prompt, tokens)
     before = lm.generate(prompt, tokens)
     if as_json:
         emit({"prompt": prompt, "tokens": tokens, "before": before, "after": after})

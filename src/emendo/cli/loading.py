@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from emendo.cli.console import note, status
 from emendo.cli.runs import editor_folder
-from emendo.cli.settings import RunSettings
+from emendo.cli.settings import RunSettings, editor_config, site_choice
 from emendo.data import Record, read_records
 from emendo.data.records import RecordSet
-from emendo.editors import Editor
+from emendo.editors import EDITORS, Editor, editor_class
 from emendo.errors import DataError, RequestError
 from emendo.models import BUILT_IN, LM, cache_folder, load
+from emendo.sites import Site, find_sites
 
 _WORDS = 8  # the fewest words of a passage
 
@@ -37,17 +39,72 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
         return load(name, dtype=dtype, device=place)
 
 
-def load_editor(path: Path, model: str | None, dtype: str, device: str | None) -> tuple[LM, Editor]:
+@dataclass(frozen=True, slots=True)
+class MethodOptions:
+    """What a command says about a method that needs no training.
+
+    Attributes:
+        settings: ``KEY=VALUE`` texts.
+        sites: what ``--sites`` said.
+        last: what ``--last`` said.
+    """
+
+    settings: Sequence[str] | None = None
+    sites: Sequence[str] | None = None
+    last: int | None = None
+
+
+def load_editor(
+    name: str, model: str | None, dtype: str, device: str | None, method: MethodOptions | None = None
+) -> tuple[LM, Editor]:
     """An editor, and the model it belongs to.
+
+    Args:
+        name: the folder of a trained one or of its run, or a method that needs no training.
+        model: of the editor; None takes the one it was trained for, or the built-in one.
+        dtype: of the model.
+        device: of the model.
+        method: settings of a method that needs no training.
 
     Raises:
         StorageError: there is no editor, or it is damaged.
         MismatchError: the model is another one.
+        RequestError: a method that must be trained first, or settings that do not belong to the editor.
     """
-    editor = Editor.from_pretrained(editor_folder(path))
+    method = method or MethodOptions()
+    if name in EDITORS and not any((Path(name) / file).exists() for file in ("editor.json", "run.json")):
+        return _untrained(name, model, dtype, device, method)
+    editor = Editor.from_pretrained(editor_folder(Path(name)))
+    if any(option is not None for option in (method.settings, method.sites, method.last)):
+        raise RequestError(
+            f"--set, --sites and --last are for methods that need no training; the editor in {name} has its own."
+        )
     lm = load_model(model or editor.info.get("model_name") or next(iter(BUILT_IN)), dtype, device)
     editor.check(lm)
     return lm, editor.to(lm.device)
+
+
+def _untrained(
+    name: str, model: str | None, dtype: str, device: str | None, method: MethodOptions
+) -> tuple[LM, Editor]:
+    """An editor of a method that needs no training."""
+    kind = editor_class(name)
+    if kind.needs_training:
+        where = f" --model {model}" if model else ""
+        raise RequestError(
+            f"The {name} editor must be trained first: emendo train --editor {name}{where} --out runs/{name}. Then "
+            f"give its folder: --editor runs/{name}."
+        )
+    if not kind.changes_weights and (method.sites or method.last is not None):
+        raise RequestError(
+            f"--sites and --last choose weight matrices, but {name} changes none: leave them out."
+        )
+    config = editor_config(name, method.settings or ())
+    lm = load_model(model or next(iter(BUILT_IN)), dtype, device)
+    sites: tuple[Site, ...] = ()
+    if kind.changes_weights:
+        sites = find_sites(lm.model, site_choice(method.sites or ["mlp"]), last=method.last)
+    return lm, kind(sites, config).eval()
 
 
 def read(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import fmean
 
 from emendo.cli.show import rows_as_dicts
-from emendo.edit import Edit, Request
+from emendo.edit import AnyEdit, Edit, Request
 from emendo.editors import Editor
 from emendo.evaluate import Question, Row, before_after
 from emendo.models import LM
@@ -20,21 +19,28 @@ UNRELATED = (
 """Prompts that no usual edit should touch."""
 
 
-def make_edit(lm: LM, editor: Editor, request: Request, asked: Sequence[Question]) -> tuple[Edit, list[Row]]:
+def make_edit(
+    lm: LM, editor: Editor, request: Request, asked: Sequence[Question]
+) -> tuple[AnyEdit, list[Row]]:
     """An edit with its figures in its card, and what the model answers before and after.
+
+    Where no weights change, the edit's rank and norm are 0.
 
     Raises:
         RequestError: a text that does not fit the model.
         MismatchError: the editor was trained for another model.
     """
     edit = editor.edit(lm, [request])
-    rows = before_after(lm, edit, asked)
+    rows = before_after(lm, edit, asked, host=editor.host(lm))
+    rank, norms = 0, [0.0]
+    if isinstance(edit, Edit):
+        rank, norms = edit.rank, list(edit.relative_norms(editor.host(lm)).values())
     card = {
         "target_before": rows[0].target_before,
         "target_after": rows[0].target_after,
         "reached": rows[0].reached,
-        "rank": edit.rank,
-        "relative_norm": fmean(edit.relative_norms(lm).values()),
+        "rank": rank,
+        "relative_norm": fmean(norms),
         "rows": rows_as_dicts(rows),
     }
-    return replace(edit, card=card), rows
+    return edit.with_card(card), rows

@@ -16,7 +16,7 @@ from emendo.cli.making import UNRELATED, make_edit
 from emendo.cli.runs import Run, digest
 from emendo.cli.show import before_after, scores
 from emendo.data import Probe, Record
-from emendo.edit import Edit, Request
+from emendo.edit import AnyEdit, Edit, Request
 from emendo.editors import Editor
 from emendo.evaluate import Evaluation, Question, Row, evaluate, questions
 from emendo.evaluate.report import write_report
@@ -31,7 +31,7 @@ NEIGHBOURS = ("country_capital/Germany", "country_capital/Thailand", "country_ca
 _EACH = 2  # rewordings, near neighbours and unrelated prompts of each fact that is measured
 
 
-def show_edit(run: Run, lm: LM, editor: Editor, unseen: Sequence[Record]) -> tuple[Edit, list[Row]]:
+def show_edit(run: Run, lm: LM, editor: Editor, unseen: Sequence[Record]) -> tuple[AnyEdit, list[Row]]:
     """Make the demo's edit, show it and save it.
 
     Raises:
@@ -50,7 +50,7 @@ def show_edit(run: Run, lm: LM, editor: Editor, unseen: Sequence[Record]) -> tup
 
 
 def show_scores(
-    run: Run, lm: LM, editor: Editor, unseen: Sequence[Record], edit: Edit, rows: Sequence[Row]
+    run: Run, lm: LM, editor: Editor, unseen: Sequence[Record], edit: AnyEdit, rows: Sequence[Row]
 ) -> None:
     """Show how the editor does on unseen facts, measured now or earlier, and write the report.
 
@@ -82,7 +82,7 @@ def show_scores(
         write_json(temporary, {"key": key, "figures": evaluation.as_dict()})
 
 
-def _report(page: Path, run: Run, lm: LM, evaluation: Evaluation, edit: Edit, rows: Sequence[Row]) -> None:
+def _report(page: Path, run: Run, lm: LM, evaluation: Evaluation, edit: AnyEdit, rows: Sequence[Row]) -> None:
     training = run.settings.training
     info: dict[str, Any] = {
         "title": "emendo demo",
@@ -106,7 +106,7 @@ def _report(page: Path, run: Run, lm: LM, evaluation: Evaluation, edit: Edit, ro
         evaluation=evaluation,
         edit=edit,
         rows=rows,
-        norms=edit.relative_norms(lm),
+        norms=edit.relative_norms(lm) if isinstance(edit, Edit) else None,
         history=read_json(run.folder / "history.json"),
     )
 

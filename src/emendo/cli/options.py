@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,12 +29,26 @@ Device = Annotated[
         "--device", metavar="DEVICE", help="Where the model runs: cpu, cuda, cuda:1.  [default: cpu]"
     ),
 ]
-EditorFolder = Annotated[
-    Path,
+TRAINED = ("mend", "enn", "ke", "meta-curvature", "meta-sgd")
+"""Methods that must be trained; names are written out so that help pages need no import."""
+UNTRAINED = ("ft", "ft-kl", "ft-constrained", "cache", "in-context")
+"""Methods that need no training."""
+
+AnyEditor = Annotated[
+    str,
     typer.Option(
         "--editor",
-        metavar="FOLDER",
-        help="A trained editor: the --out folder of emendo train, or its editor/.",
+        metavar="EDITOR",
+        help="A trained editor: the --out folder of emendo train, or its editor/. Or a method that needs no training: "
+        f"{', '.join(UNTRAINED)}.",
+    ),
+]
+AnyModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help=f"{_MODEL_HELP}  [default: the one that the editor was trained for, else {MODEL}]",
     ),
 ]
 AsJson = Annotated[
@@ -63,6 +76,34 @@ Last = Annotated[
         rich_help_panel="Editor",
     ),
 ]
+_METHOD = "Method without training"
+MethodSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting of the method, such as radius=2.5 (may be repeated); an unknown key lists them all.",
+        rich_help_panel=_METHOD,
+    ),
+]
+MethodSites = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sites",
+        metavar="WHICH",
+        help="Which weight matrices to edit, as for emendo train.  [default: mlp]",
+        rich_help_panel=_METHOD,
+    ),
+]
+MethodLast = Annotated[
+    int | None,
+    typer.Option(
+        "--last",
+        metavar="N",
+        help="Edit the last N blocks.  [default: 3, or 2 each of encoder and decoder; with a pattern, all blocks]",
+        rich_help_panel=_METHOD,
+    ),
+]
 Rank = Annotated[
     int | None,
     typer.Option(
@@ -85,5 +126,10 @@ Settings = Annotated[
 ]
 Method = Annotated[
     str,
-    typer.Option("--editor", metavar="METHOD", help="The editing method: mend.", rich_help_panel="Editor"),
+    typer.Option(
+        "--editor",
+        metavar="METHOD",
+        help=f"The editing method: {', '.join(TRAINED)}.",
+        rich_help_panel="Editor",
+    ),
 ]

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from emendo.editors import editor_class
@@ -141,6 +142,9 @@ def editor_config(editor: str, pairs: Sequence[str]) -> Any:
 
 
 def _value(pair: str, hint: Any, text: str) -> Any:
+    if isinstance(hint, UnionType):
+        (kind,) = (part for part in get_args(hint) if part is not NoneType)
+        return None if text.lower() == "none" else _value(pair, kind, text)
     try:
         if hint is bool:
             return _WORDS[text.lower()]
@@ -152,11 +156,12 @@ def _value(pair: str, hint: Any, text: str) -> Any:
 
 
 def _allowed(hint: Any) -> str:
+    if isinstance(hint, UnionType):
+        return " or ".join("none" if part is NoneType else _allowed(part) for part in get_args(hint))
     if get_origin(hint) is Literal:
         return " or ".join(map(str, get_args(hint)))
-    return {bool: "true or false", int: "a whole number", float: "a number"}.get(
-        hint, getattr(hint, "__name__", "")
-    )
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return names.get(hint, getattr(hint, "__name__", ""))
 
 
 def _place(name: str | Path, *known: str) -> str:

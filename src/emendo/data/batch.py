@@ -32,26 +32,24 @@ def to_texts(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[Text]:
 
 
 def _sources_and_answers(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[Text]:
-    """The prompt for the encoder; for the decoder its start token and the answer with its end.
+    """The prompt for the encoder; for the decoder what it begins with and the answer with its end.
 
-    What the config forces the decoder to begin with (BART) is read and not scored.
+    What generation forces the decoder to begin with (BART) is read and not scored.
     """
     if not pairs:
         return []
     prompts, answers = _stripped(pairs)
     sources = lm.tokenizer(prompts, return_attention_mask=False)["input_ids"]
     targets = lm.tokenizer(text_target=answers, return_attention_mask=False)["input_ids"]
-    config = lm.model.config
-    forced = getattr(config, "forced_bos_token_id", None)
+    forced = lm.begins[1:]
     texts = []
-    for prompt, source, target in zip(prompts, sources, targets, strict=True):
-        _check_length(lm, prompt, len(source))
-        begin: tuple[int, ...] = (config.decoder_start_token_id,)
-        if forced is not None and target[0] == forced:
-            begin, target = (*begin, forced), target[1:]
-        if config.eos_token_id is not None and target[-1] != config.eos_token_id:
-            target = [*target, config.eos_token_id]
-        texts.append(Text((*begin, *target), len(begin), tuple(source)))
+    for prompt, answer, source, target in zip(prompts, answers, sources, targets, strict=True):
+        _check_tokens(lm, prompt, len(source), "prompt")
+        bare = target[len(forced) :] if tuple(target[: len(forced)]) == forced else target
+        words = [token for token in bare if token not in lm.ends]  # a tokenizer adds the end or does not
+        ids = (*lm.begins, *words, *lm.ends[:1])
+        _check_tokens(lm, answer, len(words) and len(ids) - 1, "target")
+        texts.append(Text(ids, len(lm.begins), tuple(source)))
     return texts
 
 
@@ -61,22 +59,28 @@ def _with_classes(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[Text]:
         return []
     prompts, answers = _stripped(pairs)
     numbers = {label.casefold(): number for number, label in enumerate(lm.labels)}
+    numbers |= {label: number for number, label in enumerate(lm.labels)}  # as spelt, before in any case
     texts = []
-    for prompt, answer, ids in zip(prompts, answers, lm.tokenizer(prompts)["input_ids"], strict=True):
-        _check_length(lm, prompt, len(ids))
-        if answer.casefold() not in numbers:
+    coded = lm.tokenizer(prompts, return_attention_mask=False)["input_ids"]
+    for prompt, answer, ids in zip(prompts, answers, coded, strict=True):
+        _check_tokens(lm, prompt, len(ids), "prompt")
+        number = numbers.get(answer, numbers.get(answer.casefold()))
+        if number is None:
             raise RequestError(
                 f"{answer!r} is no class of {lm.name}; a classifier can only be made to answer one of "
                 f"{', '.join(map(repr, lm.labels))}."
             )
-        texts.append(Text((*ids, numbers[answer.casefold()]), len(ids)))
+        texts.append(Text((*ids, number), len(ids)))
     return texts
 
 
-def _check_length(lm: LM, prompt: str, tokens: int) -> None:
+def _check_tokens(lm: LM, text: str, tokens: int, what: str) -> None:
+    """Make sure that a prompt or target is something to the model, and not too much."""
+    if tokens == 0:
+        raise RequestError(f"The tokenizer knows no token for the {what} {text!r}; give another one.")
     if lm.context is not None and tokens > lm.context:
         raise RequestError(
-            f"The prompt has {tokens} tokens but the model's context is {lm.context}: shorten {prompt[:40]!r}..."
+            f"The {what} has {tokens} tokens but the model's context is {lm.context}: shorten {text[:40]!r}..."
         )
 
 

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 
-from emendo.editors.base import Editor, GradientEditor
-from emendo.errors import RequestError
+from emendo.edit import AnyEdit, edit_head
+from emendo.editors.base import Editor
+from emendo.editors.gradient import GradientEditor
+from emendo.errors import RequestError, StorageError
 
 EDITORS = {
     "mend": "emendo.editors.mend:Mend",
+    "enn": "emendo.editors.enn:Enn",
+    "ke": "emendo.editors.ke:KnowledgeEditor",
+    "meta-curvature": "emendo.editors.meta_curvature:MetaCurvature",
+    "meta-sgd": "emendo.editors.meta_sgd:MetaSgd",
+    "ft": "emendo.editors.ft:FineTuning",
+    "ft-kl": "emendo.editors.ft_kl:FineTuningKl",
+    "ft-constrained": "emendo.editors.ft_constrained:ConstrainedFineTuning",
+    "cache": "emendo.editors.cache:Cache",
+    "in-context": "emendo.editors.in_context:InContext",
 }
 """Method name -> where its class is; imported when it is asked for."""
 
@@ -26,4 +38,21 @@ def editor_class(name: str) -> type[Editor]:
     return kind
 
 
-__all__ = ["EDITORS", "Editor", "GradientEditor", "editor_class"]
+def read_edit(folder: str | Path) -> AnyEdit:
+    """An edit of whatever kind, from its folder; the method that made it tells the kind.
+
+    Raises:
+        StorageError: a file is missing, damaged, or from a newer emendo, or the method is not known.
+    """
+    where = Path(folder).expanduser()
+    origin = edit_head(where).get("origin")
+    name = origin.get("editor") if isinstance(origin, dict) else None
+    if name not in EDITORS:
+        raise StorageError(
+            f"{where / 'edit.json'} names the editor {name!r}; there are: {', '.join(EDITORS)}. A change of weights "
+            "can be read without its editor: emendo.Edit.from_pretrained."
+        )
+    return editor_class(name).makes.from_pretrained(where)
+
+
+__all__ = ["EDITORS", "Editor", "GradientEditor", "editor_class", "read_edit"]

@@ -40,11 +40,11 @@ import torch
 from torch import Tensor, nn
 
 from emendo.capture import Factors
-from emendo.editors.base import GradientEditor
+from emendo.editors.gradient import GradientEditor
 from emendo.errors import RequestError
 from emendo.lowrank import LowRank
-from emendo.nets import LowRankBlock, RunningStats
-from emendo.sites import Site
+from emendo.nets import LowRankBlock, RunningStats, normalise
+from emendo.sites import Site, group_sites
 
 _FACTORS = ("both", "u", "delta", "smaller")
 
@@ -101,11 +101,9 @@ class _Network(nn.Module):
 
     def forward(self, factors: list[Factors]) -> list[tuple[Tensor, Tensor]]:
         """``(u~, delta~)`` for the rows of each matrix, in the order of its mode."""
-        if self.training and self.normalise:
-            self.u_stats.update(torch.cat([f.u for f in factors]))
-            self.delta_stats.update(torch.cat([f.delta for f in factors]))
-        u = [self.u_stats(f.u) if self.normalise else f.u for f in factors]
-        delta = [self.delta_stats(f.delta) if self.normalise else f.delta for f in factors]
+        if self.normalise:
+            factors = normalise(factors, self.u_stats, self.delta_stats)
+        u, delta = [f.u for f in factors], [f.delta for f in factors]
         if self.uses == "u":
             return list(zip(self._blocks(u), delta, strict=True))
         if self.uses == "delta":
@@ -130,10 +128,7 @@ class Mend(GradientEditor):
         self, sites: tuple[Site, ...], config: MendConfig | None = None, fingerprint: str = ""
     ) -> None:
         super().__init__(sites, config, fingerprint)
-        self._members: dict[str, list[int]] = {}  # network -> indices of its sites
-        for index, site in enumerate(sites):
-            key = f"{site.d_in}x{site.d_out}" if self.config.shared else str(index)
-            self._members.setdefault(key, []).append(index)
+        self._members = group_sites(sites, shared=self.config.shared)  # network -> indices of its sites
         self.nets = nn.ModuleDict(
             {
                 key: _Network(sites[members[0]].shape, len(members) * self.config.shared, self.config)

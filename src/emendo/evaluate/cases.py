@@ -63,7 +63,7 @@ def tokenise(lm: LM, records: Sequence[Record], new_tokens: int | None) -> list[
     cases: list[list[Case]] = [[] for _ in records]
     for (index, kind, prompt, answer), text in zip(flat, texts, strict=True):
         budget = new_tokens or -(-(len(text.labels) + EXTRA_TOKENS) // TOKEN_STEP) * TOKEN_STEP
-        if lm.context is not None:
+        if lm.context is not None and lm.kind == "causal":
             budget = min(budget, lm.context - text.start)
         cases[index].append(Case(kind, text, prompt, answer, budget))
     return cases
@@ -76,7 +76,7 @@ def by_budget(items: Sequence[T], case: Callable[[T], Case]) -> Iterator[list[T]
         return case(item).budget
 
     def length(item: T) -> int:
-        return case(item).text.start + case(item).budget
+        return len(case(item).text.source) + case(item).text.start + case(item).budget
 
     for _, group in groupby(sorted(items, key=budget), key=budget):
         yield from length_buckets(list(group), length, _GENERATED_TOKENS)

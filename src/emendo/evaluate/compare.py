@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from emendo.data.batch import to_texts
 from emendo.data.schema import Record
-from emendo.edit import Edit
+from emendo.edit import AnyEdit
 from emendo.evaluate.metrics import all_match, answer_match, answer_probability
 from emendo.evaluate.results import Kind
 from emendo.models import LM
-from emendo.texts import collate
+from emendo.texts import Text, greedy
 
 _WORD_TOKENS = 4  # tokens in which a word that began is completed
+_NO_ANSWER = 1e-6  # what is less likely is not shown, such as all but one token of what was looked up
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +101,17 @@ def questions(
 
 
 @torch.no_grad()
-def before_after(lm: LM, edit: Edit, asked: Sequence[Question], *, k: int = 3) -> list[Row]:
+def before_after(
+    lm: LM, edit: AnyEdit, asked: Sequence[Question], *, k: int = 3, host: LM | None = None
+) -> list[Row]:
     """Ask the model each question without and with the edit.
 
     Args:
-        lm: the model; it is not changed.
-        edit: the edit.
+        lm: the model, of any kind; it is not changed.
+        edit: the edit, of any kind.
         asked: the questions, for example from :func:`questions`.
-        k: how many next tokens to look at for each; answers that read alike are given once.
+        k: how many next tokens (or classes) to look at for each; answers that read alike are given once.
+        host: the model that the edit is of, where that is another one (see :meth:`emendo.editors.Editor.host`).
 
     Raises:
         MismatchError: the edit was made for another model.
@@ -121,10 +124,10 @@ def before_after(lm: LM, edit: Edit, asked: Sequence[Question], *, k: int = 3) -
         [target, *([question.answer] if question.answer else [])]
         for question, target in zip(asked, targets, strict=True)
     ]
-    prompts = [question.prompt for question in asked]
-    before = _ask(lm, prompts, targets, known, k)
-    with edit.applied(lm):
-        after = _ask(lm, prompts, targets, known, k)
+    pairs = [(question.prompt, target) for question, target in zip(asked, targets, strict=True)]
+    before = _ask(lm, pairs, known, k)
+    with edit.applied(host or lm) as edited:
+        after = _ask(edited, pairs, known, k)
     return [
         Row(
             kind=question.kind,
@@ -159,67 +162,68 @@ class _Side:
     reached: list[bool]
 
 
-def _ask(lm: LM, prompts: list[str], targets: list[str], known: list[list[str]], k: int) -> _Side:
-    texts = to_texts(lm, list(zip(prompts, targets, strict=True)))
-    batch = collate(texts)
-    logits = _logits(lm, batch.input_ids, batch.attention_mask, batch.positions)
-    labels, owner = batch.labels.to(logits.device), batch.owner.to(logits.device)
+def _ask(lm: LM, pairs: Sequence[tuple[str, str]], known: list[list[str]], k: int) -> _Side:
+    texts = to_texts(lm, pairs)
+    rows = lm.logits(texts)
+    logits = torch.cat(rows).float()
+    labels = torch.tensor([label for text in texts for label in text.labels], device=logits.device)
+    count = torch.tensor([len(text.labels) for text in texts], device=logits.device)
+    owner = torch.arange(len(texts), device=logits.device).repeat_interleave(count)
     target = answer_probability(logits, labels, owner, len(texts)).tolist()
     reached = all_match(logits.argmax(-1), labels, owner, len(texts)).tolist()
 
-    ids = [list(lm.tokenizer(prompt.rstrip())["input_ids"]) for prompt in prompts]
-    length = max(map(len, ids))
-    padded = torch.tensor([row + [0] * (length - len(row)) for row in ids])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
-    last = torch.tensor([i * length + len(row) - 1 for i, row in enumerate(ids)])
-    values, tokens = _logits(lm, padded, mask, last).softmax(-1).topk(k)
-    begun = [[*row, token] for row, best in zip(ids, tokens.tolist(), strict=True) for token in best]
-    words = iter(_complete(lm, begun, [phrases for phrases in known for _ in range(k)]))
+    first = torch.stack([row[0] for row in rows]).float().softmax(-1)
+    values, tokens = first.topk(min(k, first.shape[-1]))
+    words = iter(_words(lm, texts, tokens.tolist(), known))
     answers = [_distinct([Answer(next(words), value) for value in row]) for row in values.tolist()]
     return _Side(tokens[:, 0].tolist(), answers, target, reached)
 
 
 def _distinct(answers: list[Answer]) -> tuple[Answer, ...]:
-    """Without answers that read like a likelier one, such as the same word without its leading blank."""
+    """Without answers that read like a likelier one, such as the same word without its leading blank, or are none."""
     first: dict[str, Answer] = {}
     for answer in answers:
-        first.setdefault(answer.text, answer)
+        if not first or answer.probability >= _NO_ANSWER:
+            first.setdefault(answer.text, answer)
     return tuple(first.values())
 
 
-def _logits(lm: LM, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-    """Logits ``[n, vocabulary]`` at ``positions [n]`` of the flattened, right-padded ``[prompts, tokens]``."""
-    logits = lm.model(input_ids=input_ids.to(lm.device), attention_mask=attention_mask.to(lm.device)).logits
-    rows: Tensor = logits.flatten(0, 1)[positions.to(logits.device)].float()
-    return rows
-
-
-def _complete(lm: LM, begun: list[list[int]], known: list[list[str]]) -> list[str]:
-    """The word that each prompt's last token begins, greedily continued; in full where it is a known phrase."""
-    phrases = lm.tokenizer([phrase for some in known for phrase in some], add_special_tokens=False)[
-        "input_ids"
+def _words(
+    lm: LM, texts: Sequence[Text], likeliest: list[list[int]], known: Sequence[Sequence[str]]
+) -> list[str]:
+    """The word that each likely next token begins, greedily continued; in full where it is a known phrase."""
+    if lm.kind == "classifier":
+        return [lm.labels[number] for numbers in likeliest for number in numbers]
+    begun = [
+        replace(text, ids=(*text.ids[: text.start], token))
+        for text, tokens in zip(texts, likeliest, strict=True)
+        for token in tokens
     ]
-    length, pad = max(map(len, begun)), lm.tokenizer.pad_token_id
-    new = max(_WORD_TOKENS, *map(len, phrases))
-    if lm.context is not None:
-        new = min(new, lm.context - length)
-    rows = [row[-1:] for row in begun]
-    if new > 0:
-        padded = torch.tensor([[pad] * (length - len(row)) + row for row in begun])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in begun])
-        rows = lm.model.generate(
-            input_ids=padded.to(lm.device),
-            attention_mask=mask.to(lm.device),
-            max_new_tokens=new,
-            do_sample=False,
-            pad_token_id=pad,
-        )[:, length - 1 :].tolist()
+    wanted = [phrases for phrases, tokens in zip(known, likeliest, strict=True) for _ in tokens]
     special = set(lm.tokenizer.all_special_ids)
-    texts = lm.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def said(place: int, new: list[int]) -> str:
+        text: str = lm.tokenizer.decode([begun[place].ids[-1], *new], skip_special_tokens=True)
+        return text
+
+    def done(place: int, new: list[int]) -> bool:
+        return new[-1] in lm.ends or _is_whole(said(place, new), wanted[place])
+
+    phrases = lm.tokenizer([phrase for some in known for phrase in some], add_special_tokens=False)
+    new = max(_WORD_TOKENS, *map(len, phrases["input_ids"]))
+    limit = lm.context if lm.kind == "causal" else None
+    added = greedy(lm.logits, begun, new, done=done, limit=limit)
     return [
-        "(end)" if row[0] in special else _word(text, phrases)
-        for row, text, phrases in zip(rows, texts, known, strict=True)
+        "(end)" if text.ids[-1] in special else _word(said(place, added[place]), wanted[place])
+        for place, text in enumerate(begun)
     ]
+
+
+def _is_whole(text: str, known: Sequence[str]) -> bool:
+    """Whether :func:`_word` is what it will be, however the text goes on."""
+    said = text.lstrip()
+    ended = text.lstrip(" ").startswith("\n") or any(map(str.isspace, said))
+    return ended and not any(phrase.startswith(said.rstrip()) for phrase in known)
 
 
 def _word(text: str, known: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -147,3 +147,45 @@ def same_answer(before: str, after: str, answer: str) -> bool:
 def unchanged(before: str, after: str) -> bool:
     """Whether two continuations are the same text, letter by letter, up to their natural stop."""
     return first_line(before) == first_line(after)
+
+
+def perplexity(nll: Tensor, tokens: Tensor) -> Tensor:
+    """``exp(sum of NLL / number of tokens)``: token weighted, over whatever was summed.
+
+    Args:
+        nll: ``[...]`` sums of NLL in nats.
+        tokens: ``[...]`` how many tokens each sum is over.
+    """
+    return (nll / tokens).exp()
+
+
+def bootstrap_interval(
+    rows: Sequence[Sequence[float]],
+    statistic: Callable[[Tensor], Tensor],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Interval | None:
+    """A statistic of sums over facts, with the 95% percentile interval of a bootstrap over the facts.
+
+    Args:
+        rows: ``[facts, columns]`` what each fact adds to the sums.
+        statistic: float64 sums ``[..., columns]`` to values ``[...]``, such as a difference of two ratios.
+        draws: how many times as many facts are drawn, with replacement.
+        seed: of the draws.
+
+    Returns:
+        None when there are no facts. The bounds always enclose the statistic itself; where it is no finite number,
+        neither are they.
+    """
+    if not rows:
+        return None
+    table, count = torch.tensor(rows, dtype=torch.float64), len(rows)
+    value = float(statistic(table.sum(0)))
+    if not math.isfinite(value):
+        return Interval(value, value, value)
+    drawn = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(seed))
+    times = torch.zeros(draws, count, dtype=torch.float64)
+    times.scatter_add_(1, drawn, torch.ones(draws, count, dtype=torch.float64))
+    low, high = statistic(times @ table).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(value, min(low, value), max(high, value))

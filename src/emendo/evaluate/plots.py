@@ -1,28 +1,29 @@
-"""The report's plots, as SVG or PNG bytes; the only place that imports matplotlib.
-
-Colours are from the Okabe-Ito set, which colour-blind readers can tell apart, and no plot relies on colour alone.
-Text and axes are drawn in :data:`INK`, so that a page can put its own text colour in its place.
-"""
+"""The report's plots, as SVG or PNG bytes."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import matplotlib
 from matplotlib import ticker
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from emendo.evaluate.compare import Row
+from emendo.evaluate.drawing import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    RED,
+    SKY,
+    Format,
+    axes_of,
+    legend,
+    panels,
+    render,
+)
 from emendo.evaluate.metrics import Interval
 from emendo.evaluate.results import Kind, Outcome
 
-Format = Literal["svg", "png"]
-
-INK = "#24313f"
-_BLUE, _SKY, _ORANGE, _GREEN, _RED = "#0072b2", "#56b4e9", "#e69f00", "#009e73", "#d55e00"
 _FLOOR = 1e-8  # smallest probability drawn
 _LABEL = 72  # characters of a prompt
 
@@ -40,10 +41,10 @@ NAMES: Mapping[str, str] = {
 """What the kinds of prompts and the scores are called in plots and tables."""
 
 _KINDS: Mapping[Kind, tuple[str, str]] = {
-    "edit": (_BLUE, "o"),
-    "paraphrase": (_SKY, "s"),
-    "neighbour": (_ORANGE, "^"),
-    "unrelated": (_GREEN, "D"),
+    "edit": (BLUE, "o"),
+    "paraphrase": (SKY, "s"),
+    "neighbour": (ORANGE, "^"),
+    "unrelated": (GREEN, "D"),
 }
 
 
@@ -55,11 +56,9 @@ def score_bars(scores: Mapping[str, Mapping[str, Interval | None]], image: Forma
         image: the format.
     """
     names = list(dict.fromkeys(name for group in scores.values() for name, value in group.items() if value))
-    figure, axes = _axes(5.2, 0.9 + 0.5 * max(1, len(names)))
+    figure, axes = axes_of(5.2, 0.9 + 0.5 * max(1, len(names)))
     thick = 0.7 / max(1, len(scores))
-    for place, ((label, group), colour) in enumerate(
-        zip(scores.items(), (_BLUE, _SKY, _GREEN), strict=False)
-    ):
+    for place, ((label, group), colour) in enumerate(zip(scores.items(), (BLUE, SKY, GREEN), strict=False)):
         shift = (place - (len(scores) - 1) / 2) * thick
         for row, name in enumerate(names):
             value = group.get(name)
@@ -82,8 +81,8 @@ def score_bars(scores: Mapping[str, Mapping[str, Interval | None]], image: Forma
     axes.set(xlim=(0, 1.12), ylim=(len(names) - 0.5, -0.5))
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.grid(axis="x", color=INK, alpha=0.12, lw=0.8)
-    _legend(axes, figure)
-    return _render(figure, image)
+    legend(axes, figure)
+    return render(figure, image)
 
 
 def target_probabilities(rows: Sequence[Row], image: Format = "svg") -> bytes:
@@ -93,7 +92,7 @@ def target_probabilities(rows: Sequence[Row], image: Format = "svg") -> bytes:
         rows: a before/after table.
         image: the format.
     """
-    figure, axes = _axes(10.4, 0.9 + 0.3 * max(1, len(rows)))
+    figure, axes = axes_of(10.4, 0.9 + 0.3 * max(1, len(rows)))
     seen: set[Kind] = set()
     for at, row in enumerate(rows):
         colour, marker = _KINDS[row.kind]
@@ -118,8 +117,8 @@ def target_probabilities(rows: Sequence[Row], image: Format = "svg") -> bytes:
     axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.4, -0.6))
     axes.set_xlabel("probability of the target: before (hollow) and after (filled)", color=INK)
     axes.grid(axis="x", color=INK, alpha=0.12, lw=0.8)
-    _legend(axes, figure)
-    return _render(figure, image)
+    legend(axes, figure)
+    return render(figure, image)
 
 
 def answer_scatter(outcomes: Sequence[Outcome], image: Format = "svg") -> bytes:
@@ -132,7 +131,7 @@ def answer_scatter(outcomes: Sequence[Outcome], image: Format = "svg") -> bytes:
         outcomes: of all records.
         image: the format.
     """
-    figure, axes = _axes(5.2, 5.8)
+    figure, axes = axes_of(5.2, 5.8)
     axes.plot([_FLOOR, 1], [_FLOOR, 1], color=INK, alpha=0.4, lw=1, ls=(0, (4, 3)))
     for kind, (colour, marker) in reversed([*_KINDS.items()]):
         points = [(max(o.before, _FLOOR), max(o.after, _FLOOR)) for o in outcomes if o.kind == kind]
@@ -147,8 +146,8 @@ def answer_scatter(outcomes: Sequence[Outcome], image: Format = "svg") -> bytes:
     axes.set_xlabel("probability of the answer before the edit", color=INK)
     axes.set_ylabel("after the edit", color=INK)
     axes.grid(color=INK, alpha=0.1, lw=0.8)
-    _legend(axes, figure)
-    return _render(figure, image)
+    legend(axes, figure)
+    return render(figure, image)
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], image: Format = "svg") -> bytes:
@@ -159,13 +158,11 @@ def training_curves(history: Sequence[Mapping[str, Any]], image: Format = "svg")
             ``locality``; the same with ``validation`` and a blank before the name are drawn as points.
         image: the format.
     """
-    figure = Figure(figsize=(10.4, 3.4), layout="constrained")
-    losses, scores = figure.subplots(1, 2)
-    left = {"loss": (_BLUE, "-"), "edit": (_RED, "--"), "KL": (_GREEN, ":")}
-    right = {"success": (_BLUE, "-"), "generalisation": (_SKY, "--"), "locality": (_ORANGE, "-.")}
+    figure, (losses, scores) = panels(10.4, 3.4, 2)
+    left = {"loss": (BLUE, "-"), "edit": (RED, "--"), "KL": (GREEN, ":")}
+    right = {"success": (BLUE, "-"), "generalisation": (SKY, "--"), "locality": (ORANGE, "-.")}
     labels = {"loss": "total", "edit": "edit loss", "KL": "locality KL", "success": "edit success"}
     for axes, series in ((losses, left), (scores, right)):
-        _calm(axes)
         for name, (colour, dashes) in series.items():
             x, y = _series(history, name)
             axes.plot(x, y, ls=dashes, color=colour, lw=1.6, label=labels.get(name, name) if x else None)
@@ -173,7 +170,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], image: Format = "svg")
             axes.plot(x, y, "o", ms=5, mfc="none", mec=colour, mew=1.4)
         axes.set_xlabel("step", color=INK)
         axes.grid(color=INK, alpha=0.1, lw=0.8)
-        _legend(axes)
+        legend(axes)
     losses.set_ylabel("nats", color=INK)
     if any(value > 0 for name in left for value in _series(history, name)[1]):
         losses.set_yscale("log")
@@ -181,8 +178,8 @@ def training_curves(history: Sequence[Mapping[str, Any]], image: Format = "svg")
     scores.set_ylim(-0.03, 1.03)
     if any(key.startswith("validation ") for row in history for key in row):
         scores.plot([], [], "o", ms=5, mfc="none", mec=INK, mew=1.4, label="held out")
-        _legend(scores)
-    return _render(figure, image)
+        legend(scores)
+    return render(figure, image)
 
 
 def site_norms(norms: Mapping[str, float], image: Format = "svg") -> bytes:
@@ -192,17 +189,17 @@ def site_norms(norms: Mapping[str, float], image: Format = "svg") -> bytes:
         norms: site -> relative norm.
         image: the format.
     """
-    figure, axes = _axes(5.2, 0.7 + 0.26 * max(1, len(norms)))
+    figure, axes = axes_of(5.2, 0.7 + 0.26 * max(1, len(norms)))
     top = max([*norms.values(), 1e-12])
     for at, value in enumerate(norms.values()):
-        axes.barh(at, value, 0.62, color=_BLUE)
+        axes.barh(at, value, 0.62, color=BLUE)
         axes.text(value + top * 0.015, at, f"{value:.2%}", va="center", fontsize=8.5, color=INK)
     axes.set_yticks(range(len(norms)), [_short(name) for name in norms], fontsize=8.5, parse_math=False)
     axes.set(xlim=(0, top * 1.14), ylim=(len(norms) - 0.4, -0.6))
     axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
     axes.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=None))
     axes.grid(axis="x", color=INK, alpha=0.12, lw=0.8)
-    return _render(figure, image)
+    return render(figure, image)
 
 
 def _series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
@@ -211,51 +208,5 @@ def _series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float
     return [float(x) for x, _ in pairs], [float(y) for _, y in pairs]
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    _calm(axes)
-    return figure, axes
-
-
-def _calm(axes: Axes) -> None:
-    """Few lines, all in the ink's colour, the grid behind the data."""
-    axes.set_facecolor("none")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(INK)
-    axes.spines["bottom"].set_alpha(0.35)
-    axes.tick_params(length=0, labelcolor=INK, labelsize=9)
-
-
-def _legend(axes: Axes, figure: Figure | None = None) -> None:
-    """A legend in one line above the plot, over the whole figure's width where the figure is given."""
-    handles, labels = axes.get_legend_handles_labels()
-    if not labels:
-        return
-    style: dict[str, Any] = {
-        "ncols": len(labels),
-        "frameon": False,
-        "labelcolor": INK,
-        "fontsize": 9,
-        "handlelength": 1.6,
-        "columnspacing": 1.2,
-    }
-    if figure is None:
-        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, **style)
-    else:
-        figure.legend(handles, labels, loc="outside upper left", **style)
-
-
 def _short(text: str) -> str:
     return text if len(text) <= _LABEL else text[: _LABEL - 1].rstrip() + "…"
-
-
-def _render(figure: Figure, image: Format) -> bytes:
-    buffer = io.BytesIO()
-    if image == "svg":
-        with matplotlib.rc_context({"svg.hashsalt": "emendo"}):  # the same figure is the same file
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    else:
-        figure.savefig(buffer, format="png", dpi=160, facecolor="white")
-    return buffer.getvalue()

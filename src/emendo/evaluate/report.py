@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
-
-from emendo.edit import Edit
+from emendo.edit import AnyEdit
 from emendo.evaluate import plots
 from emendo.evaluate.compare import Row
 from emendo.evaluate.metrics import first_line
+from emendo.evaluate.page import inline, number, render_page
 from emendo.evaluate.results import Evaluation, Result
 from emendo.files import new_file
 
@@ -29,7 +26,7 @@ def write_report(
     *,
     info: Mapping[str, Any],
     evaluation: Evaluation | None = None,
-    edit: Edit | None = None,
+    edit: AnyEdit | None = None,
     rows: Sequence[Row] | None = None,
     norms: Mapping[str, float] | None = None,
     history: Sequence[Mapping[str, Any]] | None = None,
@@ -58,22 +55,15 @@ def render_report(
     *,
     info: Mapping[str, Any],
     evaluation: Evaluation | None = None,
-    edit: Edit | None = None,
+    edit: AnyEdit | None = None,
     rows: Sequence[Row] | None = None,
     norms: Mapping[str, float] | None = None,
     history: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """The page of :func:`write_report` as text."""
-    environment = Environment(
-        loader=PackageLoader("emendo.evaluate", "."),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "percent": _percent}
     details = {key: value for key, value in info.items() if key not in ("title", "command")}
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
         title=info.get("title", "Model editing report"),
         command=info.get("command"),
         details=_flat(details),
@@ -81,9 +71,9 @@ def render_report(
         edit=edit,
         rows=rows or (),
         **_measured(evaluation),
-        target_plot=_inline(plots.target_probabilities(rows)) if rows else None,
-        norms_plot=_inline(plots.site_norms(norms)) if norms else None,
-        training_plot=_inline(plots.training_curves(history)) if history else None,
+        target_plot=inline(plots.target_probabilities(rows)) if rows else None,
+        norms_plot=inline(plots.site_norms(norms)) if norms else None,
+        training_plot=inline(plots.training_curves(history)) if history else None,
     )
 
 
@@ -109,8 +99,8 @@ def _measured(evaluation: Evaluation | None) -> dict[str, Any]:
         "known": known,
         "known_count": known_count,
         "protocol": _flat(evaluation.protocol),
-        "scores_plot": _inline(plots.score_bars(groups)),
-        "scatter_plot": _inline(plots.answer_scatter([o for r in evaluation.results for o in r.outcomes])),
+        "scores_plot": inline(plots.score_bars(groups)),
+        "scatter_plot": inline(plots.answer_scatter([o for r in evaluation.results for o in r.outcomes])),
         "records": [_line(result) for result in evaluation.results],
     }
 
@@ -138,28 +128,5 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         elif isinstance(value, list | tuple):
             pairs.append((name, ", ".join(map(str, value))))
         else:
-            pairs.append((name, _number(value)))
+            pairs.append((name, number(value)))
     return pairs
-
-
-def _number(value: Any) -> str:
-    """A number in four digits, everything else as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _percent(value: float) -> str:
-    """A probability in percent, with one more digit where it is small."""
-    if 0 < value < 0.0005:
-        return "<0.1%"
-    return f"{value:.0%}" if value >= 0.0995 or value == 0 else f"{value:.1%}"
-
-
-def _inline(svg: bytes) -> Markup:
-    """An SVG document as part of a page: no prologue, no metadata, no names of namespaces, the page's text colour."""
-    text = svg.decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r'(<svg[^>]*?)\s+width="[^"]*pt"\s', r"\1 ", text, count=1)
-    text = re.sub(r'(<svg[^>]*?)\s+height="[^"]*pt"\s', r"\1 ", text, count=1)
-    return Markup(text.replace(plots.INK, "currentColor"))

@@ -67,8 +67,8 @@ class Result:
     Attributes:
         record: the record.
         outcomes: one for each of its prompts, the edit prompt first.
-        rank: rank of the edit, the highest among its sites.
-        norm: ``||dW|| / ||W||``, averaged over the sites.
+        rank: rank of the edit, the highest among its sites; 0 where no weights change.
+        norm: ``||dW|| / ||W||``, averaged over the sites; 0 where no weights change.
     """
 
     record: Record

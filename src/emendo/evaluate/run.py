@@ -1,15 +1,14 @@
 """Measure an editor: one edit at a time, each from the clean model, on every prompt of its record.
 
-The edits are made and applied in batches: every row of a batch stands under its own record's edit, so the figures
-are those of separate edits. Teacher-forced passes start from the trunk's kept outputs; free generation is greedy,
-padded on the left, with a key-value cache.
+The edits are made and asked in batches (see :mod:`emendo.evaluate.asking`): every row of a batch stands under its own
+record's edit, so the figures are those of separate edits. Teacher-forced passes start from the trunk's kept outputs;
+free generation is greedy.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from statistics import fmean, median
 from typing import Any
 
@@ -19,20 +18,20 @@ from emendo.data.schema import Record
 from emendo.edit import Request
 from emendo.editors.base import Editor
 from emendo.errors import RequestError
+from emendo.evaluate.asking import FORCED_TOKENS, Asked, made
 from emendo.evaluate.cases import EXTRA_TOKENS, TOKEN_STEP, Case, by_budget, tokenise
 from emendo.evaluate.metrics import all_match, answer_match, answer_probability, same_answer, token_match
 from emendo.evaluate.results import Evaluation, Result
 from emendo.losses import per_example, token_kl
-from emendo.lowrank import Deltas, LowRank, applied
 from emendo.models import LM
+from emendo.sites import find_sites
 from emendo.store import TrunkStore
-from emendo.texts import collate, length_buckets
+from emendo.texts import length_buckets
 from emendo.trunk import Trunk
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
-_FORCED_TOKENS = 1024  # padded tokens of a teacher-forced batch: its logits are what takes memory
 _SINGLE_EDITS = 20
 
 
@@ -53,7 +52,7 @@ def evaluate(
 
     Args:
         lm: the model.
-        editor: a trained editor.
+        editor: an editor of any kind, trained where it needs to be.
         records: what to edit and where to look.
         limit: take the first so many records.
         generated: score free greedy generation too.
@@ -96,11 +95,12 @@ class _Run:
         self, lm: LM, editor: Editor, records: Sequence[Record], progress: Progress, new_tokens: int | None
     ) -> None:
         self.lm, self.editor, self.records, self.progress = lm, editor, records, progress
-        self.trunk = Trunk(lm.model, editor.sites)
-        self.store = TrunkStore(self.trunk, dtype=torch.float32)
+        trunk = Trunk(lm.model, editor.sites or find_sites(lm.model))
+        self.store = TrunkStore(trunk, dtype=torch.float32)
         self.cases = tokenise(lm, records, new_tokens)
+        host = editor.host(lm).model
         self.size = {
-            site.name: float(torch.linalg.vector_norm(site.weight(lm.model), dtype=torch.float64))
+            site.name: float(torch.linalg.vector_norm(site.weight(host), dtype=torch.float64))
             for site in editor.sites
         }
 
@@ -109,37 +109,31 @@ class _Run:
         self._read()
         if generated:
             self._continue_clean()
-        size = [max(len(case.text.ids) for case in cases) for cases in self.cases]
+        size = [max(case.text.size for case in cases) for cases in self.cases]
         order = sorted(range(len(self.records)), key=size.__getitem__)  # alike lengths together: less padding
         results: dict[int, Result] = {}
         seconds = 0.0
         for at in range(0, len(order), batch):
             chunk = order[at : at + batch]
-            taken, deltas = self._edit(chunk)
-            seconds += taken
-            rows = [(row, case) for row, index in enumerate(chunk) for case in self.cases[index]]
-            for part in length_buckets(rows, lambda item: item[1].text.size, _FORCED_TOKENS):
-                self._force(part, deltas)
-            if generated:
-                self._generate(rows, deltas)
-            results.update(zip(chunk, self._results(chunk, deltas), strict=True))
+            asked = self._made(chunk)
+            seconds += asked.seconds
+            apart = [[(row, case) for case in self.cases[index]] for row, index in enumerate(chunk)]
+            for rows in [list(chain(*apart))] if asked.shared else apart:
+                for part in length_buckets(rows, lambda item: item[1].text.size, FORCED_TOKENS):
+                    self._force(part, asked)
+                if generated:
+                    self._generate(rows, asked)
+            results.update(zip(chunk, self._results(chunk, asked), strict=True))
             self.progress("edits", len(results), len(order))
         return tuple(results[index] for index in range(len(order))), seconds / len(order)
 
     def seconds_alone(self) -> float:
         """Median time of single edits."""
-        return median(self._edit([index])[0] for index in range(min(_SINGLE_EDITS, len(self.records))))
+        return median(self._made([index]).seconds for index in range(min(_SINGLE_EDITS, len(self.records))))
 
-    def _edit(self, chunk: Sequence[int]) -> tuple[float, dict[str, LowRank]]:
-        requests = [Request(self.records[index].prompt, self.records[index].target) for index in chunk]
-        start = self._now()
-        deltas = self.editor.each(self.lm, requests)
-        return self._now() - start, deltas
-
-    def _now(self) -> float:
-        if self.lm.device.type == "cuda":
-            torch.cuda.synchronize(self.lm.device)
-        return time.perf_counter()
+    def _made(self, chunk: Sequence[int]) -> Asked:
+        groups = [[Request(self.records[index].prompt, self.records[index].target)] for index in chunk]
+        return made(self.lm, self.editor, groups, self.store)
 
     def _read(self) -> None:
         """Run the trunk, once for each text."""
@@ -168,13 +162,11 @@ class _Run:
             done += len(part)
             self.progress("clean continuations", done, len(same))
 
-    def _force(self, part: Sequence[tuple[int, Case]], deltas: Deltas) -> None:
+    def _force(self, part: Sequence[tuple[int, Case]], asked: Asked) -> None:
         """Teacher-forced passes of the clean and of the edited model; each row under its own record's edit."""
-        texts = [case.text for _, case in part]
-        tokens, hidden, count = collate(texts), self.store.gather(texts), len(part)
-        before = self.trunk.logits(tokens, hidden)
-        with applied(self.lm.model, _rows(deltas, part)):
-            after = self.trunk.logits(tokens, hidden)
+        texts, count = [case.text for _, case in part], len(part)
+        tokens, before = self.store.logits(texts)
+        after = torch.cat(asked.logits([row for row, _ in part], texts))
         labels, owner = tokens.labels.to(before.device), tokens.owner.to(before.device)
         was, now = before.argmax(-1), after.argmax(-1)
         local = torch.tensor([case.local for _, case in part], device=owner.device)
@@ -191,11 +183,11 @@ class _Run:
             for (_, case), value in zip(part, column.tolist(), strict=True):
                 case.found[name] = value
 
-    def _generate(self, rows: Sequence[tuple[int, Case]], deltas: Deltas) -> None:
+    def _generate(self, rows: Sequence[tuple[int, Case]], asked: Asked) -> None:
         """Free greedy continuations; each row under its own record's edit."""
         for part in by_budget(rows, lambda item: item[1]):
-            with applied(self.lm.model, _rows(deltas, part)):
-                texts = self.lm.generate([case.prompt for _, case in part], part[0][1].budget)
+            prompts = [case.prompt for _, case in part]
+            texts = asked.generate([row for row, _ in part], prompts, part[0][1].budget)
             for (_, case), text in zip(part, texts, strict=True):
                 case.found["text_after"] = text
                 if case.local:
@@ -203,7 +195,8 @@ class _Run:
                 else:
                     case.found["generated"] = answer_match(text, case.answer)
 
-    def _results(self, chunk: Sequence[int], deltas: Deltas) -> Iterator[Result]:
+    def _results(self, chunk: Sequence[int], asked: Asked) -> Iterator[Result]:
+        deltas = asked.deltas or {}
         norms = {name: (delta.norm() / self.size[name]).tolist() for name, delta in deltas.items()}
         ranks = {
             name: (delta.left.ne(0).any(-2) & delta.right.ne(0).any(-1)).sum(-1).tolist()
@@ -213,15 +206,9 @@ class _Run:
             yield Result(
                 record=self.records[index],
                 outcomes=tuple(case.outcome() for case in self.cases[index]),
-                rank=max(rank[row] for rank in ranks.values()),
-                norm=fmean(norm[row] for norm in norms.values()),
+                rank=max((rank[row] for rank in ranks.values()), default=0),
+                norm=fmean(norm[row] for norm in norms.values()) if norms else 0.0,
             )
-
-
-def _rows(deltas: Deltas, part: Sequence[tuple[int, Case]]) -> dict[str, LowRank]:
-    """The change of each row's own edit."""
-    rows = torch.tensor([row for row, _ in part])
-    return {name: delta.take(rows.to(delta.left.device)) for name, delta in deltas.items()}
 
 
 def _protocol(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from emendo.capture import Factors
-from emendo.editors.base import GradientEditor
+from emendo.editors.gradient import GradientEditor
 from emendo.outer import BUCKET_TOKENS, Episode
 from emendo.store import TrunkStore
 from emendo.texts import Text, length_buckets

@@ -55,6 +55,10 @@ class Episodes:
             raise TrainingError("There are no records to train on.")
         self.config = config
         self.items = _encode(lm, [_shortened(record, config.variety) for record in records])
+        if config.text and lm.kind != "causal":
+            raise TrainingError(
+                "text locality is for decoders: other models do not go on from plain text. Use --text 0."
+            )
         found = [_passage(lm, text) for text in passages] if config.text else []
         self.passages = [passage for passage in found if passage is not None]
         if config.text and not self.passages:

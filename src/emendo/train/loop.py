@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from emendo.data import Record
-from emendo.editors.base import GradientEditor
+from emendo.editors.gradient import GradientEditor
 from emendo.errors import StorageError, TrainingError
 from emendo.models import LM, cache_folder
 from emendo.outer import Episode, Outcome
@@ -227,7 +227,7 @@ class _Run:
             )
 
     def _report(self) -> None:
-        means = _means(self.recent)
+        means = _figures(_mean(self.recent))
         done = max(1e-9, self.state.step / self.config.steps)
         if self.config.minutes is not None:
             done = max(done, self.state.seconds / (self.config.minutes * 60))
@@ -252,7 +252,8 @@ class _Run:
         outcomes = [outcome for outcome in steps if outcome is not None]
         if not outcomes:
             return
-        means = _means(outcomes)
+        mean = _mean(outcomes)
+        means = _figures(mean)
         score = harmonic_mean(means["success"], means["generalisation"], means["locality"])
         better = score >= self.state.best - _MARGIN and (score > 0 or means["loss"] < self.state.best_loss)
         if better:
@@ -262,8 +263,7 @@ class _Run:
         else:
             self.state.stale += 1
         figures = {**means, "score": score, "kept": float(better)}
-        for outcome in outcomes:
-            self.editor.validated(outcome)
+        self.editor.validated(mean)
         self.state.history.append(
             {"step": self.state.step, **{f"validation {name}": value for name, value in figures.items()}}
         )
@@ -314,10 +314,15 @@ def harmonic_mean(*values: float) -> float:
     return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0
 
 
-def _means(outcomes: Sequence[Outcome] | deque[Outcome]) -> dict[str, float]:
-    rows: list[Mapping[str, float]] = [asdict(outcome) for outcome in outcomes]
-    short = {"loss": "loss", "edit_loss": "edit", "locality_loss": "KL"}
-    return {short.get(name, name): sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+def _mean(outcomes: Sequence[Outcome] | deque[Outcome]) -> Outcome:
+    rows = [asdict(outcome) for outcome in outcomes]
+    return Outcome(**{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]})
+
+
+def _figures(outcome: Outcome) -> dict[str, float]:
+    """An outcome under the short names of reports."""
+    short = {"edit_loss": "edit", "locality_loss": "KL"}
+    return {short.get(name, name): value for name, value in asdict(outcome).items()}
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """One training step: capture, edit, outer losses, and back through the editor once.
 
 For a batch of B episodes the editor makes B separate edits (or one for every ``together`` of them), and each is judged
-on its own texts: see :mod:`emendo.outer` for the losses and :meth:`emendo.editors.base.GradientEditor.judged` for how a
-method takes part.
+on its own texts: see :mod:`emendo.outer` for the losses, and for how a method takes part
+:meth:`emendo.editors.gradient.GradientEditor.judged`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from emendo.editors.base import GradientEditor
+from emendo.editors.gradient import GradientEditor
 from emendo.outer import Episode, Outcome, Weights
 from emendo.store import TrunkStore
 from emendo.train.ahead import Ahead, look_ahead

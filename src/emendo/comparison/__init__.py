@@ -1,0 +1,1 @@
+"""What emendo is compared on: models made here, and the edits of each task."""

@@ -1,0 +1,188 @@
+"""In-context editing: no weight is changed; the corrected fact is told to the model before every prompt.
+
+The plainest editor of a model that follows what it reads (Zheng et al., "Can We Edit Factual Knowledge by In-Context
+Learning?", EMNLP 2023, arXiv 2305.12740, without their demonstrations): the facts, one a line, stand before the prompt
+of a decoder or the source of an encoder-decoder, behind the tokens that its tokenizer begins every text with. A
+classifier is refused: its answers are classes, and a line such as "claim. true." is nothing it has learnt to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from string import Formatter
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from emendo.edit import AnyEdit, Origin, Request
+from emendo.editors.base import Editor, as_requests
+from emendo.errors import RequestError
+from emendo.models import LM
+from emendo.texts import Text
+
+
+@dataclass(frozen=True, slots=True)
+class InContextConfig:
+    """In-context editing's settings.
+
+    Attributes:
+        template: how a fact is told, with ``{prompt}`` and ``{target}`` in it.
+    """
+
+    template: str = "{prompt} {target}."
+
+    def __post_init__(self) -> None:
+        try:
+            names = [name for _, name, _, _ in Formatter().parse(self.template) if name is not None]
+        except ValueError:
+            names = []
+        if sorted(names) != ["prompt", "target"]:
+            raise RequestError(
+                f"template={self.template!r} must hold {{prompt}} and {{target}}, each once, and no other braces."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class ContextEdit(AnyEdit):
+    """A text that is put before every prompt.
+
+    Attributes:
+        text: the facts, each with a line break behind it.
+    """
+
+    kind: ClassVar[str] = "in-context"
+    text: str
+    origin: Origin
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def applied(self, model: LM) -> Iterator[LM]:
+        """The model with the text before its prompts; see :meth:`emendo.edit.AnyEdit.applied`.
+
+        Raises:
+            RequestError: the text leaves no room for a prompt in the model's context.
+        """
+        self.check(model)
+        yield _Told.of(model, self.text)
+
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {"text": self.text}
+
+    @classmethod
+    def _restored(
+        cls, tensors: dict[str, Tensor], values: Any, origin: Origin, card: Mapping[str, Any]
+    ) -> Self:
+        if not isinstance(values["text"], str):
+            raise ValueError("the text")
+        return cls(values["text"], origin, card)
+
+
+@dataclass(frozen=True, eq=False)
+class _Told(LM):
+    """A model that reads a text before every prompt.
+
+    Attributes:
+        inner: the model that reads it.
+        text: the text.
+    """
+
+    inner: LM = field(kw_only=True)
+    text: str = field(kw_only=True)
+
+    @classmethod
+    def of(cls, lm: LM, text: str) -> _Told:
+        """A model with a text for it.
+
+        Raises:
+            RequestError: the text fills the model's context.
+        """
+        told = cls(lm.model, lm.tokenizer, lm.name, inner=lm, text=text)
+        if told.context is not None and told.context < 1:
+            raise RequestError(
+                f"The facts have {len(told.ids)} tokens but the context of {lm.name} is {lm.context}: tell fewer."
+            )
+        return told
+
+    @cached_property
+    def ids(self) -> tuple[int, ...]:
+        """The text's tokens."""
+        return tuple(self.tokenizer(self.text, add_special_tokens=False)["input_ids"])
+
+    @cached_property
+    def context(self) -> int | None:
+        """What the text leaves of the model's context."""
+        return None if self.inner.context is None else self.inner.context - len(self.ids)
+
+    @torch.no_grad()
+    def logits(self, texts: Sequence[Text]) -> list[Tensor]:
+        """As :meth:`LM.logits`, behind the text.
+
+        Raises:
+            RequestError: a text does not fit the context any more.
+        """
+        return self.inner.logits([self._behind(text) for text in texts])
+
+    def _words(self, prompts: list[str], max_new_tokens: int) -> list[str]:
+        words: list[str] = self.inner.generate([self.text + prompt for prompt in prompts], max_new_tokens)
+        return words
+
+    def _behind(self, text: Text) -> Text:
+        """The text behind the told one.
+
+        Raises:
+            RequestError: there is no room for it.
+        """
+        read = text.source or text.ids
+        if self.context is not None and len(read) > self.context:
+            raise RequestError(
+                f"The facts have {len(self.ids)} tokens and leave {self.context} in the context of {self.name}, the "
+                f"text {len(read)}: tell fewer facts at once, or shorten the prompt."
+            )
+        start = self._opening(read)
+        joined = (*read[:start], *self.ids, *read[start:])
+        if text.source:
+            return replace(text, source=joined)
+        return replace(text, ids=joined, start=text.start + len(self.ids))
+
+    def _opening(self, ids: tuple[int, ...]) -> int:
+        """How many tokens the tokenizer itself puts before every text."""
+        bare = self.tokenizer("")["input_ids"]
+        same = [a == b for a, b in zip(bare, ids, strict=False)]
+        return [*same, False].index(False)
+
+
+class InContext(Editor):
+    """In-context editing; see the module's text."""
+
+    name = "in-context"
+    Config = InContextConfig
+    config: InContextConfig
+    needs_training = False
+    changes_weights = False
+    makes = ContextEdit
+
+    def edit(
+        self, lm: LM, prompt: str | Sequence[Request | tuple[str, str]], target: str | None = None
+    ) -> ContextEdit:
+        """Note one fact or several; see :meth:`emendo.editors.base.Editor.edit`.
+
+        Raises:
+            RequestError: the model is a classifier, or the facts leave no room in its context.
+        """
+        requests = as_requests(prompt, target)
+        self.texts(lm, requests)
+        if lm.kind == "classifier":
+            raise RequestError(
+                f"in-context tells a model facts in words, but {lm.name} is a classifier that answers with classes; "
+                "use the cache or an editor that changes weights."
+            )
+        lines = [
+            self.config.template.format(prompt=r.prompt.strip(), target=r.target.strip()) for r in requests
+        ]
+        edit = ContextEdit("".join(f"{line}\n" for line in lines), self.origin(lm, requests))
+        with edit.applied(lm):
+            return edit

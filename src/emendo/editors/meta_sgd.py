@@ -1,0 +1,96 @@
+"""Meta-SGD: a learned step size for every weight.
+
+Li, Zhou, Chen, Li: "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", 2017 (arXiv 1707.09835), Eq. 2. With
+``G = sum_i delta_i u_i^T`` the gradient of a matrix, and learned step sizes ``A [d_out, d_in]``::
+
+    dW = -A * G        elementwise
+
+All of ``A`` starts as ``alpha``, so it starts as one plain step. Here the weights that the step starts from are frozen;
+the paper learns them too.
+
+The elementwise product has full rank, so its edits are dense. That has its price in memory: a training step holds a
+dense change and its gradient for every matrix, edit and outer text, and a stored edit ``d_out * d_in`` numbers for
+every matrix. It is for small models and small batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from emendo.capture import Factors
+from emendo.edit import Request
+from emendo.editors.gradient import GradientEditor
+from emendo.errors import RequestError
+from emendo.lowrank import LowRank
+from emendo.models import LM
+from emendo.nets import RunningStats, normalise
+from emendo.sites import Site
+
+
+@dataclass(frozen=True, slots=True)
+class MetaSgdConfig:
+    """The settings of Meta-SGD.
+
+    Attributes:
+        alpha: step size of every weight at the start; of the order of 0.003 without ``norm``.
+        alpha_lr: learning rate of the step sizes as a multiple of the editor's.
+        norm: normalise ``u`` and ``delta`` by running statistics, as MEND does; the paper does not.
+    """
+
+    alpha: float = 1e-4
+    alpha_lr: float = 0.01
+    norm: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.alpha_lr > 0:
+            raise RequestError(f"alpha_lr must be above 0, but is {self.alpha_lr}.")
+
+
+class _Steps(nn.Module):
+    """The step sizes of one edited matrix."""
+
+    def __init__(self, site: Site, config: MetaSgdConfig) -> None:
+        super().__init__()
+        self.norm = config.norm
+        self.u_stats, self.delta_stats = RunningStats(site.d_in), RunningStats(site.d_out)
+        self.alpha = nn.Parameter(torch.full((site.d_out, site.d_in), float(config.alpha)))
+
+    def forward(self, rows: Factors) -> LowRank:
+        """The changes ``[examples, d_out, d_in]`` of all examples."""
+        if self.norm:
+            (rows,) = normalise([rows], self.u_stats, self.delta_stats)
+        return LowRank.of_dense(-self.alpha * rows.lowrank(rows.delta, rows.u).dense())
+
+
+class MetaSgd(GradientEditor):
+    """The Meta-SGD editor; see the module's text for its equation."""
+
+    name = "meta-sgd"
+    Config = MetaSgdConfig
+    config: MetaSgdConfig
+
+    def __init__(
+        self, sites: tuple[Site, ...], config: MetaSgdConfig | None = None, fingerprint: str = ""
+    ) -> None:
+        super().__init__(sites, config, fingerprint)
+        self.steps = nn.ModuleList(_Steps(site, self.config) for site in sites)
+
+    def forward(self, factors: Mapping[str, Factors]) -> dict[str, LowRank]:
+        """Weigh the gradient of each example."""
+        return {
+            site.name: steps(factors[site.name]) for site, steps in zip(self.sites, self.steps, strict=True)
+        }
+
+    def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
+        """The sum of all requests' own changes, as one dense change."""
+        each = self.each(lm, requests)
+        return {name: LowRank.of_dense(change.dense().sum(0)) for name, change in each.items()}
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """The step sizes at ``alpha_lr * lr``."""
+        return [{"params": list(self.parameters()), "lr": lr * self.config.alpha_lr}]
