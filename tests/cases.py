@@ -229,6 +229,7 @@ EDITOR_CASES: dict[str, EditorCase] = {
     "ft": EditorCase({"lr": 0.01, "steps": 3}),
     "ft-kl": EditorCase({"lr": 0.01, "steps": 3, "c_edit": 1.0}),
     "ft-constrained": EditorCase({"lr": 0.01, "steps": 3}),
+    "lora": EditorCase({"lr": 0.01, "steps": 3}),
     "cache": EditorCase(),
     "in-context": EditorCase(refuses={"classifier": "classifier that answers with classes"}, teaches=False),
 }

@@ -18,7 +18,7 @@ from emendo.editors.cache import Cache, CacheConfig, CacheEdit
 from emendo.evaluate import evaluate
 
 PROMPT = "The capital of Bada is"
-CHEAP = {"ft": "steps=2", "ft-kl": "steps=2", "ft-constrained": "steps=2"}
+CHEAP = {"ft": "steps=2", "ft-kl": "steps=2", "ft-constrained": "steps=2", "lora": "steps=2"}
 
 
 def settings(name: str) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ Device = Annotated[
 ]
 TRAINED = ("mend", "enn", "ke", "meta-curvature", "meta-sgd")
 """Methods that must be trained; names are written out so that help pages need no import."""
-UNTRAINED = ("ft", "ft-kl", "ft-constrained", "cache", "in-context")
+UNTRAINED = ("ft", "ft-kl", "ft-constrained", "lora", "cache", "in-context")
 """Methods that need no training."""
 
 AnyEditor = Annotated[

@@ -21,6 +21,7 @@ EDITORS = {
     "mend": "MEND",
     "meta-curvature": "Meta-curvature",
     "meta-sgd": "Meta-SGD",
+    "lora": "LoRA",
     "in-context": "In context",
     "cache": "Cache, eps*",
 }
@@ -63,7 +64,7 @@ SETTINGS: Mapping[tuple[str, str], Mapping[str, Any]] = {
 }
 """Settings of a method on a task."""
 
-SLOW = ("ft", "ft-kl")
+SLOW = ("ft", "ft-kl", "lora")
 """Editors that run a loop of gradient steps for every edit."""
 
 REFUSES = {("atlas-bert", "in-context")}

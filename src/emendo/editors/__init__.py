@@ -19,6 +19,7 @@ EDITORS = {
     "ft": "emendo.editors.ft:FineTuning",
     "ft-kl": "emendo.editors.ft_kl:FineTuningKl",
     "ft-constrained": "emendo.editors.ft_constrained:ConstrainedFineTuning",
+    "lora": "emendo.editors.lora:Lora",
     "cache": "emendo.editors.cache:Cache",
     "in-context": "emendo.editors.in_context:InContext",
 }
