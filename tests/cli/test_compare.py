@@ -54,7 +54,7 @@ def out(emendo_command: Emendo, tiny_preset: None, tmp_path_factory: pytest.Temp
     folder = tmp_path_factory.mktemp("compare")
     answer = emendo_command("compare", "--preset", "table4", "--out", folder)
     assert re.search(r"1 of 2  tiny, MEND \(rank=2\): 4 steps of 2 facts, then 4 edits \(about", answer.err)
-    assert "2 of 2  tiny, Cache, eps* (1 times the matching radius): 4 edits" in answer.err
+    assert "2 of 2  tiny, Cache (1 times the matching radius): 4 edits" in answer.err
     assert re.search(r"edit success \d\.\d{3} .*perplexity drawdown", answer.err)
     assert "here: tiny llama" in answer.out
     assert "paper: distilGPT-2" in answer.out
@@ -72,6 +72,13 @@ def test_pages_are_written(out: Path) -> None:
     assert table.startswith(
         "table,row,column,seed,figure,value,low,high,paper\ntable4,MEND,made up,0,edit_success,"
     )
+
+
+def test_a_part_of_a_table_leaves_the_page_whole(emendo_command: Emendo, out: Path) -> None:
+    answer = emendo_command("compare", "--preset", "table4", "--out", out, "--editors", "cache")
+    assert re.search(r"MEND +│ - +│", answer.out)
+    assert "| MEND | **" in (out / "compare.md").read_text()
+    assert "not run" not in (out / "compare.md").read_text()
 
 
 def test_a_second_call_runs_nothing(

@@ -20,6 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_a_large_editor_takes_memory(folder: Path) -> None:
     found = peak(Memory("tiny", "meta-curvature", width=512, batch=2, steps=1), folder, records(4)).figures
     editor = 2 * (512**2 + 2048**2) * 4 / 2**20  # two shapes, and a square matrix for each side

@@ -34,7 +34,7 @@ def test_where_all_or_none_fit() -> None:
 def test_the_drawdown_is_matched() -> None:
     """Cache against cache: the radius found lets through what the other one's does, and no more."""
     lm = build_lm("bert")
-    facts = records(6, lm.labels)
+    facts = records(3, lm.labels)
     sites = find_sites(lm.model)
     wide = Cache(sites, CacheConfig(radius=1.2), lm.fingerprint)
     cache = Cache(sites, CacheConfig(radius=7.0), lm.fingerprint)

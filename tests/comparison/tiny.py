@@ -1,17 +1,18 @@
-"""A tiny task, where it comes from, and a table over it."""
+"""A tiny task, where it comes from, and a cell over it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from cases import build_lm, records
-from emendo.comparison.budgets import Budget
 from emendo.comparison.cells import Cell
 from emendo.comparison.sources import Bench
 from emendo.comparison.tasks import Task
 from emendo.data import Record
+from emendo.lm import LM
 
 PROSE = (
     "The capital of Bade is Paris and the main city of Foka is called Rome.",
@@ -37,16 +38,18 @@ class Tiny:
 
     def bench(self, name: str) -> Bench:
         self.loaded.append(name)
-        return Bench(task(name, prose=name == "prose"), build_lm("llama"))
+        return Bench(task(name, prose=name == "prose"), _lm())
 
     def material(self, model: str) -> tuple[str | Path, Sequence[Record]]:
         return model, records(8)
+
+
+@cache
+def _lm() -> LM:
+    return build_lm("llama")
 
 
 def mend(**changes: object) -> Cell:
     """A cell that takes a moment."""
     given = {"task": "tiny", "editor": "mend", "settings": SETTINGS, "training": TRAINING, "facts": 4}
     return Cell(**{**given, **changes})  # type: ignore[arg-type]
-
-
-BUDGET = Budget(TRAINING, 4, 2)

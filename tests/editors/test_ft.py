@@ -169,8 +169,8 @@ def test_the_weight_follows_the_size_of_the_model(
     exact: LM, size: float, weight: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(exact.model), "num_parameters", lambda self: int(size))
-    assert kl_editor(exact)._descent(exact).c_edit == weight
-    assert kl_editor(exact, c_edit=0.5)._descent(exact).c_edit == 0.5
+    assert kl_editor(exact).descent(exact).c_edit == weight
+    assert kl_editor(exact, c_edit=0.5).descent(exact).c_edit == 0.5
 
 
 # ------------------------------------------------------------------------------------- ft-constrained
@@ -197,7 +197,9 @@ def test_the_nearest_change_in_the_l2_ball(change: Tensor, radius: float, other:
         assert torch.equal(found, change)
     else:
         assert float(found.norm()) == pytest.approx(radius, rel=1e-12)
-        rival = other[:1] / other[:1].norm().clamp(min=1e-9) * radius
+        rival = torch.zeros_like(change)
+        rival[: len(other)] = other[: len(change)]
+        rival *= radius / rival.norm().clamp(min=1e-9)
         assert ((change - found) * (rival - found)).sum() <= 1e-6
     torch.testing.assert_close(project_l2(found, radius), found, rtol=1e-12, atol=0)
 

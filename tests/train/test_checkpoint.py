@@ -23,7 +23,7 @@ from emendo.sites import find_sites
 from emendo.train import TrainConfig, TrainResult, checkpoint, loop, train
 
 CONFIG = TrainConfig(
-    steps=13, batch=4, lr=3e-3, warmup=3, validate_every=5, validate_on=4, checkpoint_every=1e9
+    steps=13, batch=2, lr=3e-3, warmup=3, validate_every=5, validate_on=2, checkpoint_every=1e9
 )
 
 

@@ -23,7 +23,7 @@ from emendo.train import TrainConfig, TrainResult, loop, train
 from emendo.train.progress import Quiet
 
 CONFIG = TrainConfig(
-    steps=12, batch=4, lr=1e-3, warmup=2, validate_every=4, validate_on=4, checkpoint_every=1e9
+    steps=12, batch=2, lr=1e-3, warmup=2, validate_every=4, validate_on=2, checkpoint_every=1e9
 )
 
 

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -24,7 +25,6 @@ from emendo.comparison.memory import Memory
 from emendo.comparison.page import page
 from emendo.comparison.presets import PRESETS, build
 from emendo.comparison.runner import View
-from emendo.errors import RequestError
 from emendo.files import new_file
 from emendo.train.progress import Quiet, Terminal
 
@@ -72,7 +72,7 @@ class Shown(View):
 
 def describe(cell: Cell | Memory) -> str:
     """A cell in words, with about how long it takes."""
-    label = EDITORS.get(cell.editor, cell.editor)
+    label = EDITORS.get(cell.editor, cell.editor).partition(",")[0]
     if isinstance(cell, Memory):
         wide = f", GPT-2 type {cell.width} wide" if cell.width else ""
         return (
@@ -106,19 +106,14 @@ def listing(cells: Sequence[Cell | Memory], latest: Mapping[str, Result], *, as_
 
 
 def write(folder: Folder, choice: Choice, latest: Mapping[str, Result], seeds: int, command: str) -> None:
-    """Write the pages: every table of which any cell is there.
+    """Write the pages: every table of which any cell is there, whole, whatever part of it was asked for this time.
 
     Raises:
         StorageError: a page cannot be written.
     """
-    grids = []
-    for name in PRESETS:
-        try:
-            grid = Grid.of(build(name, choice), latest, seeds)
-        except RequestError:  # nothing of it was chosen
-            continue
-        if len(grid.missing()) < len(grid.preset.cells):
-            grids.append(grid)
+    whole = replace(choice, tasks=(), editors=())
+    grids = [Grid.of(build(name, whole), latest, seeds) for name in PRESETS]
+    grids = [grid for grid in grids if len(grid.missing()) < len(grid.preset.cells)]
     info = {
         "versions": f"emendo {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads",
@@ -150,17 +145,21 @@ def show(grids: Sequence[Grid]) -> None:
         output().print()
         output().print(table)
         output().print(tables.legend(grid))
+        seen = Table.grid(padding=(0, 2, 0, 0))
         for statement in grid.statements():
-            output().print(f"  {tables.mark(statement):>3}  {escape(statement.text)}")
+            seen.add_row(f"{tables.mark(statement):>3}", escape(statement.text))
+        output().print(seen)
 
 
 def _place(grid: Grid, row: str, column: Column) -> Iterator[str]:
     """The lines of a place: our figures, their intervals, the paper's figures."""
     if column.here:
         found, ranges = tables.here(grid, row, column)
-        yield f"[bold]{found}[/bold]"
         if ranges:
-            yield ranges
+            for name, value in zip(("ES", "DD"), grid.pair(row, column), strict=True):
+                yield f"{name} {tables.with_interval(value)}"
+        else:
+            yield found
     if grid.quoted(row, column):
         yield f"[dim]{'paper: ' if column.here else ''}{tables.paper(grid, row, column)}[/dim]"
 

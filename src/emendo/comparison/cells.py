@@ -125,7 +125,7 @@ class Result:
     Attributes:
         figures: see :data:`emendo.comparison.figures.PROTOCOL`.
         training: seconds, steps, parameters and how it ended; empty where nothing was trained.
-        seconds: that the cell took, its training included.
+        seconds: that measuring took.
         note: what else to know, such as the radius that was found.
     """
 

@@ -120,6 +120,10 @@ class Grid:
         """The drawdown that the column's paper table gives."""
         return self.figure(row, column.name, f"{column.drawdown}_drawdown")
 
+    def pair(self, row: str, column: Column) -> tuple[Interval | None, Interval | None]:
+        """Edit success and drawdown at a place."""
+        return self.figure(row, column.name, "edit_success"), self.drawdown(row, column)
+
     def quoted(self, row: str, column: Column) -> Quoted | None:
         """The paper's figures at a place; None where there are none."""
         return self.preset.paper.get(row, {}).get(column.paper or column.name)

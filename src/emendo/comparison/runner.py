@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from emendo._version import __version__
-from emendo.comparison.cells import Cell, Folder, Result
+from emendo.comparison.cells import Cell, Folder, Result, digest
 from emendo.comparison.figures import figures
 from emendo.comparison.measure import measure
 from emendo.comparison.memory import Memory, peak
@@ -67,11 +67,12 @@ class Runner:
             KeyboardInterrupt: by Ctrl-C.
             EmendoError: something does not fit, or cannot be written.
         """
-        tasks = list(dict.fromkeys(_task(cell) for cell in cells))
-        for place, cell in enumerate(sorted(cells, key=lambda cell: tasks.index(_task(cell))), 1):
+        each = list({digest(cell.plan()): cell for cell in cells}.values())
+        tasks = list(dict.fromkeys(map(_task, each)))
+        for place, cell in enumerate(sorted(each, key=lambda cell: tasks.index(_task(cell))), 1):
             key, work = self._plan(cell)
             if self.folder.read(key) is None:
-                self.view.cell(cell, place, len(cells))
+                self.view.cell(cell, place, len(each))
                 result = work()
                 self.folder.write(key, result, _about())
                 self.view.done(cell, result)
@@ -84,12 +85,12 @@ class Runner:
         return cell.key(bench.lm.fingerprint, bench.sizes), lambda: self._measured(bench, cell)
 
     def _measured(self, bench: Bench, cell: Cell) -> Result:
-        begin, note = time.monotonic(), ""
+        note = ""
         if cell.match is not None:
             radius = cell.match.times * self._radius(bench, cell, cell.match.cell)
             cell, note = replace(cell, settings={**cell.settings, "radius": radius}), f"radius {radius:.4g}"
         editor = self.editor(bench, cell)
-        task = bench.task
+        task, begin = bench.task, time.monotonic()
         scores = measure(
             bench.lm,
             editor,

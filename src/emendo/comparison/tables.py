@@ -68,7 +68,7 @@ def here(grid: Grid, row: str, column: Column) -> tuple[str, str]:
     memory = grid.figure(row, column.name, "memory")
     if memory is not None:
         return f"{memory.mean:.0f} MB", ""
-    pair = (grid.figure(row, column.name, "edit_success"), grid.drawdown(row, column))
+    pair = grid.pair(row, column)
     found = " / ".join(NOTHING if value is None else number(value.mean) for value in pair)
     ranges = (NOTHING if v is None else f"{number(v.low)} to {number(v.high)}" for v in pair)
     return found, " / ".join(ranges)
@@ -99,7 +99,7 @@ def legend(grid: Grid) -> str:
     if grid.preset.cells and not any("memory" in r.figures for rs in grid.results.values() for r in rs):
         over = f", over {grid.seeds()} seeds: mean, lowest and highest" if grid.seeds() > 1 else ""
         kinds = " or ".join(dict.fromkeys(f"of {column.drawdown}" for column in grid.preset.columns))
-        return f"Edit success / drawdown ({kinds}; more is worse), with 95% intervals{over}."
+        return f"Edit success (ES) / drawdown (DD, {kinds}; more is worse), with 95% intervals{over}."
     return "Highest resident memory while training, above that of the bare model."
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from emendo.edit import Edit, Request
-from emendo.editors.base import Editor, as_requests
+from emendo.editors.base import as_requests
+from emendo.editors.descending import DescentEditor
 from emendo.errors import RequestError
 from emendo.fitting import Descent
 from emendo.lowrank import LowRank
@@ -46,17 +47,16 @@ class FineTuningConfig:
             )
 
 
-class FineTuning(Editor):
+class FineTuning(DescentEditor):
     """Fine-tuning; see the module's text."""
 
     name = "ft"
     Config = FineTuningConfig
     config: FineTuningConfig
-    needs_training = False
 
     def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """One change for each request, every one of them from the clean model."""
-        changes = self._descent(lm).each(lm, self.sites, self.texts(lm, requests))
+        changes = super().each(lm, requests)
         if self.config.rank is None:
             return changes
         return {
@@ -86,11 +86,12 @@ class FineTuning(Editor):
         return Edit(kept, self.origin(lm, requests), card)
 
     def _whole(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        return self._descent(lm).together(lm, self.sites, self.texts(lm, requests))
+        return super().together(lm, requests)
 
     def _compact(self, change: LowRank) -> LowRank:
         return change if self.config.rank is None else change.compact(self.config.rank)
 
-    def _descent(self, lm: LM) -> Descent:
+    def descent(self, lm: LM) -> Descent:
+        """How a change of this model is searched for."""
         optimizer = OPTIMIZERS[self.config.optimizer](self.config.lr or usual_rate(lm))
         return Descent(optimizer=optimizer, steps=self.config.steps)

@@ -12,7 +12,7 @@ L-inf norm with radius 5e-4.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -20,11 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from emendo.edit import Request
-from emendo.editors.base import Editor
+from emendo.editors.descending import DescentEditor
 from emendo.errors import RequestError
 from emendo.fitting import Descent
-from emendo.lowrank import LowRank
 from emendo.models import LM
 from emendo.optimizers import Adam, check_settings
 
@@ -60,23 +58,15 @@ class ConstrainedConfig:
                 raise RequestError(f"{name} must be above 0, not {value}.")
 
 
-class ConstrainedFineTuning(Editor):
+class ConstrainedFineTuning(DescentEditor):
     """Constrained fine-tuning; see the module's text."""
 
     name = "ft-constrained"
     Config = ConstrainedConfig
     config: ConstrainedConfig
-    needs_training = False
 
-    def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        """One change for each request, every one of them from the clean model."""
-        return self._descent(lm).each(lm, self.sites, self.texts(lm, requests))
-
-    def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        """One change for all requests, by their mean loss."""
-        return self._descent(lm).together(lm, self.sites, self.texts(lm, requests))
-
-    def _descent(self, lm: LM) -> Descent:
+    def descent(self, lm: LM) -> Descent:
+        """How a change of this model is searched for."""
         return Descent(
             optimizer=Adam(self.config.lr),
             steps=self.config.steps,

@@ -18,11 +18,9 @@ from typing import Literal
 from emendo.data import atlas
 from emendo.data.batch import to_texts
 from emendo.data.schema import Probe
-from emendo.edit import Request
-from emendo.editors.base import Editor
+from emendo.editors.descending import DescentEditor
 from emendo.errors import RequestError
 from emendo.fitting import Descent
-from emendo.lowrank import LowRank
 from emendo.models import LM
 from emendo.optimizers import OPTIMIZERS, check_settings, usual_rate
 from emendo.texts import Text
@@ -55,7 +53,7 @@ class FineTuningKlConfig:
             raise RequestError(f"c_edit must be above 0, not {self.c_edit}.")
 
 
-class FineTuningKl(Editor):
+class FineTuningKl(DescentEditor):
     """Fine-tuning with a locality loss; see the module's text.
 
     The locality examples are those of :meth:`observe`, or else the first built-in facts (:mod:`emendo.data.atlas`).
@@ -65,21 +63,13 @@ class FineTuningKl(Editor):
     name = "ft-kl"
     Config = FineTuningKlConfig
     config: FineTuningKlConfig
-    needs_training = False
 
     def observe(self, probes: Sequence[Probe]) -> None:
         """Take the locality examples from these, the first 200 of them; they are saved with the editor."""
         self.info["locality"] = [[probe.prompt, probe.answer] for probe in probes[:_POOL]]
 
-    def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        """One change for each request, every one of them from the clean model."""
-        return self._descent(lm).each(lm, self.sites, self.texts(lm, requests))
-
-    def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        """One change for all requests, by their mean loss."""
-        return self._descent(lm).together(lm, self.sites, self.texts(lm, requests))
-
-    def _descent(self, lm: LM) -> Descent:
+    def descent(self, lm: LM) -> Descent:
+        """How a change of this model is searched for."""
         config = self.config
         usual = 1e-3 if lm.model.num_parameters() >= 5e9 else 1e-2
         return Descent(

@@ -1,6 +1,6 @@
 """KnowledgeEditor (KE): a network that reads the fact and gates the fine-tuning gradient with matrices of rank one.
 
-De Cao, Aziz, Titov: "Editing Factual Knowledge in Language Models", EMNLP 2021 (arXiv 2104.08164), section 4. A
+De Cao, Aziz, Titov: "Editing Factual Knowledge in Language Models", EMNLP 2021 (arXiv 2104.08164). A
 bidirectional LSTM reads the condition - the model's own answer, the new answer and the prompt - into one vector, from
 which two layers make five outputs for each matrix of ``d_out`` rows and ``d_in`` columns. With ``G`` its gradient::
 

@@ -6,18 +6,15 @@ Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen: "LoRA: Low-Rank Adaptation of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 
-from emendo.edit import Request
-from emendo.editors.base import Editor
+from emendo.editors.descending import DescentEditor
 from emendo.errors import RequestError
 from emendo.fitting import Descent, Leaves
-from emendo.lowrank import LowRank
 from emendo.models import LM
 from emendo.optimizers import Adam, check_settings
 from emendo.sites import Site
@@ -45,23 +42,15 @@ class LoraConfig:
             raise RequestError(f"rank must be at least 1, not {self.rank}.")
 
 
-class Lora(Editor):
+class Lora(DescentEditor):
     """LoRA; see the module's text."""
 
     name = "lora"
     Config = LoraConfig
     config: LoraConfig
-    needs_training = False
 
-    def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        """One change for each request, every one of them from the clean model."""
-        return self._descent().each(lm, self.sites, self.texts(lm, requests))
-
-    def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        """One change for all requests, by their mean loss."""
-        return self._descent().together(lm, self.sites, self.texts(lm, requests))
-
-    def _descent(self) -> Descent:
+    def descent(self, lm: LM) -> Descent:
+        """How a change of this model is searched for."""
         generator = torch.Generator().manual_seed(self.config.seed)
         start = partial(_start, rank=self.config.rank, generator=generator)
         return Descent(optimizer=Adam(self.config.lr), steps=self.config.steps, start=start)

@@ -1,6 +1,6 @@
 """Meta-curvature: learned matrices on both sides of the fine-tuning gradient.
 
-Park, Oliva: "Meta-Curvature", NeurIPS 2019 (arXiv 1902.03356), Eq. 6 and 7 for a matrix, whose filter mode is absent.
+Park, Oliva: "Meta-Curvature", NeurIPS 2019 (arXiv 1902.03356), for a matrix, where the mode of the filters is absent.
 With ``G = sum_i delta_i u_i^T``::
 
     dW = -alpha * M_out G M_in^T = -alpha * sum_i (M_out delta_i) (M_in u_i)^T
@@ -11,7 +11,7 @@ factor in place of its networks, and as cheap to apply: the rank stays the numbe
 Where it departs from the paper:
 
 1. One inner step on frozen weights; the paper also learns the weights that the step starts from.
-2. ``alpha`` is learned, one for each matrix, as in Meta-SGD and MEND; the paper keeps one fixed.
+2. ``alpha`` is learned, one for each matrix, as in MEND.
 3. By default the factors are normalised and the matrices of one shape share ``M_out`` and ``M_in``, both as in MEND, so
    that the two differ in the map alone. ``norm=False, shared=False`` is the paper's.
 """

@@ -1,6 +1,6 @@
 """Meta-SGD: a learned step size for every weight.
 
-Li, Zhou, Chen, Li: "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", 2017 (arXiv 1707.09835), Eq. 2. With
+Li, Zhou, Chen, Li: "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", 2017 (arXiv 1707.09835). With
 ``G = sum_i delta_i u_i^T`` the gradient of a matrix, and learned step sizes ``A [d_out, d_in]``::
 
     dW = -A * G        elementwise
