@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from emendo._version import __version__
-from emendo.cli import compare, demo, edit, evaluate, generate, sites, train
+from emendo.cli import compare, demo, edit, evaluate, export, generate, import_, sites, train
 from emendo.cli.console import Interrupted, complain
 from emendo.errors import EmendoError
 
@@ -106,8 +106,8 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     program.callback()(_options)
-    for module in (demo, train, edit, generate, evaluate, compare, sites):
-        name = module.__name__.rpartition(".")[2]
+    for module in (demo, train, edit, generate, export, import_, evaluate, compare, sites):
+        name = module.__name__.rpartition(".")[2].rstrip("_")
         program.command(name, cls=Command, help=module.HELP, no_args_is_help=module is not demo)(module.run)
     return program
 

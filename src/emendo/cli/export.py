@@ -1,0 +1,95 @@
+"""`emendo export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from emendo.cli import options as opt
+from emendo.cli.console import emit, note, output
+
+HELP = """Write an edit in a form that others serve: a PEFT LoRA adapter, or a whole checkpoint with the edit merged in.
+
+An adapter is exact, unless --max-rank cuts its rank (servers cap it: vLLM at 16 by default); the error is stated. Where
+PEFT is installed the adapter is loaded back and its logits are compared with the edit's. A merge loses what the
+number format of the weights cannot hold, and says how much.
+
+\b
+Examples:
+  emendo export runs/demo/edit --to peft --out adapter
+  emendo export runs/demo/edit --to merged --dtype bfloat16 --out checkpoint
+"""
+
+EditFolder = Annotated[Path, typer.Argument(metavar="EDIT", help="An edit: the --out folder of emendo edit.")]
+To = Annotated[str, typer.Option("--to", metavar="FORM", help="peft or merged.")]
+Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where to write it.")]
+MaxRank = Annotated[
+    int | None,
+    typer.Option("--max-rank", metavar="N", help="Cut the adapter to this rank.  [default: the edit's own]"),
+]
+
+
+def run(
+    edit: EditFolder,
+    out: Out,
+    to: To = "peft",
+    max_rank: MaxRank = None,
+    model: opt.SameModel = None,
+    dtype: opt.Dtype = "float32",
+    device: opt.Device = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Export an edit."""
+    from emendo.cli.loading import load_model
+    from emendo.edit import Edit
+    from emendo.errors import RequestError
+    from emendo.export import prove, to_merged, to_peft
+
+    if to not in ("peft", "merged"):
+        raise RequestError(f"--to {to!r} is not one of peft, merged.")
+    if to == "merged" and max_rank is not None:
+        raise RequestError("--max-rank belongs to --to peft: a merged checkpoint has no rank.")
+    change = Edit.from_pretrained(edit)
+    lm = load_model(model or change.origin.model, dtype, device)
+    if to == "merged":
+        merged = to_merged(change, lm, out, overwrite=overwrite)
+        _show({"out": str(out), "form": to, "dtype": dtype, "merge_loss": merged.loss}, as_json)
+        return
+    adapter = to_peft(change, lm, out, max_rank=max_rank, overwrite=overwrite)
+    figures: dict[str, Any] = {"out": str(out), "form": to, "rank": adapter.rank, "error": adapter.error}
+    try:
+        figures["logits_differ_by"] = prove(change, lm, out)
+    except RequestError as error:
+        note(f"The adapter was not proven. {error}")
+    else:
+        with (out / "README.md").open("a", encoding="utf-8") as card:
+            card.write(
+                f"\nLoaded back with PEFT in {dtype}: the logits of the answer's first token differ from the edit's by "
+                f"at most {figures['logits_differ_by']:.2e}.\n"
+            )
+    _show(figures, as_json)
+
+
+def _show(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        emit(figures)
+        return
+    console = output()
+    if figures["form"] == "merged":
+        console.print(
+            f"Merged into {figures['out']}. Rounding to {figures['dtype']} lost {figures['merge_loss']:.2%} of it.",
+            soft_wrap=True,
+        )
+        return
+    cut = f", relative error {figures['error']:.2e}" if figures["error"] else ", nothing cut"
+    proof = (
+        f" Loaded back with PEFT its logits differ by at most {figures['logits_differ_by']:.2e}."
+        if "logits_differ_by" in figures
+        else ""
+    )
+    console.print(
+        f"Wrote a PEFT adapter of rank {figures['rank']}{cut} to {figures['out']}.{proof}", soft_wrap=True
+    )
