@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -173,7 +174,9 @@ def prove(edit: Edit, lm: LM, folder: str | Path, prompts: Sequence[str] | None 
     asked = list(prompts or [request.prompt for request in edit.origin.requests])
     with edit.applied(lm):
         expected = lm.next_logits(asked)
-    wrapped = PeftModel.from_pretrained(lm.model, str(folder)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT still asks transformers by an older name
+        wrapped = PeftModel.from_pretrained(lm.model, str(folder)).eval()
     try:
         found = lm.next_logits(asked)  # PEFT puts its layers into the model itself
     finally:
