@@ -47,7 +47,7 @@ class Shown(View):
         self.close()
         names = ("edit_success", "accuracy_drawdown", "perplexity_drawdown", "memory")
         found = [
-            f"{name.replace('_', ' ')} {tables.with_interval(result.figures[name])}"
+            f"{name.replace('_', ' ')} {tables.with_interval(result.figures[name])}{' MB' * (name == 'memory')}"
             for name in names
             if name in result.figures
         ]
@@ -133,7 +133,7 @@ def show(grids: Sequence[Grid]) -> None:
     """Print the tables; the paper's figures stand below ours."""
     for grid in grids:
         table = Table(title=grid.preset.title, title_justify="left", title_style="bold", pad_edge=False)
-        table.add_column("")
+        table.add_column("", no_wrap=True, min_width=max(map(len, grid.preset.rows)))
         quoted = {column for column, is_quoted in tables.headings(grid) if is_quoted}
         columns = [column for column in grid.preset.columns if column.here or column in quoted]
         for column in columns:

@@ -19,13 +19,7 @@ _BART = Column("question answering", "BART 4+4 made on atlas", paper.ZSRE)
 _T5 = Column("question answering, T5", "T5 4+4 made on atlas", "")
 _TEXT = Column("generation", "SmolLM2-135M, Wikitext-2", paper.WIKITEXT, "perplexity")
 _FACTS = Column("completion", "SmolLM2-135M, CounterFact", "")
-_TASKS = {
-    "atlas-bert": _BERT,
-    "atlas-bart": _BART,
-    "atlas-t5": _T5,
-    "wikitext": _TEXT,
-    "counterfact": _FACTS,
-}
+_TASKS = {"atlas-bert": _BERT, "atlas-bart": _BART, "atlas-t5": _T5, "wikitext": _TEXT, "counterfact": _FACTS}
 
 
 def build(name: str, choice: Choice) -> Preset:
