@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +18,8 @@ from torch import Tensor
 from cases import unchanged
 from damage import Damage, cut, drop_tensor, full_disk, remove, rewrite, without
 from emendo import files
-from emendo.edit import Edit, Origin, Request
+from emendo.edit import Edit, Origin, Request, compose, diff
+from emendo.editors import read_edit
 from emendo.errors import MismatchError, RequestError, StorageError
 from emendo.lowrank import LowRank
 from emendo.models import LM
@@ -228,3 +232,201 @@ def test_a_damaged_edit_is_named(tiny_llama: LM, tmp_path: Path, damage: Damage)
     with pytest.raises(StorageError) as error:
         Edit.from_pretrained(tmp_path / "edit")
     assert str(tmp_path / "edit") in str(error.value)
+
+
+def test_one_bit_is_enough(tiny_llama: LM, tmp_path: Path) -> None:
+    make_edit(tiny_llama).save_pretrained(tmp_path / "edit")
+    file = tmp_path / "edit" / "edit.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StorageError, match="checksum"):
+        Edit.from_pretrained(tmp_path / "edit")
+
+
+def test_a_changed_request_does_not_fit_the_checksum(tiny_llama: LM, tmp_path: Path) -> None:
+    make_edit(tiny_llama).save_pretrained(tmp_path / "edit")
+    origin(model="another")(tmp_path / "edit")
+    with pytest.raises(StorageError, match="checksum"):
+        Edit.from_pretrained(tmp_path / "edit")
+
+
+def test_an_edit_of_the_first_format_had_no_checksum(tiny_llama: LM, tmp_path: Path) -> None:
+    edit = make_edit(tiny_llama)
+    edit.save_pretrained(tmp_path / "edit")
+
+    def older(head: dict[str, Any]) -> dict[str, Any]:
+        kept = without(head["origin"], "upon")
+        return {"format": 1, "origin": kept, "card": head["card"]}
+
+    rewrite("edit.json", older)(tmp_path / "edit")
+    assert Edit.from_pretrained(tmp_path / "edit").origin == edit.origin
+
+
+def test_as_bytes_and_back(tiny_llama: LM, tmp_path: Path) -> None:
+    edit = make_edit(tiny_llama)
+    data = edit.to_bytes()
+    again = Edit.from_bytes(data)
+    assert again.to_bytes() == data == edit.to_bytes()
+    assert (again.origin, again.card, again.digest) == (edit.origin, edit.card, edit.digest)
+    edit.save_pretrained(tmp_path / "edit")
+    assert Edit.from_pretrained(tmp_path / "edit").digest == edit.digest
+    assert edit.with_card({}).digest != edit.digest
+
+
+@pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: b"", lambda d: b"{}" + d, lambda d: d[:40]])
+def test_damaged_bytes_are_named(tiny_llama: LM, damage: Callable[[bytes], bytes]) -> None:
+    with pytest.raises(StorageError, match="damaged"):
+        Edit.from_bytes(damage(make_edit(tiny_llama).to_bytes()))
+
+
+def test_to_the_hub_and_back(tiny_llama: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is a folder here: what is asked of it is what its client is documented to do."""
+    edit, calls = make_edit(tiny_llama), []
+
+    class Hub:
+        def __init__(self, token: str | None) -> None:
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+            calls.append((repo_id, private, exist_ok))
+
+        def upload_folder(self, *, folder_path: Path, repo_id: str, commit_message: str) -> str:
+            shutil.copytree(folder_path, tmp_path / repo_id)
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / name))
+    assert edit.push_to_hub("user/an-edit", private=True, token="t") == "https://hub/user/an-edit"
+    assert calls == [("token", "t"), ("user/an-edit", True, True)]
+    assert Edit.from_pretrained("user/an-edit").digest == read_edit("user/an-edit").digest == edit.digest
+    assert (tmp_path / "user/an-edit/README.md").read_text().startswith("---\nlibrary_name:")
+
+
+def test_a_hub_that_cannot_be_reached_is_said(tiny_llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    monkeypatch.setattr(huggingface_hub, "HfApi", fails)
+    with pytest.raises(StorageError, match="nor as a repository"):
+        Edit.from_pretrained("user/nothing")
+    with pytest.raises(StorageError, match="Cannot write to user/nothing"):
+        make_edit(tiny_llama).push_to_hub("user/nothing")
+
+
+# ------------------------------------------------------------------------------- values that are computed with
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_attached_and_detached_a_thousand_times(dtype: torch.dtype, lm: LM) -> None:
+    model = LM(copy.deepcopy(lm.model).to(dtype), lm.tokenizer)
+    edit, before = make_edit(model), logits(model)
+    with unchanged(model.model):
+        for _ in range(1000):
+            edit.attach(model).detach()
+        assert torch.equal(logits(model), before)
+
+
+def test_composed_edits_do_what_they_do_together(lm: LM) -> None:
+    edits = [make_edit(lm) for _ in range(3)]
+    last = find_sites(lm.model)[-1].name
+    edits[1] = dataclasses.replace(edits[1], deltas={last: edits[1].deltas[last]})
+    whole = compose(edits)
+    assert whole.rank == 6
+    assert whole.origin.requests == (REQUEST,) * 3
+    assert whole.origin.settings == {"of": [edit.digest for edit in edits]}
+    with edits[0].applied(lm), edits[1].applied(lm), edits[2].applied(lm):
+        expected = logits(lm)
+    with whole.applied(lm):
+        torch.testing.assert_close(logits(lm), expected, rtol=1e-4, atol=1e-5)
+    rest = compose([edits[0], edits[2]])
+    for name, delta in rest.deltas.items():
+        assert torch.equal(
+            delta.left, torch.cat([edits[0].deltas[name].left, edits[2].deltas[name].left], -1)
+        )
+
+
+def test_what_cannot_be_composed(tiny_llama: LM, tiny_gpt2: LM) -> None:
+    with pytest.raises(MismatchError, match="different models"):
+        compose([make_edit(tiny_llama), make_edit(tiny_gpt2)])
+    with pytest.raises(RequestError, match="nothing to compose"):
+        compose([])
+
+
+def test_scaled(lm: LM) -> None:
+    edit = make_edit(lm)
+    twice = edit.scale(2.0)
+    for name, delta in edit.deltas.items():
+        torch.testing.assert_close(twice.deltas[name].dense(), 2 * delta.dense())
+    assert twice.scale(0.5).card["scaled_by"] == 1.0
+    with edit.scale(0.0).applied(lm):
+        nothing = logits(lm)
+    assert torch.equal(nothing, logits(lm))
+
+
+def test_compacted_it_says_what_was_lost(lm: LM) -> None:
+    whole = compose([make_edit(lm) for _ in range(3)])
+    lost = size = 0.0
+    small = whole.compact(rank=2)
+    for name, delta in whole.deltas.items():
+        dense = delta.dense().double()
+        values = torch.linalg.svdvals(dense)
+        error = float((small.deltas[name].dense().double() - dense).norm())
+        assert error == pytest.approx(float(values[2:].norm()), rel=1e-4)  # the best there is
+        lost, size = lost + error**2, size + float(dense.norm()) ** 2
+    assert small.card["compacted"]["error"] == pytest.approx((lost / size) ** 0.5, rel=1e-4)
+    assert small.card["compacted"]["rank"] == small.rank == 2
+    assert small.card["compacted"]["worst_site_error"] >= small.card["compacted"]["error"]
+    exact = compose([whole, whole]).compact()
+    assert exact.rank == 6  # what is there twice is found
+    assert exact.card["compacted"]["error"] < 1e-5
+    assert max(whole.compact(tolerance=0.5).ranks.values()) < 6
+    for wrong in ({"rank": 0}, {"tolerance": -1.0}):
+        with pytest.raises(RequestError):
+            whole.compact(**wrong)
+
+
+def test_differences(lm: LM) -> None:
+    a, b = make_edit(lm), make_edit(lm)
+    first, last = find_sites(lm.model)[0].name, find_sites(lm.model)[-1].name
+    b = dataclasses.replace(b, deltas={name: delta for name, delta in b.deltas.items() if name != first})
+    found = diff(a, b)
+    one, other = a.deltas[last].dense().double(), b.deltas[last].dense().double()
+    assert found.sites[last].between == pytest.approx(float((one - other).norm()), rel=1e-5)
+    cosine = float((one * other).sum() / (one.norm() * other.norm()))
+    assert found.sites[last].cosine == pytest.approx(cosine, abs=1e-5)
+    assert found.sites[first].error == 1.0 and found.sites[first].cosine == 0.0
+    assert diff(b, a).sites[first].error == float("inf")
+    assert diff(a, a).error == pytest.approx(0.0, abs=1e-6)
+    assert diff(a, a.scale(3.0)).error == pytest.approx(2.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_merged_and_restored(dtype: torch.dtype, lm: LM) -> None:
+    model = LM(copy.deepcopy(lm.model).to(dtype), lm.tokenizer)
+    edit, before = make_edit(model), logits(model)
+    with unchanged(model.model):
+        merged = edit.merge_(model)
+        assert 0 < merged.loss < (1e-5 if dtype == torch.float32 else 0.3)
+        assert not torch.equal(logits(model), before)
+        merged.restore()
+        assert torch.equal(logits(model), before)
+
+
+def test_many_edits_cost_no_more_than_the_matrix(lm: LM) -> None:
+    """The factors of many edits are multiplied out: one product a matrix, and the same answer."""
+    edits = [make_edit(lm) for _ in range(40)]  # rank 80 in matrices of 32 x 48
+    whole = compose(edits)
+    with whole.applied(lm):
+        hooks = [
+            hook for name in whole.deltas for hook in lm.model.get_submodule(name)._forward_hooks.values()
+        ]
+        found = logits(lm)
+    assert len(hooks) == len(whole.deltas)
+    assert all(hook.dense is not None for hook in hooks)
+    merged = LM(copy.deepcopy(lm.model), lm.tokenizer)
+    for name, delta in whole.deltas.items():
+        site = next(site for site in find_sites(lm.model) if site.name == name)
+        site.weight(merged.model).add_(delta.dense())
+    torch.testing.assert_close(found, logits(merged), rtol=1e-3, atol=1e-3)

@@ -1,69 +1,37 @@
-"""An edit, and where it came from: low-rank changes of a few matrices, or what else answers in a model's place.
+"""An edit of weights: low-rank changes of a few matrices, and where they came from.
 
-Every kind of edit is an :class:`AnyEdit`, used and saved in one way::
+::
 
     with edit.applied(lm) as edited:
         edited.generate("The capital of Australia is")
+
+Edits are values: they can be scaled, made smaller, compared and put together, and each of these gives a new edit. The
+model is never changed, unless it is asked for by name (:meth:`Edit.merge_`). Edits of every kind share
+:class:`~emendo.anyedit.AnyEdit`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from emendo._version import __version__
-from emendo.errors import MismatchError, RequestError, StorageError
-from emendo.files import new_folder, read_json, read_tensors, write_json, write_tensors
-from emendo.fingerprint import fingerprint
+from emendo.anyedit import WEIGHTS, AnyEdit, edit_head
+from emendo.errors import MismatchError, RequestError
 from emendo.lowrank import LowRank, applied
+from emendo.merging import Merged, merge
 from emendo.models import LM
+from emendo.origin import Origin, Request
 
-FORMAT = 1
+__all__ = ["AnyEdit", "Attachment", "Edit", "Origin", "Request", "compose", "diff", "edit_head"]
+
 M = TypeVar("M", nn.Module, LM)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One wish: after ``prompt`` the model shall say ``target``."""
-
-    prompt: str
-    target: str
-
-    def __post_init__(self) -> None:
-        for what, text in (("prompt", self.prompt), ("target", self.target)):
-            if not isinstance(text, str) or not text.strip():
-                raise RequestError(f"The {what} is empty: {text!r}. An edit needs a prompt and a target.")
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where an edit came from.
-
-    Attributes:
-        fingerprint: of the model it was made for.
-        model: the name that model was loaded by.
-        editor: the method's name.
-        settings: the method's settings.
-        requests: what was asked.
-        date: when, ISO 8601 in UTC.
-        version: of emendo.
-    """
-
-    fingerprint: str
-    model: str
-    editor: str
-    settings: Mapping[str, Any]
-    requests: tuple[Request, ...]
-    date: str
-    version: str = __version__
 
 
 class Attachment:
@@ -85,104 +53,6 @@ class Attachment:
         self.detach()
 
 
-class AnyEdit(ABC):
-    """What an edit of any kind offers. Immutable; the model is never changed by it.
-
-    A kind says how it is :meth:`applied` and what is to be kept (:meth:`_content`, :meth:`_restored`); saving and
-    reading come with it.
-
-    Attributes:
-        kind: what ``edit.json`` calls edits of this kind.
-        origin: what made it, for which model, from which request.
-        card: figures about the edit that whoever made it wants to keep, as JSON values.
-    """
-
-    kind: ClassVar[str]
-    origin: Origin
-    card: Mapping[str, Any]
-
-    @abstractmethod
-    def applied(self, model: LM) -> AbstractContextManager[LM]:
-        """The edited model for the length of a ``with`` block; the model itself is afterwards as it was.
-
-        Raises:
-            MismatchError: the model is not the one that the edit was made for.
-        """
-
-    @abstractmethod
-    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values from which :meth:`_restored` makes the edit again."""
-
-    @classmethod
-    @abstractmethod
-    def _restored(
-        cls, tensors: dict[str, Tensor], values: Any, origin: Origin, card: Mapping[str, Any]
-    ) -> Self:
-        """The edit of what :meth:`_content` gave."""
-
-    def with_card(self, card: Mapping[str, Any]) -> Self:
-        """The same edit with other figures."""
-        return replace(self, card=card)  # type: ignore[type-var]  # every kind is a dataclass
-
-    def check(self, model: nn.Module | LM) -> None:
-        """Make sure that the edit was made for this model.
-
-        Raises:
-            MismatchError: it was made for another one.
-        """
-        found = model.fingerprint if isinstance(model, LM) else fingerprint(model)
-        if found != self.origin.fingerprint:
-            raise MismatchError(
-                f"This edit was made for {self.origin.model!r} with fingerprint {self.origin.fingerprint}, but "
-                f"the model at hand has fingerprint {found}. Load the model that the edit was made for."
-            )
-
-    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write ``edit.safetensors`` and ``edit.json`` into a folder, all or nothing.
-
-        Raises:
-            StorageError: the folder already holds something, or cannot be written.
-        """
-        tensors, values = self._content()
-        head = {"format": FORMAT, "kind": self.kind, "origin": asdict(self.origin), "card": dict(self.card)}
-        with new_folder(folder, overwrite=overwrite) as new:
-            write_tensors(new / "edit.safetensors", tensors)
-            write_json(new / "edit.json", head | ({"content": values} if values else {}))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read an edit of this kind from its folder; :func:`emendo.editors.read_edit` reads any kind.
-
-        Raises:
-            StorageError: a file is missing, damaged, from a newer emendo, or of another kind.
-        """
-        where = Path(folder).expanduser()
-        head = edit_head(where)
-        if (kind := head.get("kind", Edit.kind)) != cls.kind:
-            raise StorageError(
-                f"{where} holds an edit of the kind {kind!r}, not {cls.kind!r}; emendo.editors.read_edit reads any."
-            )
-        tensors = read_tensors(where / "edit.safetensors")
-        try:
-            origin = dict(head["origin"])
-            origin["requests"] = tuple(Request(**request) for request in origin["requests"])
-            return cls._restored(tensors, head.get("content", {}), Origin(**origin), head.get("card", {}))
-        except (KeyError, TypeError, ValueError) as error:
-            raise StorageError(f"{where} is damaged: {error!r} is missing or not as expected.") from error
-
-
-def edit_head(folder: Path) -> dict[str, Any]:
-    """What ``edit.json`` says.
-
-    Raises:
-        StorageError: it is missing, damaged, or from a newer emendo.
-    """
-    head = read_json(folder / "edit.json")
-    if not isinstance(head, dict) or head.get("format") not in range(1, FORMAT + 1):
-        raise StorageError(f"{folder / 'edit.json'} is not an edit that this version of emendo can read.")
-    return head
-
-
 @dataclass(frozen=True, eq=False)
 class Edit(AnyEdit):
     """A change of a model's weights: ``dW = left @ right`` at each site.
@@ -191,7 +61,7 @@ class Edit(AnyEdit):
         deltas: module name -> its change.
     """
 
-    kind: ClassVar[str] = "weights"
+    kind: ClassVar[str] = WEIGHTS
     deltas: Mapping[str, LowRank]
     origin: Origin
     card: Mapping[str, Any] = field(default_factory=dict)
@@ -199,12 +69,14 @@ class Edit(AnyEdit):
     def attach(self, model: nn.Module | LM) -> Attachment:
         """Add the edit beside the model's matrices until the returned attachment is detached.
 
+        Several edits may be attached at once, and taken off in any order.
+
         Raises:
             MismatchError: the model is not the one that the edit was made for.
         """
         self.check(model)
         stack = ExitStack()
-        stack.enter_context(applied(model.model if isinstance(model, LM) else model, self.deltas))
+        stack.enter_context(applied(_module(model), self.deltas))
         return Attachment(stack)
 
     @contextmanager
@@ -213,19 +85,78 @@ class Edit(AnyEdit):
         with self.attach(model):
             yield model
 
+    def merge_(self, model: nn.Module | LM, *, keep: bool = True) -> Merged:
+        """Add the edit to the weights themselves, in place.
+
+        Args:
+            model: whose weights are changed. An :class:`~emendo.models.LM` keeps the fingerprint it had.
+            keep: keep the old tensors, so that ``restore()`` of what is returned puts them back bit for bit.
+
+        Returns:
+            What the merge lost in the weights' number format, and the way back.
+
+        Raises:
+            MismatchError: the model is not the one that the edit was made for.
+            ModelError: a matrix is quantised, so that it cannot take the change.
+        """
+        self.check(model)
+        return merge(_module(model), self.deltas, keep=keep)
+
     @property
     def rank(self) -> int:
         """The highest rank among the sites."""
-        return max(delta.rank for delta in self.deltas.values())
+        return max((delta.rank for delta in self.deltas.values()), default=0)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank at each site."""
+        return {name: delta.rank for name, delta in self.deltas.items()}
+
+    @torch.no_grad()
+    def norms(self) -> dict[str, float]:
+        """``||dW||`` (Frobenius) at each site."""
+        return {name: float(delta.norm()) for name, delta in self.deltas.items()}
 
     @torch.no_grad()
     def relative_norms(self, model: nn.Module | LM) -> dict[str, float]:
-        """``||dW|| / ||W||`` (Frobenius) for each site."""
-        module = model.model if isinstance(model, LM) else model
+        """``||dW|| / ||W||`` (Frobenius) at each site."""
+        module = _module(model)
         return {
-            name: float(delta.norm()) / float(_weight(module, name).double().norm())
-            for name, delta in self.deltas.items()
+            name: norm / float(_weight(module, name).double().norm()) for name, norm in self.norms().items()
         }
+
+    def scale(self, factor: float) -> Self:
+        """The edit with every change ``factor`` times as large."""
+        return replace(
+            self,
+            deltas={name: delta.scale(factor) for name, delta in self.deltas.items()},
+            card={**self.card, "scaled_by": factor * self.card.get("scaled_by", 1.0)},
+        )
+
+    @torch.no_grad()
+    def compact(self, rank: int | None = None, tolerance: float = 0.0) -> Self:
+        """The nearest edit of lower rank, site by site (Eckart-Young).
+
+        Args:
+            rank: the most columns of any site; by default as many as ``tolerance`` asks for.
+            tolerance: what may be lost at each site, as ``||dW - dW'|| / ||dW||``.
+
+        Returns:
+            An edit whose card says under ``compacted`` what was lost over all sites together and at the worst one.
+
+        Raises:
+            RequestError: a rank below 1, or a negative tolerance.
+        """
+        if (rank is not None and rank < 1) or tolerance < 0:
+            raise RequestError(
+                f"An edit cannot have rank {rank} or be off by {tolerance}; give at least 1, or 0."
+            )
+        deltas = {name: delta.compact(rank, tolerance) for name, delta in self.deltas.items()}
+        smaller = replace(self, deltas=deltas)
+        errors = diff(self, smaller)
+        worst = max((site.error for site in errors.sites.values()), default=0.0)
+        note = {"rank": smaller.rank, "error": errors.error, "worst_site_error": worst}
+        return replace(smaller, card={**self.card, "compacted": note})
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         factors = {}
@@ -241,6 +172,99 @@ class Edit(AnyEdit):
         names = [key.removesuffix(".left") for key in tensors if key.endswith(".left")]
         deltas = {name: LowRank(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names}
         return cls(deltas, origin, card)
+
+
+def compose(edits: Sequence[Edit]) -> Edit:
+    """Several edits as one: changes of the same matrix add up, and so do their ranks. Nothing is lost.
+
+    Raises:
+        RequestError: no edit at all.
+        MismatchError: the edits were made for different models.
+    """
+    if not edits:
+        raise RequestError("There is nothing to compose: give at least one edit.")
+    first = edits[0].origin
+    for edit in edits:
+        if edit.origin.fingerprint != first.fingerprint:
+            raise MismatchError(
+                f"Edits of different models cannot be composed: {first.model!r} ({first.fingerprint}) and "
+                f"{edit.origin.model!r} ({edit.origin.fingerprint})."
+            )
+    parts: dict[str, list[LowRank]] = {}
+    for edit in edits:
+        for name, delta in edit.deltas.items():
+            parts.setdefault(name, []).append(delta)
+    origin = Origin(
+        fingerprint=first.fingerprint,
+        model=first.model,
+        editor="composed",
+        settings={"of": [edit.digest for edit in edits]},
+        requests=tuple(request for edit in edits for request in edit.origin.requests),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    return Edit({name: LowRank.concatenate(deltas) for name, deltas in parts.items()}, origin)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteDifference:
+    """How two edits differ at one matrix.
+
+    Attributes:
+        first: ``||A||`` (Frobenius), 0 where the first edit leaves the matrix alone.
+        second: ``||B||``.
+        between: ``||A - B||``.
+    """
+
+    first: float
+    second: float
+    between: float
+
+    @property
+    def error(self) -> float:
+        """``||A - B|| / ||A||``; infinite where only the second edit changes the matrix."""
+        return self.between / self.first if self.first else (float("inf") if self.between else 0.0)
+
+    @property
+    def cosine(self) -> float:
+        """Of the angle between the two changes; 0 where one of them is none."""
+        size = self.first * self.second
+        return (self.first**2 + self.second**2 - self.between**2) / (2 * size) if size else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How two edits differ.
+
+    Attributes:
+        sites: by module name, over the matrices that either of them changes.
+    """
+
+    sites: Mapping[str, SiteDifference]
+
+    @property
+    def error(self) -> float:
+        """``||A - B|| / ||A||`` over all matrices together."""
+        size = sum(site.first**2 for site in self.sites.values())
+        between = sum(site.between**2 for site in self.sites.values())
+        return (between / size) ** 0.5 if size else (float("inf") if between else 0.0)
+
+
+@torch.no_grad()
+def diff(a: Edit, b: Edit) -> Difference:
+    """How two edits differ, matrix by matrix."""
+    sites = {}
+    for name in dict.fromkeys([*a.deltas, *b.deltas]):
+        one, other = a.deltas.get(name), b.deltas.get(name)
+        between = (one + other.scale(-1.0)) if one and other else (one or other)
+        assert between is not None
+        sites[name] = SiteDifference(
+            float(one.norm()) if one else 0.0, float(other.norm()) if other else 0.0, float(between.norm())
+        )
+    return Difference(sites)
+
+
+def _module(model: nn.Module | LM) -> nn.Module:
+    return model.model if isinstance(model, LM) else model
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -11,7 +11,6 @@ An adapter is written with safetensors and JSON alone; PEFT itself is only neede
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from emendo._version import __version__
+from emendo.cards import card_of
 from emendo.edit import Edit, Origin
 from emendo.errors import ModelError, RequestError
 from emendo.files import new_folder, read_json, read_tensors, write_json, write_tensors
@@ -81,10 +81,13 @@ def to_peft(
     if max_rank is not None and max_rank < 1:
         raise RequestError(f"max_rank={max_rank}: the rank of an adapter must be at least 1.")
     sites = _sites(lm, edit.deltas)
-    changes, error = _limited(edit.deltas, max_rank)
-    rank = max_rank or max(delta.rank for delta in changes.values())
+    small, error = edit, 0.0
+    if max_rank is not None and max_rank < edit.rank:
+        small = edit.compact(rank=max_rank)
+        error = small.card["compacted"]["error"]
+    rank = max_rank or small.rank
     tensors = {}
-    for name, delta in changes.items():
+    for name, delta in small.deltas.items():
         left, right = _padded(delta, rank)
         tensors[f"{_PREFIX}{name}{_A}"], tensors[f"{_PREFIX}{name}{_B}"] = right, left
     config = {
@@ -94,7 +97,7 @@ def to_peft(
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": list(changes),
+        "target_modules": list(small.deltas),
         "fan_in_fan_out": all(site.transposed for site in sites),
         "bias": "none",
         "use_rslora": False,
@@ -104,7 +107,7 @@ def to_peft(
     with new_folder(folder, overwrite=overwrite) as new:
         write_tensors(new / "adapter_model.safetensors", tensors)
         write_json(new / "adapter_config.json", config)
-        (new / "README.md").write_text(_card(edit, lm, rank, error), encoding="utf-8")
+        (new / "README.md").write_text(_card(edit, rank, error), encoding="utf-8")
     return Adapter(rank, error)
 
 
@@ -119,18 +122,6 @@ def _sites(lm: LM, deltas: Mapping[str, LowRank]) -> list[Site]:
     return sites
 
 
-def _limited(deltas: Mapping[str, LowRank], max_rank: int | None) -> tuple[dict[str, LowRank], float]:
-    """The changes at most of a rank, and the relative error of all together."""
-    if max_rank is None:
-        return dict(deltas), 0.0
-    changes, lost, size = {}, 0.0, 0.0
-    for name, delta in deltas.items():
-        changes[name] = delta.compact(rank=max_rank) if delta.rank > max_rank else delta
-        lost += float((delta + changes[name].scale(-1)).norm()) ** 2
-        size += float(delta.norm()) ** 2
-    return changes, (lost / size) ** 0.5 if size else 0.0
-
-
 def _padded(delta: LowRank, rank: int) -> tuple[Tensor, Tensor]:
     """The factors with zeros up to a rank."""
     more = rank - delta.rank
@@ -138,17 +129,9 @@ def _padded(delta: LowRank, rank: int) -> tuple[Tensor, Tensor]:
     return left, torch.nn.functional.pad(delta.right, (0, 0, 0, more))
 
 
-def _card(edit: Edit, lm: LM, rank: int, error: float) -> str:
-    head = {"library_name": "peft", "base_model": lm.name, "tags": ["model-editing", "emendo", "lora"]}
-    wishes = "\n".join(f"- {r.prompt!r} → {r.target!r}" for r in edit.origin.requests)
+def _card(edit: Edit, rank: int, error: float) -> str:
     cut = f"Cut to rank {rank}: relative error {error:.2e}." if error else f"Rank {rank}, nothing cut."
-    return (
-        "---\n"
-        + "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items())
-        + f"---\n\n# An edit of {lm.name}\n\n{wishes}\n\nMade by the editor {edit.origin.editor!r} of emendo "
-        f"{edit.origin.version} on {edit.origin.date}, for the weights with fingerprint {edit.origin.fingerprint}.\n\n"
-        f"{cut}\n"
-    )
+    return card_of(edit.origin, edit.card, library="peft", notes=[cut])
 
 
 @torch.no_grad()

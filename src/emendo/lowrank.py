@@ -56,7 +56,14 @@ class LowRank:
 
     def __add__(self, other: LowRank) -> LowRank:
         """The sum of two changes; ranks add."""
-        return LowRank(torch.cat([self.left, other.left], -1), torch.cat([self.right, other.right], -2))
+        return LowRank.concatenate([self, other])
+
+    @classmethod
+    def concatenate(cls, changes: Sequence[LowRank]) -> LowRank:
+        """The sum of several changes of one matrix; ranks add, nothing is lost."""
+        if len(changes) == 1:
+            return changes[0]
+        return cls(torch.cat([c.left for c in changes], -1), torch.cat([c.right for c in changes], -2))
 
     def scale(self, factor: float) -> LowRank:
         """``factor * dW``."""
@@ -155,15 +162,27 @@ def applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
 
 
 class _adder:  # noqa: N801 - a function with a memory of what it cast
-    """The forward hook of one change; keeps its factors in the dtype and on the device of the stream."""
+    """The forward hook of one change; keeps its factors in the dtype and on the device of the stream.
+
+    A change whose factors are larger than the matrix it changes (many edits composed, a dense change) is multiplied out
+    once, so that it never costs more than the matrix does.
+    """
 
     def __init__(self, delta: LowRank) -> None:
         self.left, self.right = delta.left.mT, delta.right.mT
+        self.dense: Tensor | None = None
+        rank, (d_in, d_out) = delta.rank, (self.right.shape[-2], self.left.shape[-1])
+        learnt = self.left.requires_grad or self.right.requires_grad
+        if not delta.batched and not learnt and rank * (d_in + d_out) > d_in * d_out:
+            self.dense = self.right @ self.left
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0]
         if self.right.dtype != x.dtype or self.right.device != x.device:
             self.left, self.right = self.left.to(x), self.right.to(x)
+            self.dense = self.dense if self.dense is None else self.dense.to(x)
+        if self.dense is not None:
+            return output + x @ self.dense
         if self.right.dim() == 3 and x.dim() == 2:  # some blocks (OPT's) flatten their tokens
             x = x.reshape(len(self.right), -1, x.shape[-1])
         return output + ((x @ self.right) @ self.left).view(output.shape)

@@ -45,11 +45,11 @@ class Budget:
 
 
 BUDGETS = {
-    "atlas-bert": Budget({"steps": 400, "batch": 8, "near": 1, "sibling": 1}, 150, 50),
-    "atlas-bart": Budget({"steps": 500, "batch": 8, "near": 1, "sibling": 1}, 150, 50),
-    "atlas-t5": Budget({"steps": 500, "batch": 8, "near": 1, "sibling": 1}, 150, 50),
-    "wikitext": Budget({"steps": 200, "batch": 8, "near": 0, "sibling": 0, "text": 2}, 60, 30),
-    "counterfact": Budget({"steps": 400, "batch": 8, "near": 1, "sibling": 1}, 100, 30),
+    "atlas-bert": Budget({"steps": 150, "batch": 8, "near": 1, "sibling": 1}, 100, 40),
+    "atlas-bart": Budget({"steps": 300, "batch": 8, "near": 1, "sibling": 1}, 150, 50),
+    "atlas-t5": Budget({"steps": 300, "batch": 8, "near": 1, "sibling": 1}, 150, 50),
+    "wikitext": Budget({"steps": 60, "batch": 8, "near": 0, "sibling": 0, "text": 2}, 30, 15),
+    "counterfact": Budget({"steps": 200, "batch": 8, "near": 1, "sibling": 1}, 60, 20),
 }
 
 LEARNING: Mapping[str, Mapping[str, Any]] = {

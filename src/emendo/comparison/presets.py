@@ -113,7 +113,7 @@ def _together(choice: Choice, editor: str, k: int) -> Cell:
         return choice.cell("atlas-bart", editor)
     training = choice.known["atlas-bart"].training
     batch = max(k, training["batch"] // k * k)
-    steps = round(training["steps"] * (training["batch"] / batch) ** 0.75)
+    steps = round(training["steps"] * (training["batch"] / batch) ** 0.9)
     facts = max(2 * k, choice.known["atlas-bart"].facts // k * k)
     cell = choice.cell("atlas-bart", editor, k=k, training={"batch": batch, "steps": steps}, facts=facts)
     return cell if choice.scale >= 1 else replace(cell, facts=max(k, cell.facts // k * k))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-from emendo.edit import AnyEdit, edit_head
+from emendo.anyedit import WEIGHTS, AnyEdit, edit_head
+from emendo.edit import Edit
 from emendo.editors.base import Editor
 from emendo.editors.gradient import GradientEditor
 from emendo.errors import RequestError, StorageError
+from emendo.hub import folder_of
 
 EDITORS = {
     "mend": "emendo.editors.mend:Mend",
@@ -40,18 +42,20 @@ def editor_class(name: str) -> type[Editor]:
 
 
 def read_edit(folder: str | Path) -> AnyEdit:
-    """An edit of whatever kind, from its folder; the method that made it tells the kind.
+    """An edit of whatever kind, from its folder or from the hub (``"user/name"``).
 
     Raises:
         StorageError: a file is missing, damaged, or from a newer emendo, or the method is not known.
     """
-    where = Path(folder).expanduser()
-    origin = edit_head(where).get("origin")
+    where = folder_of(folder)
+    head = edit_head(where)
+    if head.get("kind", WEIGHTS) == WEIGHTS:
+        return Edit.from_pretrained(where)
+    origin = head.get("origin")
     name = origin.get("editor") if isinstance(origin, dict) else None
     if name not in EDITORS:
         raise StorageError(
-            f"{where / 'edit.json'} names the editor {name!r}; there are: {', '.join(EDITORS)}. A change of weights "
-            "can be read without its editor: emendo.Edit.from_pretrained."
+            f"{where / 'edit.json'} names the editor {name!r}; there are: {', '.join(EDITORS)}."
         )
     return editor_class(name).makes.from_pretrained(where)
 

@@ -1,0 +1,76 @@
+"""Edits on and off per request: each row of a batch under its own set of edits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from emendo.edit import Edit, compose
+from emendo.errors import RequestError
+from emendo.lowrank import LowRank
+from emendo.models import LM
+
+M = TypeVar("M", nn.Module, LM)
+
+
+@contextmanager
+def applied_to_rows(model: M, sets: Sequence[Sequence[Edit]]) -> Iterator[M]:
+    """Run a model with row ``i`` of every batch under the edits ``sets[i]``; an empty set leaves its row alone.
+
+    The batch must come as it is, in its order: ``lm.generate([...])`` does that, and so does a call of the model.
+    Rows under the same set share their arithmetic, and what no edit touches is bit for bit what it was.
+
+    Raises:
+        MismatchError: an edit was made for another model.
+        RequestError: a batch with another number of rows (raised where the model is called).
+    """
+    module = model.model if isinstance(model, LM) else model
+    for edit in {id(edit): edit for edits in sets for edit in edits}.values():
+        edit.check(model)
+    changes: dict[str, list[tuple[list[int], LowRank]]] = {}
+    for members in _alike(sets):
+        for name, delta in compose(sets[members[0]]).deltas.items():
+            changes.setdefault(name, []).append((members, delta))
+    handles = []
+    try:
+        for name, parts in changes.items():
+            hook = _RowAdder(len(sets), parts)
+            handles.append(module.get_submodule(name).register_forward_hook(hook))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _alike(sets: Sequence[Sequence[Edit]]) -> Iterator[list[int]]:
+    """The rows of each set of edits that is not empty."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, edits in enumerate(sets):
+        groups.setdefault(tuple(id(edit) for edit in edits), []).append(row)
+    yield from (members for edits, members in groups.items() if edits)
+
+
+class _RowAdder:
+    """The forward hook of one matrix: some rows get a change, others another or none."""
+
+    def __init__(self, count: int, parts: Sequence[tuple[list[int], LowRank]]) -> None:
+        self.count = count
+        self.parts = [(torch.tensor(rows), delta) for rows, delta in parts]
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0]
+        if x.dim() == 2 and len(x) % self.count == 0:  # some blocks (OPT's) flatten their tokens
+            x = x.view(self.count, -1, x.shape[-1])
+        if len(x) != self.count:
+            raise RequestError(
+                f"Edits were given for {self.count} rows, but the model was called with a batch of {len(x)}."
+            )
+        out = output.clone().view(*x.shape[:-1], output.shape[-1])
+        for rows, delta in self.parts:
+            at, change = rows.to(x.device), delta.to(x.device)
+            out[at] += change(x[at])
+        return out.view(output.shape)
