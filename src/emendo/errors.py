@@ -8,6 +8,7 @@
     ├── ModelError          the model: no blocks, no such sites, an output that cannot be scored
     ├── MismatchError       an edit or an editor that belongs to another model
     ├── StorageError        a file: damaged, not writable, or a folder that already holds a run
+    ├── ConflictError       a step of the ledger that no longer fits: another process took one in between
     └── TrainingError       a run that cannot go on: non-finite losses, nothing to train on
 
 A message says what was given, what is allowed and what to do next. Each class also derives from the
@@ -37,6 +38,10 @@ class MismatchError(EmendoError, ValueError):
 
 class StorageError(EmendoError, OSError):
     """A file or folder is damaged, cannot be written, or already holds something."""
+
+
+class ConflictError(EmendoError, RuntimeError):
+    """Another process has changed the ledger since it was looked at."""
 
 
 class TrainingError(EmendoError, RuntimeError):
