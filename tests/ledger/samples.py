@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from itertools import pairwise
 from pathlib import Path
 
 from emendo.ledger import Ledger, NewEntry
@@ -41,7 +42,7 @@ def consistent(ledger: Ledger) -> None:
     assert [step.id for step in log] == list(range(len(log)))
     assert [step.parent for step in log] == [None, *range(len(log) - 1)]
     assert log[0].active == () and log[0].kind == "begin"
-    for before, step in zip(log, log[1:], strict=False):
+    for before, step in pairwise(log):
         assert len(set(step.active)) == len(step.active)
         match step.kind:
             case "apply":

@@ -149,6 +149,15 @@ def test_who_did_it(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
 # -------------------------------------------------------------------------------------------- refusals
 
 
+@pytest.fixture(scope="module")
+def used(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    """Edits 1 and 2 active, 3 taken off by operation 4, operation 3 tagged."""
+    ledger = filled(Ledger.create(tmp_path_factory.mktemp("used"), FINGERPRINT, "tiny"), 3)
+    ledger.tag("v1")
+    ledger.undo()
+    return ledger
+
+
 @pytest.mark.parametrize(
     ("do", "words"),
     [
@@ -175,10 +184,8 @@ def test_who_did_it(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda ledger: ledger.undo(by="\udcff"), "UTF-8"),
     ],
 )
-def test_what_cannot_be_done_changes_nothing(ledger: Ledger, do: Any, words: str) -> None:
-    filled(ledger, 3)
-    ledger.tag("v1")
-    ledger.undo()
+def test_what_cannot_be_done_changes_nothing(used: Ledger, do: Any, words: str) -> None:
+    ledger = used
     before = ledger.log(), ledger.entries(), ledger.tags(), ledger.checks()
     with pytest.raises(RequestError, match=words):
         do(ledger)
@@ -245,7 +252,7 @@ def test_another_models_ledger(ledger: Ledger, tmp_path: Path) -> None:
 
 def test_there_is_one_already(ledger: Ledger, tmp_path: Path) -> None:
     filled(ledger, 1)
-    with pytest.raises(StorageError, match="a ledger of 'tiny' at .* already"):
+    with pytest.raises(StorageError, match=r"a ledger of 'tiny' at .* already"):
         Ledger.create(tmp_path, FINGERPRINT, "tiny")
     assert len(ledger.active) == 1
 

@@ -1,0 +1,204 @@
+"""Ledgers that are missing, damaged, full, or not to be written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emendo.errors import StorageError
+from emendo.ledger import Ledger, database
+from ledger.samples import FINGERPRINT, about, ask, consistent, filled, payload
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The file of a ledger with three active edits."""
+    filled(Ledger.create(tmp_path, FINGERPRINT, "tiny"), 3)
+    return tmp_path / "ledger.sqlite"
+
+
+def everything(file: Path) -> Any:
+    ledger = Ledger.open(file.parent)
+    edits = ledger.entries()
+    return (
+        ledger.log(),
+        ledger.active,
+        edits,
+        [ledger.load(edit.id) for edit in edits],
+        ledger.tags(),
+        ledger.checks(),
+    )
+
+
+def test_no_ledger_there(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"There is no ledger at .*ledger\.sqlite"):
+        Ledger.open(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []  # looking makes nothing
+
+
+def test_an_interrupted_beginning_can_be_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "ledger.sqlite").touch()
+    with pytest.raises(StorageError, match=r"no ledger at .* yet"):
+        Ledger.open(tmp_path)
+    Ledger.create(tmp_path, FINGERPRINT, "tiny")
+    assert Ledger.open(tmp_path).head.id == 0
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="No ledger can be made at"):
+        Ledger.create(tmp_path / "file", FINGERPRINT, "tiny")
+
+
+def test_somebody_elses_tables(tmp_path: Path) -> None:
+    ask(tmp_path / "ledger.sqlite", "CREATE TABLE customers (id INTEGER)")
+    with pytest.raises(StorageError, match=r"holds other tables \(customers\)"):
+        Ledger.create(tmp_path, FINGERPRINT, "tiny")
+    with pytest.raises(StorageError, match="no ledger"):
+        Ledger.open(tmp_path)
+
+
+def test_one_byte_of_an_edit_flipped(file: Path) -> None:
+    ask(file, f"UPDATE payloads SET data = x'{payload(2)[:-1].hex()}21' WHERE data = x'{payload(2).hex()}'")
+    ledger = Ledger.open(file.parent)
+    assert ledger.load(1) == payload(1) and ledger.load(3) == payload(3)
+    with pytest.raises(StorageError, match=r"Edit 2 is damaged .*revert 2"):
+        ledger.load(2)
+    ledger.revert(2)
+    ledger.apply(payload(2), about())  # as the message says
+    assert ledger.load(2) == payload(2)
+    consistent(ledger)
+
+
+def test_an_edits_bytes_lost(file: Path) -> None:
+    ask(file, f"DELETE FROM payloads WHERE data = x'{payload(2).hex()}'")
+    with pytest.raises(StorageError, match="Edit 2 is damaged"):
+        Ledger.open(file.parent).load(2)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE operations SET active = '[1, 2'",
+        "UPDATE operations SET active = '[1, 2, 77]'",
+        "UPDATE edits SET requests = CAST(x'ff' AS TEXT)",
+        "DELETE FROM operations",
+        "DROP TABLE operations",
+        "DELETE FROM edits WHERE id = 2",
+        "ALTER TABLE edits DROP COLUMN card",
+    ],
+)
+def test_damaged_rows(file: Path, sql: str) -> None:
+    ask(file, sql)
+    with pytest.raises(StorageError):
+        everything(file)
+
+
+def test_no_damage_gives_a_wrong_state(file: Path) -> None:
+    """A page overwritten, or the file cut: an error of ours or the truth, whichever page it is."""
+    whole, truth = file.read_bytes(), everything(file)
+    refused = 0
+    for start in range(0, len(whole), 4096):
+        for damaged in (whole[:start] + b"\x5a" * 4096 + whole[start + 4096 :], whole[:start]):
+            file.write_bytes(damaged)
+            try:
+                assert everything(file) == truth
+            except StorageError:
+                refused += 1
+    assert refused > 20
+    file.write_bytes(whole)
+    assert everything(file) == truth
+
+
+@pytest.mark.parametrize("sql", ["INSERT INTO migrations VALUES ('0999 from the future', '2031')"])
+def test_a_ledger_of_a_newer_version(file: Path, sql: str) -> None:
+    ask(file, sql)
+    for use in (lambda: Ledger.open(file.parent), lambda: Ledger.create(file.parent, FINGERPRINT, "tiny")):
+        with pytest.raises(StorageError, match=r"newer emendo \(it has '0999 from the future'\)"):
+            use()
+
+
+def test_a_full_disk_leaves_the_state_before(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, real = everything(file), database._connect
+
+    def small(*given: Any) -> sqlite3.Connection:
+        connection = real(*given)
+        connection.execute("PRAGMA max_page_count = 1")  # no page more than there are
+        return connection
+
+    monkeypatch.setattr(database, "_connect", small)
+    with pytest.raises(StorageError, match="The disk is full; the ledger is as it was"):
+        Ledger.open(file.parent).apply(b"x" * 100_000, about())
+    monkeypatch.setattr(database, "_connect", real)
+    assert everything(file) == before
+
+
+def test_somebody_who_does_not_let_go(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "_WAIT", 0.1)
+    ledger, other = Ledger.open(file.parent), sqlite3.connect(file, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StorageError, match="Another process has held it"):
+        ledger.undo()
+    assert ledger.head.id == 3  # reading waits for nobody
+    other.close()
+    assert ledger.undo().id == 4
+
+
+# ------------------------------------------------------------------------------------ rights
+
+
+@contextmanager
+def _as_somebody_else() -> Iterator[None]:
+    """Root may write anywhere, so be nobody for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that anybody can reach, unlike ``tmp_path``."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="the rights of POSIX")
+@pytest.mark.parametrize(
+    "prepare", [lambda file: None, lambda file: file.chmod(0o666)], ids=["file", "folder"]
+)
+def test_a_read_only_folder_can_be_read(shared: Path, prepare: Callable[[Path], None]) -> None:
+    filled(Ledger.create(shared, FINGERPRINT, "tiny"), 2)
+    (shared / "ledger.sqlite").chmod(0o444)
+    prepare(shared / "ledger.sqlite")
+    shared.chmod(0o555)
+    with _as_somebody_else():
+        ledger = Ledger.open(shared)
+        consistent(ledger)
+        assert ledger.head.active == (1, 2)
+        with pytest.raises(StorageError, match="read-only"):
+            ledger.undo()
+    assert [file.name for file in shared.iterdir()] == ["ledger.sqlite"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="the rights of POSIX")
+def test_nothing_can_be_begun_in_a_read_only_folder(shared: Path) -> None:
+    shared.chmod(0o555)
+    for place in (shared, shared / "sub"):
+        with _as_somebody_else(), pytest.raises(StorageError, match=r"cannot be opened|Permission denied"):
+            Ledger.create(place, FINGERPRINT, "tiny")
