@@ -73,7 +73,7 @@ def test_evaluation_equals_one_edit_and_one_prompt_at_a_time(kind: str, name: st
             (before,), clean = lm.logits([text]), lm.generate(outcome.prompt, 2)
             with edit.applied(lm) as edited:
                 (after,), slow = edited.logits([text]), edited.generate(outcome.prompt, 2)
-            local = outcome.kind in ("neighbour", "unrelated")
+            local = outcome.kind in ("neighbour", "unrelated", "told")
             right = after.argmax(-1) == (before.argmax(-1) if local else labels)
             assert outcome.teacher_forced == bool(right.all())
             assert outcome.token_level == pytest.approx(float(right.float().mean()))
@@ -83,6 +83,14 @@ def test_evaluation_equals_one_edit_and_one_prompt_at_a_time(kind: str, name: st
             p, q = before.log_softmax(-1), after.log_softmax(-1)
             kl = float((p.exp() * (p - q)).sum(-1).mean())
             assert outcome.kl == pytest.approx(kl, rel=2e-3, abs=1e-5)
+            if outcome.other is not None:
+                (text,) = to_texts(lm, [(outcome.prompt, outcome.other)])
+                with edit.applied(lm) as edited:
+                    (rows,) = edited.logits([text])
+                logs = rows.log_softmax(-1)[range(len(text.labels)), list(text.labels)]
+                assert outcome.other_nll_after == pytest.approx(-float(logs.mean()), rel=2e-3, abs=1e-5)
+            if outcome.kind == "told":
+                continue
             assert outcome.text_after == slow
             assert outcome.text_before == (None if outcome.kind == "paraphrase" else clean)
             same = same_answer(clean, slow, outcome.answer) if local else answer_match(slow, outcome.answer)

@@ -70,7 +70,7 @@ def test_the_page_holds_what_it_was_given() -> None:
         "versions: torch",
         "12.35",
         "0.500",  # edit success
-        "0.095 to 0.905",  # its interval
+        "0.000 to 1.000",  # its interval
         "one at a time",  # the protocol
         "0.125 s",
         "The capital of Bade is",

@@ -10,6 +10,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from torch import Tensor
 
 from cases import build_lm, records
 from emendo.data import Probe, Record
@@ -18,8 +19,8 @@ from emendo.edit import Request
 from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend, MendConfig
 from emendo.errors import MismatchError, RequestError
-from emendo.evaluate import Evaluation, evaluate
-from emendo.evaluate.metrics import answer_match, same_answer
+from emendo.evaluate import Evaluation, Outcome, evaluate
+from emendo.evaluate.metrics import answer_match, full_match, same_answer
 from emendo.lowrank import LowRank, applied
 from emendo.models import LM
 from emendo.sites import find_sites
@@ -57,7 +58,7 @@ def test_equals_separate_edits_of_the_dense_weights(kind: str, alpha: float, bos
         for outcome in result.outcomes:
             before, labels = forced(lm, lm.model, outcome.prompt, outcome.answer)
             after, _ = forced(lm, model, outcome.prompt, outcome.answer)
-            local = outcome.kind in ("neighbour", "unrelated")
+            local = outcome.kind in ("neighbour", "unrelated", "told")
             wanted = before.argmax(-1).tolist() if local else labels
             right = [a == b for a, b in zip(after.argmax(-1).tolist(), wanted, strict=True)]
             assert outcome.teacher_forced == all(right)
@@ -69,12 +70,23 @@ def test_equals_separate_edits_of_the_dense_weights(kind: str, alpha: float, bos
                 assert probability == pytest.approx(exact, rel=1e-3, abs=1e-8)
             p, q = before.log_softmax(-1), after.log_softmax(-1)
             assert outcome.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3, abs=1e-5)
+            check_answer(outcome, "", before, after, labels)
+            if outcome.other is None:
+                assert outcome.other_nll_after is None
+            else:
+                sides = [forced(lm, m, outcome.prompt, outcome.other) for m in (lm.model, model)]
+                check_answer(outcome, "other_", sides[0][0], sides[1][0], sides[0][1])
+            if outcome.kind == "told":
+                assert outcome.prompt.startswith(f"{result.record.prompt} {result.record.target}. ")
+                assert outcome.text_after is outcome.generated is None
+                continue
             slow = greedy(lm, model, outcome.prompt, 6)
             assert outcome.text_after == slow
             clean = greedy(lm, lm.model, outcome.prompt, 6)
             assert outcome.text_before == (None if outcome.kind == "paraphrase" else clean)
             same = same_answer(clean, slow, outcome.answer) if local else answer_match(slow, outcome.answer)
             assert outcome.generated == same
+            assert outcome.exact == (None if local else full_match(slow, outcome.answer))
             verdicts.add((local, outcome.teacher_forced))
         norms = [
             float(delta.dense().norm() / site.weight(lm.model).norm())
@@ -83,6 +95,20 @@ def test_equals_separate_edits_of_the_dense_weights(kind: str, alpha: float, bos
         assert result.norm == pytest.approx(fmean(norms), rel=1e-4)
         assert result.rank == max(delta.rank for delta in deltas.values())
     assert len(verdicts) == 4  # both kinds of prompts, right and wrong
+
+
+def check_answer(outcome: Outcome, name: str, before: Tensor, after: Tensor, labels: list[int]) -> None:
+    """What is said of one answer, token by token."""
+    for side, logits in (("before", before), ("after", after)):
+        logs = [row.double().log_softmax(-1) for row in logits]
+        own = [float(row[label]) for row, label in zip(logs, labels, strict=True)]
+        ranks = [1 + sum(float(v) > p for v in row) for row, p in zip(logs, own, strict=True)]
+        assert getattr(outcome, f"{name}nll_{side}") == pytest.approx(-fmean(own), rel=1e-3, abs=1e-5)
+        assert getattr(outcome, f"{name}{side}") == pytest.approx(math.exp(sum(own)), rel=2e-3, abs=1e-8)
+        assert getattr(outcome, f"{name}rank_{side}") == pytest.approx(max(ranks), abs=1)  # but for ties
+        if not name:
+            hits = [float(row.argmax() == label) for row, label in zip(logs, labels, strict=True)]
+            assert getattr(outcome, f"share_{side}") == pytest.approx(fmean(hits))
 
 
 def test_the_batch_size_changes_nothing(tiny_llama: LM) -> None:
@@ -156,7 +182,7 @@ def test_as_dict_is_the_json_of_the_command(tiny_llama: LM) -> None:
     plain = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     assert plain["records"] == 3
     assert plain["seconds_per_edit"] > 0
-    assert plain["prompts"] == {"edit": 3, "paraphrase": 6, "neighbour": 6, "unrelated": 6}
+    assert plain["prompts"] == {"edit": 3, "paraphrase": 6, "neighbour": 6, "unrelated": 6, "told": 6}
     assert plain["protocol"]["fingerprint"] == tiny_llama.fingerprint
     for group in ("teacher_forced", "generated"):
         for name in ("edit_success", "generalisation", "locality"):
@@ -174,7 +200,8 @@ def test_one_locality_prompt_and_no_generation(tiny_llama: LM) -> None:
     plain = found.as_dict()
     assert plain["generated"] is None
     assert set(plain["teacher_forced"]) == {"edit_success", "generalisation", "locality"}
-    assert all(len(result.outcomes) == 3 for result in found.results)
+    kinds = ["edit", "paraphrase", "neighbour", "told"]
+    assert all([o.kind for o in result.outcomes] == kinds for result in found.results)
     assert all(o.generated is None and o.text_after is None for r in found.results for o in r.outcomes)
 
 
@@ -211,17 +238,15 @@ def test_generation_stays_within_the_context(tiny_gpt2: LM) -> None:
         len(tiny_gpt2.tokenizer("x " + prompt + " " + record.target)["input_ids"]) <= 96
     ):  # the tiny models' context
         prompt = "x " + prompt
-    evaluate(tiny_gpt2, mend(tiny_gpt2, 1.0), [dataclasses.replace(record, prompt=prompt)])
+    found = evaluate(tiny_gpt2, mend(tiny_gpt2, 1.0), [dataclasses.replace(record, prompt=prompt)])
+    assert "told" not in {o.kind for o in found.results[0].outcomes}  # no room for both
 
 
 def test_the_editor_keeps_its_mode_and_progress_is_told(tiny_llama: LM) -> None:
     editor, seen = mend(tiny_llama, 1.0).train(), []
     evaluate(tiny_llama, editor, records(3), batch=2, progress=lambda *what: seen.append(what))
     assert editor.training
-    for stage in ("texts", "clean continuations", "edits"):
-        told = [(done, total) for what, done, total in seen if what == stage]
-        assert told[-1][0] == told[-1][1]
-        assert told == sorted(told)
+    assert seen == [("edits", 2, 3), ("edits", 3, 3)]
 
 
 @pytest.mark.parametrize("setting", [{"limit": 0}, {"batch": 0}, {"new_tokens": 0}])

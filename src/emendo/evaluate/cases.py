@@ -8,8 +8,9 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from emendo.data.batch import to_texts
-from emendo.data.schema import Record
-from emendo.evaluate.results import SCORES, Kind, Outcome
+from emendo.data.schema import Probe, Record
+from emendo.errors import RequestError
+from emendo.evaluate.results import LOCAL, Kind, Outcome
 from emendo.models import LM
 from emendo.texts import Text, length_buckets
 
@@ -23,50 +24,124 @@ _GENERATED_TOKENS = 2048  # padded tokens of a batch, those to come included
 
 @dataclass(slots=True)
 class Case:
-    """One prompt of a record, and what is found out about it."""
+    """One prompt of a record, and what is found out about it.
+
+    Attributes:
+        kind: of the prompt.
+        text: the prompt with its answer.
+        prompt: in words.
+        answer: in words.
+        budget: tokens to generate; 0 where nothing is to be generated.
+        other: the answer that it stands against, in words.
+        other_text: the prompt with that.
+        found: fields of the outcome.
+    """
 
     kind: Kind
     text: Text
     prompt: str
     answer: str
-    budget: int  # tokens to generate
+    budget: int
+    other: str | None = None
+    other_text: Text | None = None
     found: dict[str, Any] = field(default_factory=dict)
 
     @property
     def local(self) -> bool:
         """Whether the edit shall change nothing here."""
-        return self.kind in SCORES["locality"]
+        return self.kind in LOCAL
+
+    @property
+    def shares(self) -> bool:
+        """Whether the other answer is one token (or class) that is to be read off where the answer begins."""
+        text, other = self.text, self.other_text
+        return other is not None and len(other.labels) == 1 and other.inputs == text.ids[: text.start]
+
+    def texts(self) -> tuple[Text, ...]:
+        """What must be read for it."""
+        own = (self.text,)
+        return own if self.other_text is None or self.shares else (*own, self.other_text)
 
     def outcome(self) -> Outcome:
         """What was found out, once it all has been."""
-        return Outcome(self.kind, self.prompt, self.answer, **{"generated": None, **self.found})
+        return Outcome(
+            self.kind, self.prompt, self.answer, **{"generated": None, "other": self.other, **self.found}
+        )
 
 
-def tokenise(lm: LM, records: Sequence[Record], new_tokens: int | None) -> list[list[Case]]:
+_Asked = tuple[Kind, str, str, "str | None"]
+"""Kind, prompt, answer, other answer."""
+
+
+def tokenise(
+    lm: LM, records: Sequence[Record], new_tokens: int | None, *, told: bool = True
+) -> list[list[Case]]:
     """The prompts of each record, the edit prompt first.
 
     Args:
         lm: the model that will read them.
         records: the records.
         new_tokens: how many tokens to generate; None gives each prompt its own number.
+        told: ask the prompts where nothing shall change also with the edited fact before them; a classifier's are not.
 
     Raises:
         RequestError: a text does not fit the model's context.
     """
-    flat: list[tuple[int, Kind, str, str]] = []
-    for index, record in enumerate(records):
-        flat.append((index, "edit", record.prompt, record.target))
-        flat += [(index, "paraphrase", prompt, record.target) for prompt in record.paraphrases]
-        flat += [(index, "neighbour", probe.prompt, probe.answer) for probe in record.neighbours]
-        flat += [(index, "unrelated", probe.prompt, probe.answer) for probe in record.unrelated]
-    texts = to_texts(lm, [(prompt, answer) for *_, prompt, answer in flat])
-    cases: list[list[Case]] = [[] for _ in records]
-    for (index, kind, prompt, answer), text in zip(flat, texts, strict=True):
-        budget = new_tokens or -(-(len(text.labels) + EXTRA_TOKENS) // TOKEN_STEP) * TOKEN_STEP
-        if lm.context is not None and lm.kind == "causal":
-            budget = min(budget, lm.context - text.start)
-        cases[index].append(Case(kind, text, prompt, answer, budget))
-    return cases
+    asked = [_prompts(lm, record, told and lm.kind != "classifier") for record in records]
+    flat = [prompt for row in asked for prompt in row]
+    texts = iter(to_texts(lm, [(prompt, answer) for _, prompt, answer, _ in flat]))
+    others = iter(to_texts(lm, [(prompt, other) for _, prompt, _, other in flat if other]))
+    return [[_case(lm, row, next(texts), others, new_tokens) for row in rows] for rows in asked]
+
+
+def _prompts(lm: LM, record: Record, told: bool) -> list[_Asked]:
+    old = _unlike(lm, record.answer, record.target)
+    rows: list[_Asked] = [("edit", record.prompt, record.target, old)]
+    rows += [("paraphrase", prompt, record.target, old) for prompt in record.paraphrases]
+    kinds: tuple[tuple[Kind, tuple[Probe, ...]], ...] = (
+        ("neighbour", record.neighbours),
+        ("unrelated", record.unrelated),
+    )
+    for kind, probes in kinds:
+        rows += [(kind, p.prompt, p.answer, _unlike(lm, record.target, p.answer)) for p in probes]
+    for probe in (record.neighbours or record.unrelated) if told else ():
+        prompt = tell(record, probe.prompt)
+        if _fits(lm, prompt, probe.answer, record.target):
+            rows.append(("told", prompt, probe.answer, _unlike(lm, record.target, probe.answer)))
+    return rows
+
+
+def tell(record: Record, prompt: str) -> str:
+    """A prompt with the edited fact as a sentence before it."""
+    return f"{record.prompt.rstrip()} {record.target.strip()}. {prompt}"
+
+
+def _fits(lm: LM, prompt: str, *answers: str) -> bool:
+    """Whether there is room for a prompt with its answers; one that is only asked beside others may be left out."""
+    if lm.context is None:
+        return True
+    try:
+        to_texts(lm, [(prompt, answer) for answer in answers])
+    except RequestError:
+        return False
+    return True
+
+
+def _unlike(lm: LM, other: str | None, answer: str) -> str | None:
+    """The other answer, unless it is the same, or none that the model can give."""
+    if other is None or not other.strip() or other.strip() == answer.strip():
+        return None
+    named = lm.kind != "classifier" or other.strip().casefold() in map(str.casefold, lm.labels)
+    return other if named else None
+
+
+def _case(lm: LM, row: _Asked, text: Text, others: Iterator[Text], new_tokens: int | None) -> Case:
+    kind, prompt, answer, other = row
+    budget = new_tokens or -(-(len(text.labels) + EXTRA_TOKENS) // TOKEN_STEP) * TOKEN_STEP
+    if lm.context is not None and lm.kind == "causal":
+        budget = min(budget, lm.context - text.start)
+    budget = 0 if kind == "told" else budget
+    return Case(kind, text, prompt, answer, budget, other, next(others) if other else None)
 
 
 def by_budget(items: Sequence[T], case: Callable[[T], Case]) -> Iterator[list[T]]:

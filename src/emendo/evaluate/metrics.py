@@ -9,60 +9,40 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from emendo.evaluate.intervals import Interval, bootstrap_interval, mean_interval, score_interval
 from emendo.losses import per_example, token_nll
 
-Z95 = 1.959963984540054
-"""The 97.5% point of the normal distribution."""
+__all__ = [
+    "Interval",
+    "all_match",
+    "answer_match",
+    "answer_probability",
+    "answer_rank",
+    "bootstrap_interval",
+    "first_answer",
+    "first_line",
+    "full_match",
+    "mean_interval",
+    "mean_nll",
+    "ngram_entropy",
+    "normalise",
+    "perplexity",
+    "repetition",
+    "same_answer",
+    "score_interval",
+    "token_match",
+    "unchanged",
+]
 
 _QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "«": '"', "»": '"', "‐": "-", "‑": "-"})
 _OPENING = " \"'`*_([{<:-–—"
 _CLOSING = " \"'`*_)]}>.,;:!?"
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean and its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def as_dict(self) -> dict[str, float]:
-        """``{"mean", "low", "high"}``."""
-        return {"mean": self.mean, "low": self.low, "high": self.high}
-
-
-def mean_interval(values: Sequence[float]) -> Interval | None:
-    """The mean of values between 0 and 1, one for each fact, with the 95% Wilson score interval.
-
-    For 0/1 values this is the usual interval of a proportion; unlike a bootstrap it does not shrink to a point when
-    every fact succeeds. Where a fact's value is itself a mean (over its paraphrases) the interval is on the safe
-    side, since no variable between 0 and 1 with mean p has a variance above p (1 - p).
-
-    Args:
-        values: one value for each fact.
-
-    Returns:
-        None when there are no values.
-
-    Raises:
-        ValueError: a value outside 0 to 1.
-    """
-    if not values:
-        return None
-    if not all(0 <= value <= 1 for value in values):
-        raise ValueError("mean_interval takes values between 0 and 1.")
-    n, z2 = len(values), Z95**2
-    mean = math.fsum(values) / n
-    centre = (mean + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(mean * (1 - mean) / n + z2 / (4 * n * n))
-    return Interval(mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)))
 
 
 def token_match(predicted: Tensor, labels: Tensor, owner: Tensor, examples: int) -> Tensor:
@@ -87,6 +67,22 @@ def answer_probability(logits: Tensor, labels: Tensor, owner: Tensor, examples: 
     """
     nll = token_nll(logits, labels)
     return nll.new_zeros(examples).index_add(0, owner, -nll).exp()
+
+
+def mean_nll(logits: Tensor, labels: Tensor, owner: Tensor, examples: int) -> Tensor:
+    """The NLL of each example's answer per token, in nats, ``[examples]``; the arguments are as above."""
+    return per_example(token_nll(logits, labels), owner, examples)
+
+
+def answer_rank(logits: Tensor, labels: Tensor, owner: Tensor, examples: int) -> Tensor:
+    """The rank of each example's answer: that of its worst token, 1 for the argmax, ``[examples]``.
+
+    Only what is strictly likelier stands before a token. Logits that are no numbers give the last rank.
+    """
+    own = logits.gather(-1, labels[:, None])
+    ranks = 1 + (logits > own).sum(-1)
+    ranks = torch.where(own.squeeze(-1).isnan(), logits.shape[-1], ranks)
+    return ranks.new_zeros(examples).scatter_reduce(0, owner, ranks, "amax")
 
 
 def normalise(text: str) -> str:
@@ -121,6 +117,40 @@ def answer_match(continuation: str, target: str) -> bool:
 def first_line(continuation: str) -> str:
     """The first line that has text: a greedy continuation up to its natural stop."""
     return continuation.strip().split("\n", 1)[0].rstrip()
+
+
+def first_answer(continuation: str) -> str:
+    """A continuation up to its natural stop: the first line that has text, up to the end of its first sentence.
+
+    A sentence ends with ``.``, ``!`` or ``?`` before white space; not after a single letter, as in initials.
+    """
+    line = first_line(continuation)
+    ends = (m.start() for m in re.finditer(r"(?<!\b[^\W\d])[.!?](?=[\"'”’)\]]*(\s|$))", line))
+    return line[: next(ends, len(line))]
+
+
+def full_match(continuation: str, target: str) -> bool:
+    """Whether a generated answer is the target and nothing else, from its beginning to its natural stop.
+
+    Case, quotes and punctuation around do not matter; a target that the answer goes on from does not match:
+    ``"New York"`` is matched by ``" new york. It is"``, not by ``" New York City"`` or ``" New York, which"``.
+
+    Args:
+        continuation: what the model wrote after the prompt.
+        target: what it should have written.
+    """
+
+    def bare(text: str) -> str:
+        return normalise(text).strip(_OPENING + _CLOSING) or normalise(text)
+
+    line, wanted = first_line(continuation), normalise(target)
+    if not bare(target):
+        return False
+    if wanted[-1] in ".!?" and f"{normalise(line)} ".startswith(
+        f"{wanted} "
+    ):  # it brings its own stop: "D.C."
+        return True
+    return bare(target) in (bare(first_answer(continuation)), bare(line))
 
 
 def same_answer(before: str, after: str, answer: str) -> bool:
@@ -159,33 +189,23 @@ def perplexity(nll: Tensor, tokens: Tensor) -> Tensor:
     return (nll / tokens).exp()
 
 
-def bootstrap_interval(
-    rows: Sequence[Sequence[float]],
-    statistic: Callable[[Tensor], Tensor],
-    *,
-    draws: int = 2000,
-    seed: int = 0,
-) -> Interval | None:
-    """A statistic of sums over facts, with the 95% percentile interval of a bootstrap over the facts.
+def ngram_entropy(text: str) -> float:
+    """Generation entropy of a text, as ROME and MEMIT report it: a fluent text has about 5 to 6, a loop far less.
 
-    Args:
-        rows: ``[facts, columns]`` what each fact adds to the sums.
-        statistic: float64 sums ``[..., columns]`` to values ``[...]``, such as a difference of two ratios.
-        draws: how many times as many facts are drawn, with replacement.
-        seed: of the draws.
-
-    Returns:
-        None when there are no facts. The bounds always enclose the statistic itself; where it is no finite number,
-        neither are they.
+    The mean of 2/3 of the entropy of its bigrams and 4/3 of that of its trigrams, in bits, over words.
     """
-    if not rows:
-        return None
-    table, count = torch.tensor(rows, dtype=torch.float64), len(rows)
-    value = float(statistic(table.sum(0)))
-    if not math.isfinite(value):
-        return Interval(value, value, value)
-    drawn = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(seed))
-    times = torch.zeros(draws, count, dtype=torch.float64)
-    times.scatter_add_(1, drawn, torch.ones(draws, count, dtype=torch.float64))
-    low, high = statistic(times @ table).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(value, min(low, value), max(high, value))
+    words = text.split()
+    return (2 / 3 * _entropy(words, 2) + 4 / 3 * _entropy(words, 3)) / 2
+
+
+def _entropy(words: Sequence[str], n: int) -> float:
+    counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+    total = counts.total()
+    return -math.fsum(c / total * math.log2(c / total) for c in counts.values()) if total else 0.0
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """The share of a text's word n-grams that have occurred in it before; 0 for a text that never repeats itself."""
+    words = text.split()
+    grams = [*zip(*(words[i:] for i in range(n)), strict=False)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -1,0 +1,183 @@
+"""Damage that an edit does away from its fact: perplexity of plain text, general abilities, long continuations.
+
+The perplexity is taken after every edit. The abilities and the continuations cost more and are looked at after some of
+the edits, evenly spaced, and in the clean model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from emendo.data.abilities import Choice
+from emendo.data.batch import to_texts
+from emendo.errors import RequestError
+from emendo.evaluate.asking import FORCED_TOKENS, Asked
+from emendo.evaluate.metrics import mean_nll, ngram_entropy, repetition
+from emendo.losses import token_nll
+from emendo.models import LM
+from emendo.store import TrunkStore
+from emendo.texts import Text, length_buckets
+
+PASSAGE_TOKENS = 64
+"""A passage is its first so many tokens; all but the first of them are scored."""
+
+
+@dataclass(eq=False)
+class Damage:
+    """What to look at.
+
+    Attributes:
+        passages: plain texts for the perplexity.
+        items: questions with several options, for the abilities.
+        openings: beginnings of texts that are to be continued at length.
+        edits: after how many edits the abilities and the continuations are looked at.
+        long_tokens: how many tokens are written after an opening.
+    """
+
+    passages: Sequence[str] = ()
+    items: Sequence[Choice] = ()
+    openings: Sequence[str] = ()
+    edits: int = 20
+    long_tokens: int = 60
+    _clean: dict[str, float] = field(default_factory=dict, init=False)
+    _chosen: frozenset[int] = field(default=frozenset(), init=False)
+
+    def begin(self, lm: LM, store: TrunkStore, edits: int) -> None:
+        """Look at the clean model.
+
+        Args:
+            lm: the clean model, a decoder.
+            store: keeps the trunk's outputs; what is needed of them is computed here.
+            edits: how many edits there will be.
+
+        Raises:
+            RequestError: the model does not continue texts, or an item does not fit it.
+        """
+        if lm.kind != "causal":
+            raise RequestError(
+                f"{lm.name} continues no texts; perplexity and abilities are for decoders: leave damage out."
+            )
+        self._texts = passage_texts(lm, self.passages)
+        pairs = [(item.prompt, option) for item in self.items for option in item.options]
+        self._options = to_texts(lm, pairs)
+        store.ensure([*self._texts, *self._options])
+        few = min(self.edits, edits)
+        self._chosen = frozenset(round(i * (edits - 1) / max(1, few - 1)) for i in range(few))
+        nll = [_sum(store.logits([text])[1], text) for text in self._texts]
+        scores = [_nll(store.logits([text])[1], text) for text in self._options]
+        self._clean = self._perplexity(nll) | self._abilities(scores)
+        if self.openings:
+            self._clean |= _fluency(lm.generate(list(self.openings), self.long_tokens))
+
+    def clean(self) -> Mapping[str, float]:
+        """What was seen in the clean model, by the same names."""
+        return self._clean
+
+    def look(self, asked: Asked, edits: Sequence[int]) -> list[dict[str, float]]:
+        """What is to be seen under some edits.
+
+        Args:
+            asked: the edits.
+            edits: the number of each among all edits.
+
+        Returns:
+            Of each edit, values by name.
+        """
+        everywhere = range(len(edits))
+        seen = [self._perplexity(row) for row in self._under(asked, everywhere, self._texts, _sum)]
+        closer = [row for row, edit in enumerate(edits) if edit in self._chosen]
+        for row, scores in zip(closer, self._under(asked, closer, self._options, _nll), strict=True):
+            seen[row] |= self._abilities(scores)
+        if closer and self.openings:
+            rows = [row for row in closer for _ in self.openings]
+            texts = asked.generate(rows, [*self.openings] * len(closer), self.long_tokens)
+            for place, row in enumerate(closer):
+                each = len(self.openings)
+                seen[row] |= _fluency(texts[place * each : (place + 1) * each])
+        return seen
+
+    def words(self) -> dict[str, object]:
+        """How it was looked at."""
+        found: dict[str, object] = {}
+        if self.passages:
+            found["perplexity"] = (
+                f"exp(NLL per token) over the first {PASSAGE_TOKENS} tokens of {len(self.passages)} plain passages, "
+                "after every edit"
+            )
+        if self.items:
+            found["abilities"] = (
+                f"{len(self.items)} questions, the option of least NLL per token, after {len(self._chosen)} edits "
+                "evenly spaced"
+            )
+        if self.openings:
+            found["fluency"] = (
+                f"n-gram entropy (bits) and repeated word trigrams of {len(self.openings)} greedy continuations of "
+                f"{self.long_tokens} tokens, after the same edits"
+            )
+        return found
+
+    def _under(
+        self, asked: Asked, rows: Sequence[int], texts: Sequence[Text], value: Callable[[Tensor, Text], float]
+    ) -> list[list[float]]:
+        """For each of the rows, the value of each text under its edit."""
+        found: dict[tuple[int, int], float] = {}
+        pairs = [(row, place) for row in rows for place in range(len(texts))]
+        if not asked.shared:
+            parts = [[pair for pair in pairs if pair[0] == row] for row in rows]
+        else:
+            parts = [*length_buckets(pairs, lambda pair: texts[pair[1]].size, FORCED_TOKENS)]
+        for part in parts:
+            logits = asked.logits([row for row, _ in part], [texts[place] for _, place in part])
+            for pair, own in zip(part, logits, strict=True):
+                found[pair] = value(own, texts[pair[1]])
+        return [[found[row, place] for place in range(len(texts))] for row in rows]
+
+    def _perplexity(self, nll: Sequence[float]) -> dict[str, float]:
+        tokens = sum(len(text.labels) for text in self._texts)
+        return {"perplexity": _exp(math.fsum(nll) / tokens)} if tokens else {}
+
+    def _abilities(self, scores: Sequence[float]) -> dict[str, float]:
+        """The share of items answered right, in all and by family."""
+        right: dict[str, list[bool]] = {}
+        left = iter(scores)
+        for item in self.items:
+            own = [next(left) for _ in item.options]
+            best = min(range(len(own)), key=lambda i: own[i] if own[i] == own[i] else math.inf)
+            right.setdefault(item.family, []).append(best == item.right and math.isfinite(own[best]))
+        found = {f"ability_{family}": fmean(values) for family, values in right.items()}
+        return found | ({"ability": fmean(found.values())} if found else {})
+
+
+def passage_texts(lm: LM, passages: Sequence[str]) -> list[Text]:
+    """Passages with all their tokens but the first as answer; one of a single token has none and is left out."""
+    if not passages:
+        return []
+    length = PASSAGE_TOKENS if lm.context is None else min(PASSAGE_TOKENS, lm.context)
+    coded = lm.tokenizer(list(passages), truncation=True, max_length=length)["input_ids"]
+    return [Text(tuple(ids), 1) for ids in coded if len(ids) > 1]
+
+
+def _sum(logits: Tensor, text: Text) -> float:
+    return float(token_nll(logits, torch.tensor(text.labels, device=logits.device)).sum())
+
+
+def _nll(logits: Tensor, text: Text) -> float:
+    labels = torch.tensor(text.labels, device=logits.device)
+    return float(mean_nll(logits, labels, torch.zeros_like(labels), 1))
+
+
+def _fluency(texts: Sequence[str]) -> dict[str, float]:
+    return {
+        "entropy": fmean(ngram_entropy(text) for text in texts),
+        "repetition": fmean(repetition(text) for text in texts),
+    }
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
