@@ -158,7 +158,7 @@ def _two(home: Path) -> str:
 def _slug(model: str) -> str:
     """A folder's name for a model's name, another one for each."""
     slug = re.sub(r"[^A-Za-z0-9._-]", "-", model.replace("/", "--"))
-    plain = (
-        model.count("/") <= 1 and slug == model.replace("/", "--") and "--" not in model and slug.strip(".")
-    )
-    return slug if plain else f"{slug[:80]}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
+    plain = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII) and "--" not in model and slug.strip(".")
+    if plain and len(slug) <= 80:
+        return slug
+    return f"{slug[:80]}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"

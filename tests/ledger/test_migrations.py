@@ -1,0 +1,177 @@
+"""Ledgers of other versions of emendo."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, inspect, text
+from sqlalchemy.dialects import mysql, postgresql
+from sqlalchemy.schema import CreateTable
+
+from emendo.errors import StorageError
+from emendo.ledger import Ledger, migrations, tables
+from emendo.ledger.migrations import MIGRATIONS, Migration
+from ledger.samples import FINGERPRINT, about, ask, consistent, filled, payload
+
+# The tables of version 1, word for word; never to be changed.
+VERSION_1 = """
+CREATE TABLE migrations (name VARCHAR(200) NOT NULL, at VARCHAR(40) NOT NULL, PRIMARY KEY (name));
+CREATE TABLE about (ledger VARCHAR(36) NOT NULL, fingerprint VARCHAR(64) NOT NULL, model TEXT NOT NULL,
+  created VARCHAR(40) NOT NULL, PRIMARY KEY (ledger));
+CREATE TABLE payloads (digest VARCHAR(64) NOT NULL, data BLOB NOT NULL, PRIMARY KEY (digest));
+CREATE TABLE edits (id INTEGER NOT NULL, digest VARCHAR(64) NOT NULL, editor TEXT NOT NULL, version TEXT NOT NULL,
+  requests TEXT NOT NULL, made VARCHAR(40) NOT NULL, upon TEXT NOT NULL, bytes INTEGER NOT NULL, rank INTEGER,
+  card TEXT NOT NULL, PRIMARY KEY (id), UNIQUE (digest), FOREIGN KEY(digest) REFERENCES payloads (digest));
+CREATE TABLE operations (id INTEGER NOT NULL, parent INTEGER, kind VARCHAR(20) NOT NULL, edits TEXT NOT NULL,
+  active TEXT NOT NULL, at VARCHAR(40) NOT NULL, "by" TEXT NOT NULL, note TEXT NOT NULL, forced BOOLEAN NOT NULL,
+  health TEXT, PRIMARY KEY (id), UNIQUE (parent), FOREIGN KEY(parent) REFERENCES operations (id));
+CREATE TABLE tags (name VARCHAR(200) NOT NULL, operation INTEGER NOT NULL, at VARCHAR(40) NOT NULL, "by" TEXT NOT NULL,
+  PRIMARY KEY (name), FOREIGN KEY(operation) REFERENCES operations (id));
+CREATE TABLE checks (id INTEGER NOT NULL, operation INTEGER NOT NULL, at VARCHAR(40) NOT NULL, figures TEXT NOT NULL,
+  PRIMARY KEY (id), FOREIGN KEY(operation) REFERENCES operations (id));
+"""
+ROWS_1 = """
+INSERT INTO migrations VALUES ('0001 the first tables', '2026-11-01T12:00:00+00:00');
+INSERT INTO about VALUES ('8b0c', '00f1a9', 'tiny', '2026-11-01T12:00:00+00:00');
+INSERT INTO payloads VALUES ('2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae', x'666f6f');
+INSERT INTO edits VALUES (1, '2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae', 'mend', '0.1.0',
+  '[{"prompt": "a", "target": "b"}]', '2026-11-01', '[]', 3, 8, '{}');
+INSERT INTO operations VALUES (0, NULL, 'begin', '[]', '[]', '2026-11-01', 'ada', '', 0, NULL);
+INSERT INTO operations VALUES (1, 0, 'apply', '[1]', '[1]', '2026-11-01', 'ada', 'old', 1, '{"kl": Infinity}');
+INSERT INTO tags VALUES ('v1', 1, '2026-11-01', 'ada');
+INSERT INTO checks VALUES (1, 1, '2026-11-01', '{"held": 1}');
+"""
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """The folder of a ledger that version 1 left."""
+    connection = sqlite3.connect(tmp_path / "ledger.sqlite")
+    connection.executescript(f"PRAGMA journal_mode = WAL; {VERSION_1} {ROWS_1}")
+    connection.close()
+    return tmp_path
+
+
+def _colour(connection: Connection) -> None:
+    connection.execute(text("ALTER TABLE tags ADD COLUMN colour TEXT"))
+    connection.execute(text("CREATE TABLE paints (name TEXT)"))
+    connection.execute(text("UPDATE tags SET colour = 'red'"))
+
+
+COLOUR = Migration("0002 tags have a colour", _colour)
+
+
+def schema(folder: Path) -> list[str]:
+    rows = ask(folder / "ledger.sqlite", "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name")
+    return [re.sub(r"\s+", " ", str(sql)).replace("( ", "(").replace(" )", ")") for (sql,) in rows]
+
+
+def test_the_first_version_never_changes(old: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    new = tmp_path_factory.mktemp("new")
+    with_first_only = MIGRATIONS[:1]
+    assert with_first_only[0].name == "0001 the first tables"
+    Ledger.create(new, FINGERPRINT, "tiny")
+    assert schema(new) == schema(old)
+
+
+def test_the_first_version_is_understood(old: Path) -> None:
+    ledger = Ledger.open(old, FINGERPRINT)
+    consistent(ledger)
+    assert (ledger.id, ledger.head.note, ledger.head.forced, ledger.load(1)) == ("8b0c", "old", True, b"foo")
+    assert ledger.head.health == {"kl": float("inf")}
+    assert ledger.tags()[0].operation == ledger.checks()[0].operation == 1
+    assert filled(ledger, 2).head.active == (1, 2, 3)
+
+
+def test_the_store_asks_for_what_the_migrations_made(ledger: Ledger) -> None:
+    with ledger._database.reading() as connection:
+        made = inspect(connection)
+        for table in (
+            tables.about,
+            tables.payloads,
+            tables.edits,
+            tables.operations,
+            tables.tags,
+            tables.checks,
+        ):
+            assert [column["name"] for column in made.get_columns(table.name)] == list(table.c.keys())
+
+
+def test_opening_migrates(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Ledger.open(old).log()
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*MIGRATIONS, COLOUR))
+    for _ in range(2):  # once is enough
+        assert Ledger.open(old).log() == before
+    assert ask(old / "ledger.sqlite", "SELECT name, colour FROM tags") == [("v1", "red")]
+    names = [name for (name,) in ask(old / "ledger.sqlite", "SELECT name FROM migrations ORDER BY name")]
+    assert names == [MIGRATIONS[0].name, COLOUR.name]
+
+    monkeypatch.setattr(migrations, "MIGRATIONS", MIGRATIONS)
+    with pytest.raises(StorageError, match="from a newer emendo"):
+        Ledger.open(old)
+
+
+def _stop(error: BaseException) -> Callable[[Connection], None]:
+    def run(connection: Connection) -> None:
+        _colour(connection)
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"), [(KeyboardInterrupt(), KeyboardInterrupt), (RuntimeError("bug"), RuntimeError)]
+)
+def test_a_migration_that_fails_midway_leaves_nothing(
+    old: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, seen: type[BaseException]
+) -> None:
+    before, good = schema(old), Migration("0002 good", lambda connection: None)
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*MIGRATIONS, good, Migration("0003 bad", _stop(error))))
+    with pytest.raises(seen):
+        Ledger.open(old)
+    assert schema(old) == before
+    names = [name for (name,) in ask(old / "ledger.sqlite", "SELECT name FROM migrations")]
+    assert names == [MIGRATIONS[0].name, "0002 good"]  # what went before it stands
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*MIGRATIONS, good, COLOUR))
+    assert Ledger.open(old).head.id == 1
+
+
+def test_a_beginning_that_fails_midway_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        migrations, "MIGRATIONS", (*MIGRATIONS, Migration("0002 bad", _stop(RuntimeError("bug"))))
+    )
+    with pytest.raises(RuntimeError, match="bug"):
+        Ledger.create(tmp_path, FINGERPRINT, "tiny")
+    assert schema(tmp_path) == []
+    monkeypatch.setattr(migrations, "MIGRATIONS", MIGRATIONS)
+    Ledger.create(tmp_path, FINGERPRINT, "tiny").apply(payload(1), about())
+
+
+@pytest.mark.parametrize(
+    ("dialect", "types"),
+    [
+        (mysql.dialect(), {"data": "LONGBLOB", "active": "LONGTEXT"}),
+        (postgresql.dialect(), {"data": "BYTEA", "active": "TEXT"}),
+    ],
+)
+def test_columns_are_large_enough_elsewhere(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, dialect: Any, types: dict[str, str]
+) -> None:
+    """MySQL's BLOB and TEXT end at 64 KB."""
+    made: list[str] = []
+
+    def create_all(self: Any, *_: Any, **__: Any) -> None:
+        made.extend(str(CreateTable(table).compile(dialect=dialect)) for table in self.sorted_tables)
+
+    monkeypatch.setattr(migrations.MetaData, "create_all", create_all)
+    with ledger._database.reading() as connection:
+        MIGRATIONS[0].run(connection)
+    for column, kind in types.items():
+        assert f"{column} {kind} NOT NULL" in "".join(made)
