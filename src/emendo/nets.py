@@ -37,15 +37,15 @@ class RunningStats(nn.Module):
         m2 = (rows - mean).square().sum(0)
         total = self.count + len(rows)
         shift = mean - self.mean
-        self.mean += shift * (len(rows) / total).float()
-        self.m2 += m2 + shift.square() * (self.count * len(rows) / total).float()
+        self.mean += shift * (len(rows) / total).to(shift.dtype)
+        self.m2 += m2 + shift.square() * (self.count * len(rows) / total).to(shift.dtype)
         self.count.copy_(total)
 
     def std(self) -> Tensor:
         """Unbiased standard deviation ``[width]``; ones before the second row."""
         if self.count < 2:
             return torch.ones_like(self.mean)
-        return (self.m2 / (self.count - 1).float()).sqrt()
+        return (self.m2 / (self.count - 1).to(self.m2.dtype)).sqrt()
 
     def forward(self, rows: Tensor) -> Tensor:
         """``(rows - mean) / (std + 1e-7)``."""
