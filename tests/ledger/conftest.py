@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from emendo.ledger import Ledger
-from ledger.samples import FINGERPRINT
+from ledger.samples import FINGERPRINT, MEMORY
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Pytest's, in memory."""
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

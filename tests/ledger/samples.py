@@ -9,6 +9,8 @@ from pathlib import Path
 from emendo.ledger import Ledger, NewEntry
 
 FINGERPRINT = "00f1a9"
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+"""Where a test's files are kept if the system offers it: waiting for a disk proves nothing here."""
 
 
 def about(prompt: str = "The capital of France is", *, upon: tuple[str, ...] = ()) -> NewEntry:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from emendo.errors import ConflictError, RequestError
 from emendo.ledger import Ledger
-from ledger.samples import FINGERPRINT, about, consistent, payload
+from ledger.samples import FINGERPRINT, MEMORY, about, consistent, payload
 
 NAMES = ("a", "b", "c")
 
@@ -24,8 +23,7 @@ class Steps(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        memory = Path("/dev/shm")
-        self.folder = tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None)
+        self.folder = tempfile.TemporaryDirectory(dir=MEMORY)
         self.ledger = Ledger.create(self.folder.name, FINGERPRINT, "tiny")
         self.states: list[list[int]] = [[]]
         self.tags: dict[str, int] = {}
