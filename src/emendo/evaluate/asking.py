@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -96,6 +96,27 @@ def made(lm: LM, editor: Editor, groups: Sequence[Sequence[Request]], store: Tru
     passes = _passes(lm, host, editor, store)
     if all(_is_low(delta) for delta in deltas.values()):
         return _Together(seconds, deltas, host, passes)
+    return _OneByOne(seconds, deltas, lambda row: _hooked(host, deltas, row, passes))
+
+
+def standing(
+    lm: LM, editor: Editor, state: Mapping[str, Tensor] | AnyEdit, seconds: float, store: TrunkStore
+) -> Asked:
+    """One edit that is there already, ready to be asked: what many edits one after the other have added up to.
+
+    Args:
+        lm: the clean model.
+        editor: what made it.
+        state: the dense change ``[d_out, d_in]`` of each site, or an edit that changes no weights.
+        seconds: time that the last edit took.
+        store: as for :func:`made`.
+    """
+    if isinstance(state, AnyEdit):
+        edit = state
+        return _OneByOne(seconds, None, lambda row: _beside(lm, edit))
+    host = editor.host(lm)
+    deltas = {name: LowRank.of_dense(change[None]) for name, change in state.items()}
+    passes = _passes(lm, host, editor, store)
     return _OneByOne(seconds, deltas, lambda row: _hooked(host, deltas, row, passes))
 
 

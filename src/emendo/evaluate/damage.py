@@ -24,7 +24,7 @@ from emendo.models import LM
 from emendo.store import TrunkStore
 from emendo.texts import Text, length_buckets
 
-PASSAGE_TOKENS = 64
+PASSAGE_TOKENS = 48
 """A passage is its first so many tokens; all but the first of them are scored."""
 
 
