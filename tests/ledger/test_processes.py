@@ -16,9 +16,9 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
-def run(task: str, where: Path | str) -> Any:
+def run(task: str, where: Path | str, *numbers: int) -> Any:
     """What a task of ``workers.py`` saw; it runs without torch, so that it may fork."""
-    program = [sys.executable, str(HERE / "workers.py"), task, str(where)]
+    program = [sys.executable, str(HERE / "workers.py"), task, str(where), *map(str, numbers)]
     done = subprocess.run(
         program,
         capture_output=True,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from emendo.errors import ConflictError, MismatchError, RequestError, StorageError
-from emendo.ledger import Entry, Ledger, queries
+from emendo.ledger import Entry, Ledger, database, queries
 from ledger.samples import FINGERPRINT, about, ask, consistent, filled, payload
 
 
@@ -227,6 +227,7 @@ def test_a_faster_process_makes_the_step_be_done_again(
     assert ledger.apply(payload(3), about()).active == (1, 2, 3)
     assert len(reads) == 2
     monkeypatch.setattr(queries, "head", lambda _: stale)
+    monkeypatch.setattr(database, "_ATTEMPTS", 3)
     with pytest.raises(ConflictError, match="faster"):
         ledger.apply(payload(4), about())
     monkeypatch.setattr(queries, "head", real)

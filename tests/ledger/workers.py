@@ -1,6 +1,6 @@
 """Run as a program of its own, without torch, so that it may fork: many processes at one ledger, and killed ones.
 
-``python workers.py TASK FOLDER_OR_URL`` prints what it saw as JSON; a task that sees a third state fails.
+``python workers.py TASK FOLDER_OR_URL [NUMBER]`` prints what it saw as JSON; a task that sees a third state fails.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from emendo.errors import EmendoError, StorageError
 from emendo.ledger import Ledger, migrations
 from ledger.samples import FINGERPRINT, about, consistent, filled, payload
 
-WORKERS, EACH = 8, 8
+WORKERS = 8
 
 
 def together(work: Callable[[int], Any]) -> list[Any]:
@@ -51,14 +51,14 @@ def together(work: Callable[[int], Any]) -> list[Any]:
     return results
 
 
-def crowd(where: str) -> dict[str, Any]:
+def crowd(where: str, each: int = 8) -> dict[str, Any]:
     """All begin the ledger, all open it, and all apply, tag and check at once; nothing may be lost."""
     begun = together(lambda _: Ledger.create(where, FINGERPRINT, "tiny").id)
     assert begun.count("StorageError") == WORKERS - 1, begun
 
     def work(number: int) -> list[int]:
         ledger, steps = Ledger.open(where, FINGERPRINT), []
-        for i in range(EACH):
+        for i in range(each):
             steps.append(ledger.apply(payload(100 * number + i), about(), by=f"worker {number}").id)
             if i % 4 == 3:
                 steps.append(ledger.revert(_mine(ledger, number), by=f"worker {number}").id)
@@ -71,11 +71,11 @@ def crowd(where: str) -> dict[str, Any]:
     consistent(ledger)
     assert all(mine == sorted(mine) for mine in steps)
     assert sorted(itertools.chain(*steps)) == [step.id for step in ledger.log()[:-1]][::-1]
-    wanted = sorted(payload(100 * number + i) for number in range(WORKERS) for i in range(EACH))
+    wanted = sorted(payload(100 * number + i) for number in range(WORKERS) for i in range(each))
     assert sorted(ledger.load(entry.id) for entry in ledger.entries()) == wanted
     by = {step.id: step.by for step in ledger.log()}
     assert all(by[id] == f"worker {number}" for number in range(WORKERS) for id in steps[number])
-    assert len(ledger.tags()) == len(ledger.checks()) == WORKERS * EACH // 4
+    assert len(ledger.tags()) == len(ledger.checks()) == WORKERS * each // 4
     return {"steps": ledger.head.id, "active": len(ledger.active)}
 
 
@@ -253,11 +253,11 @@ def _stop_writer(connection: Any) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-TASKS: dict[str, Callable[[str], dict[str, Any]]] = {
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     task.__name__: task
     for task in (crowd, migrate, kill_anywhere, kill_everywhere, kill_a_beginning, stop_inside)
 }
 
 if __name__ == "__main__":
     assert "torch" not in sys.modules
-    sys.stdout.write(json.dumps(TASKS[sys.argv[1]](sys.argv[2])))
+    sys.stdout.write(json.dumps(TASKS[sys.argv[1]](sys.argv[2], *map(int, sys.argv[3:]))))

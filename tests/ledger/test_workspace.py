@@ -1,0 +1,252 @@
+"""A model with its ledger: the working model is always its base and the active edits, and the guard stands before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import build_lm, unchanged
+from emendo.edit import Edit, Origin, Request, compose
+from emendo.editors.ft import FineTuning, FineTuningConfig
+from emendo.editors.in_context import InContext
+from emendo.errors import ConflictError, MismatchError, RequestError, StorageError
+from emendo.ledger import Ledger
+from emendo.ledger.guard import Limits, RefusedError
+from emendo.ledger.place import create_ledger
+from emendo.ledger.probing import Watched
+from emendo.ledger.workspace import Workspace
+from emendo.lowrank import LowRank
+from emendo.models import LM
+from emendo.sites import find_sites
+
+LOOSE = Limits(0, 0, *[1e9] * 7)
+WATCHED = Watched(
+    (("A river in", ""), ("The capital of Gude is", "New Town")), "Bread is made from flour. " * 3
+)
+PROMPT = "The capital of Bada is"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EMENDO_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def work(tiny_llama: LM) -> Workspace:
+    return Workspace.open(tiny_llama, limits=LOOSE, watched=WATCHED, recheck_every=0)
+
+
+def random_edit(lm: LM, seed: int, prompt: str = PROMPT, size: float = 0.1) -> Edit:
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {
+        site.name: LowRank(
+            size * torch.randn(site.d_out, 2, generator=generator),
+            torch.randn(2, site.d_in, generator=generator),
+        )
+        for site in find_sites(lm.model)
+    }
+    origin = Origin(lm.fingerprint, lm.name, "mend", {"seed": seed}, (Request(prompt, "Oslo"),), "2025-01-31")
+    return Edit(deltas, origin)
+
+
+@torch.no_grad()
+def logits(lm: LM) -> Tensor:
+    ids = lm.tokenizer(PROMPT, return_tensors="pt").input_ids
+    found: Tensor = lm.model(ids).logits
+    return found
+
+
+def under(lm: LM, edits: Sequence[Edit]) -> Tensor:
+    if not edits:
+        return logits(lm)
+    with compose(edits).applied(lm):
+        return logits(lm)
+
+
+def now(work: Workspace) -> Tensor:
+    with work.applied() as lm:
+        return logits(lm)
+
+
+def test_the_working_model_is_its_base_and_the_active_edits(work: Workspace) -> None:
+    lm, edits = work.lm, [random_edit(work.lm, seed) for seed in range(4)]
+    with unchanged(lm.model):
+        assert torch.equal(now(work), logits(lm))
+        for count, edit in enumerate(edits, 1):
+            work.apply(edit)
+            assert torch.equal(now(work), under(lm, edits[:count]))
+        work.revert(2)
+        assert torch.equal(now(work), under(lm, [edits[0], edits[2], edits[3]]))  # exact, not by subtraction
+        work.undo(2)
+        assert torch.equal(now(work), under(lm, edits[:1]))
+        work.undo()
+        assert torch.equal(now(work), logits(lm))
+        with work.applied(3) as edited:  # an earlier state, to look at
+            assert torch.equal(logits(edited), under(lm, edits[:3]))
+        assert work.composed() is None
+        kept = work.composed(4)
+        assert kept is not None and kept.rank == 8
+
+
+def test_a_new_process_finds_the_same_model(work: Workspace) -> None:
+    work.apply(random_edit(work.lm, 1))
+    again = Workspace.open(build_lm("llama"), create=False)
+    assert torch.equal(now(again), now(work))
+    assert again.edit(1).digest == work.edit(1).digest == work.ledger.entry(1).digest
+
+
+def test_the_guard_refuses_and_nothing_happens(tiny_llama: LM) -> None:
+    work = Workspace.open(tiny_llama, watched=WATCHED)
+    before = now(work)
+    with pytest.raises(RefusedError) as refused:
+        work.apply(random_edit(tiny_llama, 1, size=2.0))
+    assert refused.value.health.norm > Limits().norm
+    assert any("of its size" in problem for problem in refused.value.problems)
+    assert "Nothing was applied" in str(refused.value)
+    assert work.ledger.head.kind == "begin"
+    assert torch.equal(now(work), before)
+
+
+def test_forced_it_is_on_record(tiny_llama: LM) -> None:
+    work = Workspace.open(tiny_llama, watched=WATCHED)
+    done = work.apply(random_edit(tiny_llama, 1, size=2.0), force=True, note="because")
+    assert done.forced and done.note == "because"
+    assert done.health is not None
+    assert done.health["problems"] and done.health["limits"]["norm"] == Limits().norm
+    assert not work_loose(tiny_llama).apply(random_edit(tiny_llama, 2), force=True).forced  # nothing to force
+
+
+def work_loose(lm: LM) -> Workspace:
+    return Workspace.open(lm, limits=LOOSE, watched=WATCHED)
+
+
+def test_what_the_guard_measures_is_on_top_of_what_is_there(work: Workspace) -> None:
+    first, second = random_edit(work.lm, 1), random_edit(work.lm, 2, prompt="The capital of Cobo is")
+    alone = work.check(second)
+    assert alone.kl == alone.total_kl  # from the clean model
+    work.apply(first)
+    health = work.check(second)
+    assert health.kl != alone.kl and health.total_kl != health.kl
+    assert health.norm == alone.norm
+    both = work.check(random_edit(work.lm, 2, prompt="A river in"))
+    assert both.kl != health.kl  # a watched prompt that is edited does not count
+
+
+def test_an_edit_that_works_passes_and_is_made_upon_the_others(tiny_llama: LM) -> None:
+    work = Workspace.open(
+        tiny_llama,
+        limits=Limits(
+            norm=9, changed=1, kl=9, perplexity=9, total_kl=99, total_perplexity=99, total_changed=1
+        ),
+        watched=WATCHED,
+    )
+    editor = FineTuning(find_sites(tiny_llama.model), FineTuningConfig(lr=3e-2))
+    first = work.make(editor, [Request(PROMPT, "Oslo")])
+    assert first.origin.upon == ()
+    done = work.apply(first)
+    assert done.health is not None and done.health["reached"] == 1.0
+    second = work.make(editor, [Request("The capital of Gude is", "Rome")])
+    assert second.origin.upon == (first.digest,)
+    clean = editor.edit(tiny_llama, [Request("The capital of Gude is", "Rome")])
+    assert clean.digest != second.digest  # the others were there
+    work.apply(second)
+    assert [entry.id for entry in work.ledger.later_upon(1)] == [2]
+    step, found = work.revert(1)
+    assert step.active == (2,)
+    assert [holding.entry.id for holding in found.holdings] == [2]
+    check = work.ledger.checks()[-1]
+    assert check.operation == step.id and check.figures["retention"] == found.retention
+
+
+def test_examined(work: Workspace) -> None:
+    lm = work.lm
+    said = lm.tokenizer.decode([int(logits(lm)[0, -1].argmax())]).strip() or "x"
+    nothing = {
+        site.name: LowRank(torch.zeros(site.d_out, 1), torch.zeros(1, site.d_in))
+        for site in find_sites(lm.model)
+    }
+    origin = Origin(
+        lm.fingerprint, lm.name, "mend", {}, (Request(PROMPT, said), Request(PROMPT, "Oslo")), "2025-01-31"
+    )
+    work.apply(Edit(nothing, origin))
+    found = work.examine()
+    assert found.retention == 0.5 and not found.holdings[0].holds
+    assert found.drift.changed == 0 and found.drift.kl == 0 and found.drift.perplexity == 1
+    assert work.ledger.checks() == []
+    assert found.as_dict()["lost"] == [1]
+    work.undo()
+    assert work.examine().retention == 1.0
+
+
+def test_the_whole_stack_is_measured_again_and_again(tiny_llama: LM) -> None:
+    work = Workspace.open(tiny_llama, limits=LOOSE, watched=WATCHED, recheck_every=2)
+    for seed in range(5):
+        work.apply(random_edit(tiny_llama, seed))
+    assert [check.operation for check in work.ledger.checks()] == [2, 4]
+    assert [check.figures["edits"] for check in work.ledger.checks()] == [2, 4]
+
+
+def test_an_edit_checked_on_a_state_that_is_gone_is_checked_again(
+    work: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, seen = Workspace.open(work.lm, limits=LOOSE, watched=WATCHED), []
+    plain = Workspace._health
+
+    def slow(self: Workspace, active: Sequence[int], *rest: object) -> object:
+        seen.append(tuple(active))
+        if len(seen) == 1:  # another process is faster
+            other.ledger.apply(random_edit(work.lm, 9).to_bytes(), _about())
+        return plain(self, active, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Workspace, "_health", slow)
+    done = work.apply(random_edit(work.lm, 1))
+    assert seen == [(), (1,)]
+    assert done.active == (1, 2)
+
+
+def test_too_many_conflicts_are_said(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def conflict(*_: object, **__: object) -> None:
+        raise ConflictError("gone")
+
+    monkeypatch.setattr(Ledger, "apply", conflict)
+    with pytest.raises(ConflictError, match="try again"):
+        work.apply(random_edit(work.lm, 1))
+
+
+def _about() -> object:
+    from emendo.ledger import NewEntry
+
+    return NewEntry("mend", "0", (), "2025-01-31")
+
+
+def test_what_a_ledger_does_not_take(work: Workspace, tiny_gpt2: LM) -> None:
+    with pytest.raises(MismatchError):
+        work.apply(random_edit(tiny_gpt2, 1))
+    words = InContext((), InContext.Config()).edit(work.lm, PROMPT, "Oslo")
+    with pytest.raises(RequestError, match="changes of weights"):
+        work.apply(words)
+    with pytest.raises(RequestError, match="changes of weights"):
+        work.make(InContext((), InContext.Config()), [Request(PROMPT, "Oslo")])
+    many = Origin(work.lm.fingerprint, "m", "mend", {}, (Request("a", "b"), Request("c", "d")), "2025-01-31")
+    with pytest.raises(RequestError, match="one request"):
+        work.check(Edit(random_edit(work.lm, 1).deltas, many), paraphrases=["e"])
+    work.apply(random_edit(work.lm, 1))
+    with pytest.raises(RequestError, match="active already"):
+        work.apply(random_edit(work.lm, 1))
+
+
+def test_opening(tiny_llama: LM, tiny_gpt2: LM, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no ledger yet"):
+        Workspace.open(tiny_llama, create=False)
+    first = Workspace.open(tiny_llama, tmp_path / "elsewhere")
+    assert Workspace.open(tiny_llama).ledger.id == first.ledger.id  # it is pointed to
+    with pytest.raises(StorageError, match="one ledger"):
+        Workspace.open(tiny_llama, tmp_path / "second")
+    create_ledger("tiny-gpt2", "another fingerprint")
+    with pytest.raises(MismatchError):
+        Workspace.open(tiny_gpt2)
