@@ -125,7 +125,7 @@ def measure(lm: LM, options: argparse.Namespace) -> None:
     reference = next((name for name in chosen if name.startswith("textbook")), None)
     for count in sorted({1, options.threads}):
         with threads(count):
-            times = interleaved({name: run for name, (run, _) in chosen.items()}, options.rounds)
+            times = interleaved({name: run for name, (run, _) in chosen.items()}, options)
         each = {name: [t / chosen[name][1] for t in values] for name, values in times.items()}
         rows = [
             (name, Spread.of(values), ratio(each[reference], values) if reference else "")
