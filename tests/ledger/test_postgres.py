@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import pwd
 import shutil
 import subprocess
 import tempfile
@@ -44,6 +43,8 @@ def server() -> Iterator[str]:
     programs, folder = _programs(), Path(tempfile.mkdtemp(dir=MEMORY))
     prefix: list[str] = []
     if os.geteuid() == 0:  # whom PostgreSQL does not serve
+        import pwd
+
         user = next(
             name for name in ("postgres", "nobody") if name in {entry.pw_name for entry in pwd.getpwall()}
         )

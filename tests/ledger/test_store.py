@@ -6,14 +6,12 @@ import getpass
 import hashlib
 import math
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from emendo.errors import ConflictError, MismatchError, RequestError, StorageError
+from emendo.errors import ConflictError, RequestError
 from emendo.ledger import Entry, Ledger, database, queries
 from ledger.samples import FINGERPRINT, about, ask, consistent, filled, payload
 
@@ -239,57 +237,3 @@ def test_one_parent_has_one_child(ledger: Ledger, tmp_path: Path) -> None:
     row = "2, 0, 'undo', '[]', '[]', '', '', '', 0, NULL"
     with pytest.raises(sqlite3.IntegrityError, match=r"operations.parent"):
         ask(tmp_path / "ledger.sqlite", f"INSERT INTO operations VALUES ({row})")
-
-
-# -------------------------------------------------------------------------------------- opening
-
-
-def test_another_models_ledger(ledger: Ledger, tmp_path: Path) -> None:
-    with pytest.raises(
-        MismatchError, match="'tiny' with fingerprint 00f1a9, but the model at hand has fingerprint beef"
-    ):
-        Ledger.open(tmp_path, "beef")
-
-
-def test_there_is_one_already(ledger: Ledger, tmp_path: Path) -> None:
-    filled(ledger, 1)
-    with pytest.raises(StorageError, match=r"a ledger of 'tiny' at .* already"):
-        Ledger.create(tmp_path, FINGERPRINT, "tiny")
-    assert len(ledger.active) == 1
-
-
-def test_a_url_of_sqlite(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path}/sub/edits.db"
-    filled(Ledger.create(url, FINGERPRINT, "tiny"), 1)
-    assert (tmp_path / "sub" / "edits.db").is_file()
-    assert Ledger.open(url).head.id == 1
-
-
-def test_folders_with_odd_names(tmp_path: Path) -> None:
-    folder = tmp_path / "a?b#c%20d é"
-    filled(Ledger.create(folder, FINGERPRINT, "tiny"), 1)
-    assert (folder / "ledger.sqlite").is_file()
-    assert Ledger.open(str(folder)).head.id == 1
-
-
-@pytest.mark.parametrize(
-    ("where", "words"),
-    [
-        ("sqlite://", "needs a file"),
-        ("sqlite:///:memory:", "needs a file"),
-        ("nonsense://host/x", "driver that is not installed"),
-        ("not a url://", "is not one such as postgresql://"),
-    ],
-)
-def test_urls_that_are_none(where: str, words: str) -> None:
-    with pytest.raises(RequestError, match=words):
-        Ledger.create(where, FINGERPRINT, "tiny")
-
-
-def test_importing_it_is_light() -> None:
-    """Neither torch with the ledger, nor SQLAlchemy with emendo."""
-    code = (
-        "import sys, emendo; assert 'sqlalchemy' not in sys.modules; "
-        "import emendo.ledger.place; assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

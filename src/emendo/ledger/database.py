@@ -102,7 +102,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A transaction that sees one state.
+        """A transaction to look around in.
 
         Raises:
             StorageError: the database cannot be reached or is damaged.
