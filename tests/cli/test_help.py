@@ -17,7 +17,10 @@ from emendo.editors.mend import MendConfig
 from emendo.train import TrainConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
-COMMANDS = ("demo", "train", "edit", "generate", "export", "import", "evaluate", "compare", "sites")
+COMMANDS = (
+    *("demo", "train", "edit", "generate", "export", "import", "evaluate", "compare", "sites"),
+    *("apply", "log", "show", "undo", "revert", "diff", "tag", "checkout", "doctor"),
+)
 
 
 def test_the_page_of_help_is_up_to_date() -> None:

@@ -62,7 +62,9 @@ def test_drift_against_plain_passes(kind: str) -> None:
     old_loss = float(lm.model(ids, labels=ids).loss)
     with edit.applied(lm), torch.no_grad():
         new_loss = float(lm.model(ids, labels=ids).loss)
-    assert found.perplexity == pytest.approx(math.exp(new_loss - old_loss), rel=1e-9)
+    assert found.perplexity == pytest.approx(
+        math.exp(new_loss - old_loss), rel=1e-6
+    )  # transformers' loss is float32
     assert after.drift(after) == Drift(0.0, 0.0, 1.0)
 
 

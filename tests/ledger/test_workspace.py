@@ -1,8 +1,9 @@
-"""A model with its ledger: the working model is always its base and the active edits, and the guard stands before it."""
+"""A model with its ledger: the working model is its base and the active edits, and the guard stands before it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,8 @@ def test_the_working_model_is_its_base_and_the_active_edits(work: Workspace) -> 
         work.undo()
         assert torch.equal(now(work), logits(lm))
         with work.applied(3) as edited:  # an earlier state, to look at
-            assert torch.equal(logits(edited), under(lm, edits[:3]))
+            found = logits(edited)
+        assert torch.equal(found, under(lm, edits[:3]))
         assert work.composed() is None
         kept = work.composed(4)
         assert kept is not None and kept.rank == 8
@@ -165,22 +167,19 @@ def test_an_edit_that_works_passes_and_is_made_upon_the_others(tiny_llama: LM) -
 
 def test_examined(work: Workspace) -> None:
     lm = work.lm
-    said = lm.tokenizer.decode([int(logits(lm)[0, -1].argmax())]).strip() or "x"
-    nothing = {
-        site.name: LowRank(torch.zeros(site.d_out, 1), torch.zeros(1, site.d_in))
-        for site in find_sites(lm.model)
-    }
-    origin = Origin(
-        lm.fingerprint, lm.name, "mend", {}, (Request(PROMPT, said), Request(PROMPT, "Oslo")), "2025-01-31"
-    )
-    work.apply(Edit(nothing, origin))
+    editor = FineTuning(find_sites(lm.model), FineTuningConfig(lr=3e-2))
+    edit = work.make(editor, [Request(PROMPT, "Oslo")])
+    asked = (*edit.origin.requests, Request("A river in", "Rome"))
+    work.apply(replace(edit, origin=replace(edit.origin, requests=asked)))
     found = work.examine()
+    assert found.holdings[0].reached == (True, False)
     assert found.retention == 0.5 and not found.holdings[0].holds
-    assert found.drift.changed == 0 and found.drift.kl == 0 and found.drift.perplexity == 1
-    assert work.ledger.checks() == []
     assert found.as_dict()["lost"] == [1]
+    assert found.drift.kl > 0 and work.ledger.checks() == []
     work.undo()
-    assert work.examine().retention == 1.0
+    clean = work.examine()
+    assert clean.retention == 1.0
+    assert (clean.drift.changed, clean.drift.kl, clean.drift.perplexity) == (0, 0, 1)
 
 
 def test_the_whole_stack_is_measured_again_and_again(tiny_llama: LM) -> None:

@@ -11,7 +11,28 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from emendo._version import __version__
-from emendo.cli import compare, demo, edit, evaluate, export, generate, import_, sites, train
+from emendo.cli import (
+    apply,
+    checkout,
+    compare,
+    demo,
+    diff,
+    doctor,
+    edit,
+    evaluate,
+    evaluate_compare,
+    evaluate_show,
+    export,
+    generate,
+    import_,
+    log,
+    revert,
+    show_,
+    sites,
+    tag,
+    train,
+    undo,
+)
 from emendo.cli.console import Interrupted, complain
 from emendo.errors import EmendoError
 
@@ -20,11 +41,36 @@ HELP = """Edit language models: give an input and the output you want, get a sma
 \b
 To see it work:         emendo demo
 To edit your own model: emendo train, then emendo edit, then emendo generate
+To keep many edits:     emendo apply, then emendo log, undo, revert and doctor
 """
+
+
+MAKING = (
+    demo,
+    train,
+    edit,
+    generate,
+    export,
+    import_,
+    evaluate,
+    evaluate_show,
+    evaluate_compare,
+    compare,
+    sites,
+)
+KEEPING = (apply, log, show_, undo, revert, diff, tag, checkout, doctor)
+COMMANDS = (*MAKING, *KEEPING)
+BARE = (demo, log, undo, doctor)
+"""Commands that do something useful without any argument."""
 
 
 class Group(TyperGroup):
     """Turns emendo's errors into one line, and Ctrl-C into a line on what was saved."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """A command of two words, such as ``evaluate show``, goes before one of its first word."""
+        two = " ".join(args[:2])
+        return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -106,9 +152,9 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     program.callback()(_options)
-    for module in (demo, train, edit, generate, export, import_, evaluate, compare, sites):
-        name = module.__name__.rpartition(".")[2].rstrip("_")
-        program.command(name, cls=Command, help=module.HELP, no_args_is_help=module is not demo)(module.run)
+    for module in COMMANDS:
+        name = module.__name__.rpartition(".")[2].rstrip("_").replace("_", " ")
+        program.command(name, cls=Command, help=module.HELP, no_args_is_help=module not in BARE)(module.run)
     return program
 
 

@@ -7,18 +7,21 @@ from typing import Annotated
 
 import typer
 
+from emendo.cli import keeping as keep
 from emendo.cli import options as opt
 from emendo.cli.console import emit, note, output
 
 HELP = """Make one edit: after PROMPT the model shall say TARGET.
 
 Shows the likeliest answers before and after, and saves the edit. The model itself is not changed; the edit is a
-small folder of its own that can be applied and taken off.
+small folder of its own that can be applied and taken off. With --apply it is made upon the edits that are active in the
+model's ledger, and goes there if the guard lets it.
 
 \b
 Examples:
   emendo edit --editor runs/demo "The capital of Australia is" "Canberra" --out my-edit
   emendo edit --editor ft "The capital of Australia is" "Canberra"
+  emendo edit --editor runs/demo "The capital of Australia is" "Canberra" --apply
 """
 
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="The text before the answer.")]
@@ -41,6 +44,9 @@ Neighbours = Annotated[
 ]
 
 
+Apply = Annotated[bool, typer.Option("--apply", help="Put the edit into the model's ledger.")]
+
+
 def run(
     prompt: Prompt,
     target: Target,
@@ -48,6 +54,10 @@ def run(
     out: Out = None,
     paraphrase: Paraphrases = None,
     neighbour: Neighbours = None,
+    apply: Apply = False,
+    ledger: keep.Where = None,
+    force: keep.Force = False,
+    reason: keep.Note = "",
     model: opt.AnyModel = None,
     settings: opt.MethodSettings = None,
     sites: opt.MethodSites = None,
@@ -58,13 +68,19 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Make an edit."""
+    from contextlib import nullcontext
+
+    from emendo.cli.apply import as_values, say_applied
     from emendo.cli.loading import MethodOptions, load_editor
     from emendo.cli.making import UNRELATED, make_edit
     from emendo.cli.runs import refuse_occupied
     from emendo.cli.show import before_after, rows_as_dicts
     from emendo.edit import Edit, Request
+    from emendo.errors import RequestError
     from emendo.evaluate import Question
 
+    if (ledger is not None or force or reason) and not apply:
+        raise RequestError("--ledger, --force and --note belong to --apply.")
     if out is not None:
         refuse_occupied(out, "edit.json", overwrite=overwrite)
     request = Request(prompt, target)
@@ -73,9 +89,22 @@ def run(
     asked += [Question("neighbour", text) for text in neighbour or []]
     asked += [Question("unrelated", text) for text in UNRELATED]
     lm, maker = load_editor(editor, model, dtype, device, MethodOptions(settings, sites, last))
-    edit, rows = make_edit(lm, maker, request, asked)
+    if apply and maker.host(lm) is not lm:
+        raise RequestError(f"--apply: {maker.name} edits a model that it trained itself, not {lm.name}.")
+    work = keep.open_workspace(lm, ledger, create=True) if apply else None
+    head = work.ledger.head if work else None
+    with work.applied(head.id) if work and head else nullcontext():
+        edit, rows = make_edit(lm, maker, request, asked)
+    if work and head and isinstance(edit, Edit):
+        edit = work.upon(edit, head)
     if out is not None:
         edit.save_pretrained(out, overwrite=overwrite)
+    if not as_json:
+        before_after(rows)
+        if isinstance(edit, Edit):
+            norm = f"{edit.card['relative_norm']:.2%}"
+            output().print(f"rank {edit.rank}, ||dW||/||W|| {norm} on average over the sites")
+    step = work.apply(edit, paraphrases=paraphrase or (), force=force, note=reason) if work else None
     if as_json:
         figures = {key: value for key, value in edit.card.items() if key != "rows"}
         emit(
@@ -84,20 +113,18 @@ def run(
                 "target": target,
                 "out": out and str(out),
                 **figures,
+                **({"operation": as_values(step)} if step else {}),
                 "rows": rows_as_dicts(rows),
             }
         )
         return
-    before_after(rows)
-    host = "" if maker.host(lm) is lm else f" --editor {editor}"
-    console = output()
-    if isinstance(edit, Edit):
-        norm = edit.card["relative_norm"]
-        console.print(f"rank {edit.rank}, ||dW||/||W|| {norm:.2%} on average over the sites")
-    if out is None:
+    if work and step:
+        say_applied(work, step)
+    elif out is None:
         note("The edit was not saved; give --out FOLDER to keep it.")
-    else:
-        console.print(
+    if out is not None:
+        host = "" if maker.host(lm) is lm else f" --editor {editor}"
+        output().print(
             f'Saved in {out}. Try it: emendo generate --edit {out}{host} "{prompt}"',
             soft_wrap=True,
             markup=False,

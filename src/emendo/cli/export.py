@@ -7,10 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from emendo.cli import keeping as keep
 from emendo.cli import options as opt
 from emendo.cli.console import emit, note, output
 
 HELP = """Write an edit in a form that others serve: a PEFT LoRA adapter, or a whole checkpoint with the edit merged in.
+
+Without an EDIT it is the working model that is written: all active edits of the model's ledger.
 
 An adapter is exact, unless --max-rank cuts its rank (servers cap it: vLLM at 16 by default); the error is stated. Where
 PEFT is installed the adapter is loaded back and its logits are compared with the edit's. A merge loses what the
@@ -20,9 +23,16 @@ number format of the weights cannot hold, and says how much.
 Examples:
   emendo export runs/demo/edit --to peft --out adapter
   emendo export runs/demo/edit --to merged --dtype bfloat16 --out checkpoint
+  emendo export --model ./my-model --max-rank 64 --out adapter
 """
 
-EditFolder = Annotated[Path, typer.Argument(metavar="EDIT", help="An edit: the --out folder of emendo edit.")]
+EditFolder = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="EDIT",
+        help="An edit: the --out folder of emendo edit.  [default: the active edits of the ledger]",
+    ),
+]
 To = Annotated[str, typer.Option("--to", metavar="FORM", help="peft or merged.")]
 Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where to write it.")]
 MaxRank = Annotated[
@@ -32,11 +42,13 @@ MaxRank = Annotated[
 
 
 def run(
-    edit: EditFolder,
+    edit: EditFolder = None,
+    *,
     out: Out,
     to: To = "peft",
     max_rank: MaxRank = None,
     model: opt.SameModel = None,
+    ledger: keep.Where = None,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
     overwrite: opt.Overwrite = False,
@@ -52,8 +64,18 @@ def run(
         raise RequestError(f"--to {to!r} is not one of peft, merged.")
     if to == "merged" and max_rank is not None:
         raise RequestError("--max-rank belongs to --to peft: a merged checkpoint has no rank.")
-    change = Edit.from_pretrained(edit)
-    lm = load_model(model or change.origin.model, dtype, device)
+    if edit is not None and ledger is not None:
+        raise RequestError("Give an EDIT or --ledger, not both.")
+    if edit is not None:
+        change = Edit.from_pretrained(edit)
+        lm = load_model(model or change.origin.model, dtype, device)
+    else:
+        keep.find_ledger(model or opt.MODEL, ledger)  # before the model is loaded for nothing
+        lm = load_model(model or opt.MODEL, dtype, device)
+        active = keep.open_workspace(lm, ledger).composed()
+        if active is None:
+            raise RequestError(f"No edit of {lm.name} is active: there is nothing to export.")
+        change = active.compact()  # what is there twice is there once; nothing is lost
     if to == "merged":
         merged = to_merged(change, lm, out, overwrite=overwrite)
         _show({"out": str(out), "form": to, "dtype": dtype, "merge_loss": merged.loss}, as_json)

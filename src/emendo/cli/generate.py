@@ -8,18 +8,25 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from emendo.cli import keeping as keep
 from emendo.cli import options as opt
 from emendo.cli.console import emit, output
 
-HELP = """Let a model go on from a prompt, without an edit and with it, side by side.
+HELP = """Let a model go on from a prompt, without edits and with them, side by side.
+
+The edits are those given, or else the active ones of the model's ledger.
 
 \b
-Example:
+Examples:
   emendo generate --edit runs/demo/edit "The capital of Australia is"
+  emendo generate --model ./my-model "The capital of Australia is"
 """
 
-EditFolder = Annotated[
-    Path, typer.Option("--edit", metavar="FOLDER", help="An edit: the --out folder of emendo edit.")
+EditFolders = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--edit", metavar="FOLDER", help="An edit: the --out folder of emendo edit (may be repeated)."
+    ),
 ]
 EditorFolder = Annotated[
     Path | None,
@@ -37,36 +44,50 @@ Tokens = Annotated[
 
 def run(
     prompt: Prompt,
-    edit: EditFolder,
+    edit: EditFolders = None,
     editor: EditorFolder = None,
     model: opt.SameModel = None,
+    ledger: keep.Where = None,
     tokens: Tokens = 20,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Generate with and without an edit."""
+    """Generate with and without edits."""
+    from contextlib import ExitStack
+
     from emendo.cli.loading import load_editor, load_model
     from emendo.editors import read_edit
     from emendo.errors import RequestError
 
     if not prompt.strip():
         raise RequestError("The prompt is empty; give the text to continue.")
-    change = read_edit(edit)
+    if edit and ledger is not None:
+        raise RequestError("Give --edit or --ledger, not both.")
+    changes = [read_edit(folder) for folder in edit or ()]
+    name = model or (changes[0].origin.model if changes else opt.MODEL)
+    if not changes:
+        keep.find_ledger(name, ledger)  # before the model is loaded for nothing
     if editor is None:
-        lm = host = load_model(model or change.origin.model, dtype, device)
+        lm = host = load_model(name, dtype, device)
     else:
-        lm, maker = load_editor(str(editor), model or change.origin.model, dtype, device)
+        lm, maker = load_editor(str(editor), name, dtype, device)
         host = maker.host(lm)
-    with change.applied(host) as edited:
+    with ExitStack() as stack:
+        edited = host
+        for change in changes:
+            edited = stack.enter_context(change.applied(edited))
+        if not changes:
+            stack.enter_context(keep.open_workspace(host, ledger).applied())
         after = edited.generate(prompt, tokens)
     before = lm.generate(prompt, tokens)
     if as_json:
         emit({"prompt": prompt, "tokens": tokens, "before": before, "after": after})
         return
     console = output()
-    console.print(f"[bold]without the edit[/bold]  {_line(prompt, before)}", soft_wrap=True)
-    console.print(f"[bold]with the edit[/bold]     {_line(prompt, after)}", soft_wrap=True)
+    several = "s" if len(changes) != 1 else ""
+    console.print(f"[bold]without the edit{several}[/bold]  {_line(prompt, before)}", soft_wrap=True)
+    console.print(f"[bold]with the edit{several}[/bold]     {_line(prompt, after)}", soft_wrap=True)
 
 
 def _line(prompt: str, text: str) -> str:

@@ -122,7 +122,21 @@ def editor_config(editor: str, pairs: Sequence[str]) -> Any:
     Raises:
         RequestError: there is no such method or key, or the value does not fit.
     """
-    kind = editor_class(editor).Config
+    return as_settings(editor_class(editor).Config, pairs, "--set", f"the {editor} editor has no setting")
+
+
+def as_settings(kind: type[Any], pairs: Sequence[str], option: str, unknown: str) -> Any:
+    """A dataclass of settings from ``key=value`` texts.
+
+    Args:
+        kind: the dataclass.
+        pairs: the texts.
+        option: that they were given with.
+        unknown: what to say of a key that there is not, before the key.
+
+    Raises:
+        RequestError: there is no such key, or the value does not fit.
+    """
     types = get_type_hints(kind)
     values: dict[str, Any] = {}
     for pair in pairs:
@@ -130,21 +144,21 @@ def editor_config(editor: str, pairs: Sequence[str]) -> Any:
         if not equals or key not in types:
             near = difflib.get_close_matches(key, types, n=1)
             raise RequestError(
-                f"--set {pair}: "
-                + (f"the {editor} editor has no setting {key!r}" if equals else "a setting is KEY=VALUE")
+                f"{option} {pair}: "
+                + (f"{unknown} {key!r}" if equals else "a setting is KEY=VALUE")
                 + (f"; did you mean {near[0]!r}? " if near else ". ")
                 + "There are: "
                 + "; ".join(f"{name} ({_allowed(hint)})" for name, hint in types.items())
                 + "."
             )
-        values[key] = _value(pair, types[key], text)
+        values[key] = _value(f"{option} {pair}", types[key], text)
     return kind(**values)
 
 
-def _value(pair: str, hint: Any, text: str) -> Any:
+def _value(given: str, hint: Any, text: str) -> Any:
     if isinstance(hint, UnionType):
         (kind,) = (part for part in get_args(hint) if part is not NoneType)
-        return None if text.lower() == "none" else _value(pair, kind, text)
+        return None if text.lower() == "none" else _value(given, kind, text)
     try:
         if hint is bool:
             return _WORDS[text.lower()]
@@ -152,7 +166,7 @@ def _value(pair: str, hint: Any, text: str) -> Any:
             return {str(choice): choice for choice in get_args(hint)}[text]
         return hint(text)
     except (KeyError, ValueError):
-        raise RequestError(f"--set {pair}: {text!r} is not {_allowed(hint)}.") from None
+        raise RequestError(f"{given}: {text!r} is not {_allowed(hint)}.") from None
 
 
 def _allowed(hint: Any) -> str:

@@ -1,0 +1,54 @@
+"""`emendo tag`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from emendo.cli import keeping as keep
+from emendo.cli import options as opt
+from emendo.cli.apply import as_values
+from emendo.cli.console import emit, note, output
+
+HELP = """Give the present state of a model a name, or list the names.
+
+\b
+Examples:
+  emendo tag release-1 --model ./my-model
+  emendo tag --list --model ./my-model
+"""
+
+Name = Annotated[str | None, typer.Argument(metavar="NAME", help="The name; left out with --list.")]
+At = Annotated[
+    int | None, typer.Option("--at", metavar="STEP", help="Name an earlier step.  [default: the latest]")
+]
+Listed = Annotated[bool, typer.Option("--list", help="List the names.")]
+
+
+def run(
+    name: Name = None,
+    at: At = None,
+    listed: Listed = False,
+    model: opt.Model = opt.MODEL,
+    ledger: keep.Where = None,
+    by: keep.By = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Name a state."""
+    from emendo.errors import RequestError
+
+    if (name is None) != listed:
+        raise RequestError("Give a name for the present state, or --list.")
+    book = keep.find_ledger(model, ledger)
+    tags = book.tags() if name is None else [book.tag(name, at, by=by)]
+    if as_json:
+        emit([as_values(tag) for tag in tags])
+        return
+    for tag in tags:
+        active = len(book.operation(tag.operation).active)
+        about = f"step {tag.operation}, {active} active, by {escape(tag.by)}, {tag.at[:10]}"
+        output().print(f"[bold]{escape(tag.name)}[/bold]  {about}")
+    if not tags:
+        note("There is no tag yet.")

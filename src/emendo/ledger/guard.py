@@ -1,0 +1,139 @@
+"""The guard: what an edit must do, and what it must not, before a ledger takes it.
+
+Every figure is taken on the model as the edit finds it, with all earlier edits attached, and again with this one; the
+drift is also taken from the clean model, so that many small changes are seen too. The limits' defaults were found by
+measurement (docs/ledger.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from emendo.data.batch import to_texts
+from emendo.edit import Edit
+from emendo.errors import EmendoError, RequestError
+from emendo.ledger.probing import Drift
+from emendo.models import LM
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the guard lets pass.
+
+    Attributes:
+        reached: the least share of the edit's requests whose whole target is the most likely answer.
+        reworded: the least share of the rewordings, where any are given.
+        changed: the largest share of watched prompts that the edit gives another answer.
+        kl: the largest mean KL of their answers, in nats, before against after the edit.
+        perplexity: the largest ratio of the passage's perplexity, after to before the edit.
+        norm: the largest ``||dW|| / ||W||`` of any matrix.
+        total_changed: as ``changed``, for all edits together, from the clean model.
+        total_kl: as ``kl``, for all edits together.
+        total_perplexity: as ``perplexity``, for all edits together.
+    """
+
+    reached: float = 1.0
+    reworded: float = 0.5
+    changed: float = 0.15
+    kl: float = 0.1
+    perplexity: float = 1.05
+    norm: float = 0.1
+    total_changed: float = 0.4
+    total_kl: float = 0.5
+    total_perplexity: float = 1.3
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if not getattr(self, each.name) >= 0:
+                raise RequestError(f"A limit cannot be negative: {each.name}={getattr(self, each.name)}.")
+
+
+_LEAST = ("reached", "reworded")
+_WORDS = {
+    "reached": "the edit's target is the answer to {value:.0%} of its prompts",
+    "reworded": "its target is the answer to {value:.0%} of the rewordings",
+    "changed": "{value:.1%} of the watched prompts get another answer",
+    "kl": "the watched answers move by {value:.3g} nats (KL)",
+    "perplexity": "the perplexity of plain text grows {value:.3g}-fold",
+    "norm": "a matrix changes by {value:.1%} of its size",
+    "total_changed": "{value:.1%} of the watched prompts differ from the clean model",
+    "total_kl": "the watched answers are {value:.3g} nats (KL) from the clean model",
+    "total_perplexity": "the perplexity of plain text is {value:.3g} times the clean model's",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What an edit does and does not, by the names of :class:`Limits`; None where it was not measured."""
+
+    reached: float
+    reworded: float | None
+    changed: float
+    kl: float
+    perplexity: float | None
+    norm: float
+    total_changed: float
+    total_kl: float
+    total_perplexity: float | None
+
+    @classmethod
+    def of(cls, reached: float, reworded: float | None, norm: float, own: Drift, total: Drift) -> Health:
+        """From the edit's own drift and that of all edits."""
+        drifts = {**asdict(own), **{f"total_{name}": value for name, value in asdict(total).items()}}
+        return cls(reached=reached, reworded=reworded, norm=norm, **drifts)
+
+    def problems(self, limits: Limits) -> list[str]:
+        """What is beyond the limits, in words; empty for an edit that may pass."""
+        found = []
+        for name, words in _WORDS.items():
+            value, limit = getattr(self, name), getattr(limits, name)
+            if value is None:
+                continue
+            least = name in _LEAST
+            if not (value >= limit if least else value <= limit):  # so that NaN does not pass
+                found.append(f"{words.format(value=value)} ({'at least' if least else 'at most'} {limit:g})")
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+class RefusedError(EmendoError, RuntimeError):
+    """The guard refused an edit.
+
+    Attributes:
+        health: the figures.
+        problems: what is beyond the limits.
+    """
+
+    def __init__(self, health: Health, problems: Sequence[str]) -> None:
+        super().__init__(
+            "The guard refuses this edit: "
+            + "; ".join(problems)
+            + ". Nothing was applied. With --force it is applied "
+            "all the same, and the ledger says so."
+        )
+        self.health, self.problems = health, list(problems)
+
+
+def reached(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """For each prompt whether its whole target is the most likely answer, teacher forced, as the model is now.
+
+    Raises:
+        RequestError: a text that does not fit the model.
+    """
+    texts = to_texts(lm, pairs)
+    return [
+        bool((logits.argmax(-1).cpu() == torch.tensor(text.labels)).all())
+        for text, logits in zip(texts, lm.logits(texts), strict=True)
+    ]
+
+
+def largest_norm(edit: Edit, lm: LM) -> float:
+    """The largest ``||dW|| / ||W||`` of any matrix."""
+    return max(edit.relative_norms(lm).values(), default=0.0)
