@@ -18,7 +18,8 @@ from emendo.train import TrainConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = (
-    *("demo", "train", "edit", "generate", "export", "import", "evaluate", "compare", "sites"),
+    *("demo", "train", "edit", "generate", "export", "import", "evaluate"),
+    *("evaluate show", "evaluate compare", "compare", "sites"),
     *("apply", "log", "show", "undo", "revert", "diff", "tag", "checkout", "doctor"),
 )
 
@@ -30,10 +31,11 @@ def test_the_page_of_help_is_up_to_date() -> None:
 
 
 def test_every_command_has_a_sentence_an_example_and_help_for_every_option(emendo_command) -> None:
-    listed = re.findall(r"^  (\w+)  ", emendo_command("--help").out.split("Commands:")[1], re.MULTILINE)
+    commands = emendo_command("--help").out.split("Commands:")[1]
+    listed = re.findall(r"^  (\w+(?: \w+)?)  ", commands, re.MULTILINE)
     assert tuple(listed) == COMMANDS
     for command in COMMANDS:
-        page = emendo_command(command, "--help").out
+        page = emendo_command(*command.split(), "--help").out
         assert re.search(rf"Examples?:\n    emendo {command}", page), command
         options = page.split("\nOptions:\n")[1]
         for option in re.findall(r"^  (--.*)$", options, re.MULTILINE):

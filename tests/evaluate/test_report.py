@@ -101,7 +101,7 @@ def test_everything_is_escaped() -> None:
 def test_plots_take_the_pages_colour() -> None:
     page = full()
     assert "currentColor" in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 6
 
 
 @pytest.mark.parametrize(

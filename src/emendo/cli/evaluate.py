@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from emendo.cli import options as opt
-from emendo.cli.console import emit, note, working
-
-if TYPE_CHECKING:
-    from emendo.cli.loading import MethodOptions
+from emendo.cli.console import emit, note
 
 HELP = """Measure an editor on the facts of a file.
 
-Edits each fact, one at a time from the clean model. Prints edit success (the edited prompt), generalisation (its
-rewordings) and locality (neighbours and unrelated prompts keep their answers), each with its 95% interval, teacher
-forced and by free generation.
+Edits each fact, one at a time from the clean model, or k at once, or one after the other. Prints edit success (the
+edited prompt), generalisation (its rewordings) and locality (neighbours and unrelated prompts keep their answers), each
+with its 95% interval, teacher forced and by free generation, and what an edit did to plain text. With --out every raw
+answer is kept, with a report; the same command goes on where it was stopped.
 
 \b
 Examples:
   emendo evaluate --editor runs/first --data facts.jsonl --limit 100
   emendo evaluate --editor runs/demo --data atlas --limit 100 --json
   emendo evaluate --editor cache --set radius=2.5 --model ./my-model --data facts.jsonl
+  emendo evaluate --editor runs/first --data facts.jsonl --out runs/first-measured
+  emendo evaluate --editor runs/first --data facts.jsonl --sequential --no-generated
 """
 
 Data = Annotated[
@@ -46,7 +46,49 @@ Generated = Annotated[
 Batch = Annotated[
     int, typer.Option("--batch", metavar="N", min=1, help="How many edits are measured at once.")
 ]
+Together = Annotated[
+    int, typer.Option("--together", metavar="K", min=1, help="Put so many facts into one edit.")
+]
+Sequential = Annotated[
+    bool,
+    typer.Option(
+        "--sequential",
+        help="Make each edit in the model that the earlier ones have left, and ask for all of them again now and then; "
+        "teacher forced.",
+    ),
+]
+AskAfter = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--ask-after",
+        metavar="N",
+        min=1,
+        help="With --sequential: after how many edits to ask for all so far (may be repeated).  "
+        "[default: 1, 10, 100, 1000, and after the last]",
+    ),
+]
+Damage = Annotated[
+    bool,
+    typer.Option(
+        "--damage/--no-damage",
+        help="Look at plain text, abilities and long continuations too, or not; decoders only.  [default: damage]",
+    ),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Plain text for the perplexity, a paragraph a line; its first 8 are read.  [default: built in]",
+    ),
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave malformed records out and say how many.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", help="Keep every raw answer (Parquet), a report and a summary in this folder."
+    ),
+]
 Report = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE", help="Also write a page with plots and every record (HTML)."),
@@ -63,40 +105,69 @@ def run(
     limit: Limit = None,
     generated: Generated = True,
     batch: Batch = 25,
+    together: Together = 1,
+    sequential: Sequential = False,
+    ask_after: AskAfter = None,
+    damage: Damage = True,
+    text: Text = None,
     skip_bad: SkipBad = False,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
+    out: Out = None,
+    overwrite: opt.Overwrite = False,
     report: Report = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Measure an editor."""
+    from emendo.cli.evaluating import Ask, measure, write
     from emendo.cli.loading import MethodOptions, load_editor, read
     from emendo.cli.show import scores
-    from emendo.evaluate import evaluate
+    from emendo.evaluate import Evaluation
+    from emendo.evaluate.sequence import RETENTION
 
+    command = _command(
+        editor=editor,
+        data=data,
+        model=model,
+        set=settings,
+        sites=sites,
+        last=last,
+        limit=limit,
+        batch=None if batch == 25 else batch,
+        together=None if together == 1 else together,
+        sequential=sequential,
+        ask_after=ask_after,
+        text=text,
+        out=out,
+        **{"no-generated": not generated, "no-damage": not damage},
+    )
+    ask = Ask(generated, batch, together, sequential, ask_after or RETENTION, damage, text, command)
     split = "test" if data == "atlas" else None
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)
     method = MethodOptions(settings, sites, last)
     lm, maker = load_editor(editor, model, dtype, device, method)
-    with working() as work:
-        found = evaluate(lm, maker, records, generated=generated, batch=batch, progress=work)
+    found, _ = measure(lm, maker, records.records, ask, out, overwrite=overwrite)
     if report is not None:
-        from emendo.evaluate.report import write_report
-
-        command = _command(editor, data, limit, generated, method)
-        shown = {"command": command, "data": data, "editor": editor}
-        write_report(report, evaluation=found, info=shown)
+        write(report, found, {"command": command, "asked": {"data": data, "editor": editor}})
         note(f"Wrote {report}.")
     if as_json:
         emit(found.as_dict())
-    else:
+    elif isinstance(found, Evaluation):
         scores(found.as_dict())
+    else:
+        from emendo.cli.retention import retention
+
+        retention(found.as_dict())
 
 
-def _command(editor: str, data: str, limit: int | None, generated: bool, method: MethodOptions) -> str:
-    parts = ["emendo evaluate", f"--editor {editor}", f"--data {data}"]
-    parts += [f"--set {shlex.quote(pair)}" for pair in method.settings or ()]
-    parts += [f"--sites {shlex.quote(which)}" for which in method.sites or ()]
-    parts += [f"--last {method.last}"] if method.last is not None else []
-    parts += [f"--limit {limit}"] if limit is not None else []
-    return " ".join(parts + ([] if generated else ["--no-generated"]))
+def _command(**options: Any) -> str:
+    """The command that measures the same."""
+    parts = ["emendo evaluate"]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            parts.append(flag)
+        elif value is not None and value is not False:
+            values = value if isinstance(value, list) else [value]
+            parts += [f"{flag} {shlex.quote(str(one))}" for one in values]
+    return " ".join(parts)

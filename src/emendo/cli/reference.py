@@ -22,7 +22,8 @@ def page() -> str:
     ]
     for name in ([], *([sub] for sub in command.commands)):  # type: ignore[attr-defined]
         with redirect_stdout(io.StringIO()) as shown:
-            command.main([*name, "--help"], prog_name="emendo", standalone_mode=False, terminal_width=WIDTH)
+            words = " ".join(name).split()
+            command.main([*words, "--help"], prog_name="emendo", standalone_mode=False, terminal_width=WIDTH)
         parts += [f"## {' '.join(['emendo', *name])}", f"```text\n{shown.getvalue().strip()}\n```"]
     return "\n\n".join(parts) + "\n"
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import platform
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from emendo.editors.base import Editor
 from emendo.errors import StorageError
 from emendo.evaluate.answers import read_answers, write_answers
 from emendo.evaluate.results import Evaluation, Result
+from emendo.evaluate.sequence import Checkpoint, Sequential
 from emendo.files import new_file, read_json, write_json
 
 FORMAT = 1
@@ -87,8 +89,8 @@ class RunFolder:
                 raise StorageError(
                     f"{folder} already holds something that is not emendo's; choose another --out."
                 )
-            for name in ("run.json", "edits.parquet", "answers.parquet"):
-                (folder / name).unlink(missing_ok=True)
+            for path in (folder / "run.json", *folder.glob("*.parquet")):
+                path.unlink(missing_ok=True)
             shutil.rmtree(folder / "parts", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_records(records, folder / "records.jsonl")
@@ -122,7 +124,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether all of it has been measured."""
-        return self.head.get("result") is not None and (self.folder / "edits.parquet").exists()
+        return self.head.get("result") is not None
 
     @property
     def begun(self) -> int:
@@ -141,30 +143,61 @@ class RunFolder:
         (self.folder / "parts").mkdir(exist_ok=True)
         write_answers(self.folder / "parts", f"{number:05d}.", rows)
 
-    def finish(self, evaluation: Evaluation) -> None:
-        """Keep all answers as one file and what else was found; the parts go.
+    def finish(self, found: Evaluation | Sequential) -> None:
+        """Keep all answers as few files and what else was found; the parts go.
+
+        A sequence is kept as ``right-after.*`` and, for each checkpoint, ``after-N.*``.
 
         Raises:
             StorageError: something cannot be written; the parts are still there.
         """
-        write_answers(self.folder, "", enumerate(evaluation.results))
-        rest = ("protocol", "seconds_per_edit", "seconds_per_edit_in_batch", "clean", "cost")
-        self.head["result"] = {name: getattr(evaluation, name) for name in rest}
+        rest: tuple[str, ...] = ("protocol", "clean")
+        if isinstance(found, Sequential):
+            for point in found.checkpoints:
+                write_answers(self.folder, f"after-{point.edits}.", enumerate(point.results))
+            write_answers(self.folder, "right-after.", enumerate(found.right_after))
+        else:
+            rest += ("seconds_per_edit", "seconds_per_edit_in_batch", "cost")
+            write_answers(self.folder, "", enumerate(found.results))
+        self.head["result"] = {name: getattr(found, name) for name in rest}
+        if isinstance(found, Sequential):
+            self.head["checkpoints"] = [point.edits for point in found.checkpoints]
         self._write_head()
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
 
-    def evaluation(self) -> Evaluation:
+    def found(self) -> Evaluation | Sequential:
         """What was found.
 
         Raises:
             StorageError: the run has not finished, or a file is damaged.
         """
-        found = read_answers(self.folder, "", self.records) if self.finished else None
-        if found is None:
+        if not self.finished:
             raise StorageError(
                 f"The run in {self.folder} has not finished; go on with: {self.head['command']}"
             )
-        return Evaluation(tuple(result for _, result in found), **self.head["result"])
+        if "checkpoints" not in self.head:
+            return Evaluation(self._results(""), **self.head["result"])
+        points = tuple(Checkpoint(n, self._results(f"after-{n}.")) for n in self.head["checkpoints"])
+        return Sequential(self._results("right-after."), points, **self.head["result"])
+
+    def evaluation(self) -> Evaluation:
+        """What was found, where that is no sequence.
+
+        Raises:
+            StorageError: the run has not finished, is a sequence, or a file is damaged.
+        """
+        found = self.found()
+        if isinstance(found, Sequential):
+            raise StorageError(f"{self.folder} holds a sequence of edits, not edits one at a time.")
+        return found
+
+    def _results(self, stem: str) -> tuple[Result, ...]:
+        found = read_answers(self.folder, stem, self.records)
+        if found is None:
+            raise StorageError(
+                f"{self.folder / stem}edits.parquet is missing; measure anew with --overwrite."
+            )
+        return tuple(result for _, result in found)
 
     def _write_head(self) -> None:
         with new_file(self.folder / "run.json") as temporary:
@@ -189,5 +222,18 @@ def editor_digest(editor: Editor) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What it was measured with."""
-    return {"emendo": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    """What it was measured with; of a checkout also the commit, with ``+`` where files differ from it."""
+    found = {"emendo": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    git = ("git", "-C", str(Path(__file__).parents[1]))
+
+    def said(*what: str) -> str:
+        return subprocess.run(
+            (*git, *what), capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        said("ls-files", "--error-unmatch", "__init__.py")  # a checkout, and not just installed below one
+        where, dirty = said("rev-parse", "--short=12", "HEAD"), said("status", "--porcelain", "-uno", ".")
+    except (OSError, subprocess.SubprocessError):
+        return found
+    return found | {"commit": where + ("+" if dirty else "")}

@@ -32,6 +32,11 @@ NAMES: Mapping[str, str] = {
     "paraphrase": "rewording",
     "neighbour": "near neighbour",
     "unrelated": "unrelated",
+    "told": "fact told before",
+    "reversed": "reversed relation",
+    "one_hop": "one hop on",
+    "two_hop": "two hops on",
+    "alias": "alias",
     "edit_success": "edit success",
     "generalisation": "generalisation",
     "locality": "locality",
@@ -45,7 +50,14 @@ _KINDS: Mapping[Kind, tuple[str, str]] = {
     "paraphrase": (SKY, "s"),
     "neighbour": (ORANGE, "^"),
     "unrelated": (GREEN, "D"),
+    "told": (ORANGE, "v"),
+    "reversed": (RED, "<"),
+    "one_hop": (RED, ">"),
+    "two_hop": (RED, "*"),
+    "alias": (RED, "p"),
 }
+_DRAWN: tuple[Kind, ...] = ("edit", "paraphrase", "neighbour", "unrelated")
+"""The kinds that the scatter shows."""
 
 
 def score_bars(scores: Mapping[str, Mapping[str, Interval | None]], image: Format = "svg") -> bytes:
@@ -133,7 +145,8 @@ def answer_scatter(outcomes: Sequence[Outcome], image: Format = "svg") -> bytes:
     """
     figure, axes = axes_of(5.2, 5.8)
     axes.plot([_FLOOR, 1], [_FLOOR, 1], color=INK, alpha=0.4, lw=1, ls=(0, (4, 3)))
-    for kind, (colour, marker) in reversed([*_KINDS.items()]):
+    for kind in reversed(_DRAWN):
+        colour, marker = _KINDS[kind]
         points = [(max(o.before, _FLOOR), max(o.after, _FLOOR)) for o in outcomes if o.kind == kind]
         if points:
             x, y = zip(*points, strict=True)

@@ -7,18 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from emendo.edit import AnyEdit
-from emendo.evaluate import plots
+from emendo.evaluate import curves, plots, sections
 from emendo.evaluate.compare import Row
-from emendo.evaluate.metrics import first_line
 from emendo.evaluate.page import inline, number, render_page
-from emendo.evaluate.results import Evaluation, Result
+from emendo.evaluate.results import Evaluation
+from emendo.evaluate.sequence import Sequential
 from emendo.files import new_file
-
-_ABOUT = {
-    "edit_success": "the edited prompt gives the target",
-    "generalisation": "rewordings give the target",
-    "locality": "other prompts answer as before",
-}
 
 
 def write_report(
@@ -30,6 +24,7 @@ def write_report(
     rows: Sequence[Row] | None = None,
     norms: Mapping[str, float] | None = None,
     history: Sequence[Mapping[str, Any]] | None = None,
+    sequential: Sequential | None = None,
 ) -> None:
     """Write the report; a part for which nothing is given is left out.
 
@@ -40,13 +35,22 @@ def write_report(
         evaluation: the scores and the table of records.
         edit: the edit that is shown.
         rows: its before/after table.
-        norms: its size by site, from :meth:`emendo.edit.Edit.relative_norms`.
+        norms: its size by site, from :meth:`emendo.edit.Edit.relative_norms`; without an edit those of the evaluation.
         history: rows of training, for its curves.
+        sequential: edits one after the other.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    page = render_report(info=info, evaluation=evaluation, edit=edit, rows=rows, norms=norms, history=history)
+    page = render_report(
+        info=info,
+        evaluation=evaluation,
+        edit=edit,
+        rows=rows,
+        norms=norms,
+        history=history,
+        sequential=sequential,
+    )
     with new_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
@@ -59,9 +63,12 @@ def render_report(
     rows: Sequence[Row] | None = None,
     norms: Mapping[str, float] | None = None,
     history: Sequence[Mapping[str, Any]] | None = None,
+    sequential: Sequential | None = None,
 ) -> str:
     """The page of :func:`write_report` as text."""
     details = {key: value for key, value in info.items() if key not in ("title", "command")}
+    if norms is None and evaluation is not None:
+        norms = evaluation.site_norms()
     return render_page(
         "report.html.j2",
         title=info.get("title", "Model editing report"),
@@ -70,23 +77,27 @@ def render_report(
         names=plots.NAMES,
         edit=edit,
         rows=rows or (),
-        **_measured(evaluation),
+        **_measured(evaluation, sequential),
         target_plot=inline(plots.target_probabilities(rows)) if rows else None,
         norms_plot=inline(plots.site_norms(norms)) if norms else None,
         training_plot=inline(plots.training_curves(history)) if history else None,
+        sequence=sections.sequence(sequential) if sequential is not None else None,
     )
 
 
-def _measured(evaluation: Evaluation | None) -> dict[str, Any]:
+def _measured(evaluation: Evaluation | None, sequential: Sequential | None) -> dict[str, Any]:
     """What the template shows of an evaluation."""
     if evaluation is None:
-        return {"figures": None}
+        protocol = _flat(sequential.protocol) if sequential is not None else ()
+        return {"figures": None, "protocol": protocol}
     forced = evaluation.scores("teacher_forced")
     generated = evaluation.scores("generated") if evaluation.has_generated else None
     groups = {"teacher forced": forced} | ({"free generation": generated} if generated else {})
     known, known_count = evaluation.locality_known()
+    plain = evaluation.as_dict()
+    local = [o for result in evaluation.results for o in result.outcomes if o.local]
     return {
-        "figures": evaluation.as_dict(),
+        "figures": plain,
         "headline": [
             {
                 "name": plots.NAMES[name],
@@ -94,27 +105,17 @@ def _measured(evaluation: Evaluation | None) -> dict[str, Any]:
                 "forced": forced[name],
                 "generated": generated and generated[name],
             }
-            for name, about in _ABOUT.items()
+            for name, about in sections.HEADLINES.items()
         ],
         "known": known,
         "known_count": known_count,
         "protocol": _flat(evaluation.protocol),
+        "protocols": sections.protocols(plain),
         "scores_plot": inline(plots.score_bars(groups)),
         "scatter_plot": inline(plots.answer_scatter([o for r in evaluation.results for o in r.outcomes])),
-        "records": [_line(result) for result in evaluation.results],
-    }
-
-
-def _line(result: Result) -> dict[str, Any]:
-    """A record's line of the table."""
-    first = result.outcomes[0]
-    return {
-        "prompt": first.prompt,
-        "target": first.answer,
-        "before": None if first.text_before is None else first_line(first.text_before),
-        "after": None if first.text_after is None else first_line(first.text_after),
-        "probability": (first.before, first.after),
-        "scores": [(result.score(name), result.score(name, "generated")) for name in _ABOUT],
+        "kl_plot": inline(curves.kl_histogram(evaluation)) if local else None,
+        **sections.damage(evaluation, plain),
+        "records": sections.records(evaluation.results),
     }
 
 

@@ -1,0 +1,157 @@
+"""What `emendo evaluate` does once its options are understood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emendo.cli.console import note, working
+from emendo.cli.loading import passages
+from emendo.data import Record
+from emendo.data.abilities import OPENINGS, PASSAGES, abilities
+from emendo.editors import Editor
+from emendo.errors import RequestError
+from emendo.evaluate import Evaluation, evaluate
+from emendo.evaluate.damage import Damage
+from emendo.evaluate.folder import RunFolder, digest, editor_digest, versions
+from emendo.evaluate.report import write_report
+from emendo.evaluate.sequence import RETENTION, Sequential, sequence
+from emendo.evaluate.summary import summary
+from emendo.files import new_file
+from emendo.models import LM
+
+_PASSAGES = 8
+"""Passages of a text that the user gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What the options say.
+
+    Attributes:
+        generated: measure free generation too.
+        batch: how many edits are measured at once.
+        together: facts in one edit.
+        sequential: one edit after the other.
+        ask_after: after how many edits of a sequence to ask for all so far.
+        damage: look for damage.
+        text: a file of plain text for the perplexity.
+        command: how to do it again.
+    """
+
+    generated: bool = True
+    batch: int = 25
+    together: int = 1
+    sequential: bool = False
+    ask_after: Sequence[int] = RETENTION
+    damage: bool = True
+    text: str | None = None
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if self.sequential and self.together != 1:
+            raise RequestError("--sequential makes one edit of each fact; leave --together out.")
+        if self.text is not None and not self.damage:
+            raise RequestError("--text is for the perplexity, which --no-damage leaves out.")
+
+
+def measure(
+    lm: LM, editor: Editor, records: Sequence[Record], ask: Ask, out: Path | None, *, overwrite: bool = False
+) -> tuple[Evaluation | Sequential, Sequence[Record]]:
+    """Measure, in a folder or without one, and write the folder's report.
+
+    Raises:
+        StorageError: the folder holds something else, or cannot be written.
+        RequestError: something that does not fit the model.
+    """
+    damage = _damage(lm, records, ask)
+    if out is None:
+        return _measured(lm, editor, records, ask, damage, None), records
+    run = RunFolder.begin(
+        out, records, _asked(lm, editor, ask, damage), command=ask.command, overwrite=overwrite
+    )
+    if run.finished:
+        note(f"{out} holds this evaluation already; nothing is measured again.")
+        return run.evaluation(), run.records
+    if run.begun:
+        note(f"Going on with {out}: {run.begun} parts are there.")
+    found = _measured(lm, editor, run.records, ask, damage, run)
+    run.finish(found)
+    write(out / "report.html", found, run.head)
+    with new_file(out / "summary.md") as temporary:
+        temporary.write_text(summary(found, run.head), encoding="utf-8")
+    note(f"Wrote {out}: report.html, summary.md, answers.parquet, edits.parquet.")
+    return found, run.records
+
+
+def write(path: Path, found: Evaluation | Sequential, head: Mapping[str, Any]) -> None:
+    """Write the page.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    info = {
+        "command": head.get("command"),
+        **head.get("asked", {}),
+        "versions": head.get("versions", versions()),
+    }
+    info["seed"] = "0, of the bootstrap; nothing else is drawn"
+    if isinstance(found, Sequential):
+        write_report(path, info=info, sequential=found)
+    else:
+        write_report(path, info=info, evaluation=found)
+
+
+def _measured(
+    lm: LM,
+    editor: Editor,
+    records: Sequence[Record],
+    ask: Ask,
+    damage: Damage | None,
+    parts: RunFolder | None,
+) -> Evaluation | Sequential:
+    with working() as work:
+        if ask.sequential:
+            return sequence(lm, editor, records, at=ask.ask_after, damage=damage, parts=parts, progress=work)
+        return evaluate(
+            lm,
+            editor,
+            records,
+            generated=ask.generated,
+            batch=ask.batch,
+            together=ask.together,
+            damage=damage,
+            parts=parts,
+            progress=work,
+        )
+
+
+def _damage(lm: LM, records: Sequence[Record], ask: Ask) -> Damage | None:
+    if not ask.damage or lm.kind != "causal":
+        return None
+    texts = PASSAGES[:4] if ask.text is None else passages(ask.text)[:_PASSAGES]
+    return Damage(texts, abilities(records), OPENINGS if ask.generated else ())
+
+
+def _asked(lm: LM, editor: Editor, ask: Ask, damage: Damage | None) -> dict[str, Any]:
+    """All that the answers depend on beside the records."""
+    asked = {
+        "model": lm.name,
+        "fingerprint": lm.fingerprint,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "editor": editor.name,
+        "editor_digest": editor_digest(editor),
+        "generated": ask.generated,
+        "batch": ask.batch,
+        "together": ask.together,
+        "sequential": ask.sequential,
+    }
+    if ask.sequential:
+        asked["ask_after"] = list(ask.ask_after)
+    if damage is not None:
+        asked["damage"] = digest(
+            [list(damage.passages), [str(i) for i in damage.items], list(damage.openings)]
+        )
+    return asked

@@ -1,0 +1,86 @@
+"""An evaluation in Markdown: every score with its interval, protocol by protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from emendo.evaluate.results import Evaluation
+from emendo.evaluate.score_list import GROUPS, SCORES
+from emendo.evaluate.scores import HARMONIC_ABOUT
+from emendo.evaluate.sequence import Sequential
+
+ABOUT: Mapping[tuple[str, str], str] = {
+    **{(score.group, score.name): score.about for score in SCORES},
+    ("counterfact", "score"): HARMONIC_ABOUT,
+}
+"""Protocol and score -> how it is taken."""
+
+
+def summary(found: Evaluation | Sequential, head: Mapping[str, Any]) -> str:
+    """The page.
+
+    Args:
+        found: what was measured.
+        head: what the run's ``run.json`` says.
+    """
+    plain = found.as_dict()
+    lines = [f"# Evaluation of {plain['records']} facts", ""]
+    lines += ["```bash", head["command"], "```", ""] if head.get("command") else []
+    if isinstance(found, Sequential):
+        lines += _sequence(plain)
+    else:
+        for group, scores in plain["scores"].items():
+            lines += [f"## {group.replace('_', ' ')}", "", f"{GROUPS[group].capitalize()}.", ""]
+            rows = ((name, _interval(score), ABOUT[group, name]) for name, score in scores.items())
+            lines += [*_table(("score", "95% interval", "taken how"), rows), ""]
+        lines += _damage(plain["damage"])
+        cost = {"seconds per edit, alone": plain["seconds_per_edit"], **plain["cost"]}
+        cost |= {"rank": plain["rank"], "relative norm": plain["relative_norm"]}
+        known = ((name.replace("_", " "), _number(value)) for name, value in cost.items())
+        lines += ["## cost", "", *_table(("what", "value"), known), ""]
+    lines += ["## how", ""]
+    lines += _table(("what", "value"), ((k.replace("_", " "), str(v)) for k, v in plain["protocol"].items()))
+    lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in head.get("versions", {}).items()), ""]
+    return "\n".join(lines)
+
+
+def _sequence(plain: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for point in plain["checkpoints"]:
+        after, kept = (point[when].get("teacher_forced", {}) for when in ("right_after", "retained"))
+        cells = [
+            after.get("edit_success"),
+            *(kept.get(n) for n in ("edit_success", "generalisation", "locality")),
+        ]
+        shown = [_interval(cell) if cell else "-" for cell in cells]
+        rows.append((str(point["edits"]), *shown, _number(point["damage"].get("perplexity"))))
+    head = ("edits", "right after: success", "retained: success", "generalisation", "locality", "perplexity")
+    return ["## one after the other", "", *_table(head, rows), ""]
+
+
+def _damage(damage: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    if not damage:
+        return []
+    head = ("what", "clean", "after an edit, mean", "lowest", "highest", "edits")
+    rows = (
+        (name, _number(d["clean"]), _interval(d), _number(d["min"]), _number(d["max"]), str(d["edits"]))
+        for name, d in damage.items()
+    )
+    return ["## damage", "", *_table(head, rows), ""]
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    names = list(head)
+    lines = [names, ["---"] * len(names), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def _interval(value: Mapping[str, Any]) -> str:
+    if value["mean"] is None:
+        return "no number"
+    return f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+
+
+def _number(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}"

@@ -1,0 +1,110 @@
+"""`emendo evaluate --out`, `evaluate show` and `evaluate compare` on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cli.samples import Emendo
+from emendo.cli import evaluating
+
+
+@pytest.fixture(scope="module")
+def options(model: Path, facts: Path) -> tuple[object, ...]:
+    rest = ("--data", facts, "--limit", 3, "--no-generated", "--no-damage")
+    return ("--editor", "ft", "--model", model, "--set", "steps=2", *rest)
+
+
+@pytest.fixture(scope="module")
+def measured(emendo_command: Emendo, options, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluations") / "first"
+    emendo_command("evaluate", *options, "--out", out)
+    return out
+
+
+def test_a_run_is_kept_and_not_measured_again(
+    emendo_command: Emendo, options, measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {file.name for file in measured.iterdir()} == {
+        *("run.json", "records.jsonl", "answers.parquet", "edits.parquet", "report.html", "summary.md")
+    }
+    monkeypatch.delattr(evaluating, "evaluate")
+    again = emendo_command("evaluate", *options, "--out", measured, "--json")
+    assert "nothing is measured again" in again.err
+    assert again.json == emendo_command("evaluate", "show", measured, "--json").json
+    said = emendo_command("evaluate", *options, "--together", 2, "--out", measured, code=2).err
+    assert "--overwrite" in said
+    summary = (measured / "summary.md").read_text(encoding="utf-8")
+    assert "emendo evaluate --editor ft" in summary and "| generalisation |" in summary
+
+
+def test_worst_and_one_record(emendo_command: Emendo, measured: Path) -> None:
+    table = emendo_command("evaluate", "show", measured, "--worst", 2).out
+    assert table.count("made-") == 2
+    rows = emendo_command("evaluate", "show", measured, "--worst", 3, "--by", "kl.locality", "--json").json
+    assert [row["value"] for row in rows] == sorted((row["value"] for row in rows), reverse=True)
+    one = emendo_command("evaluate", "show", measured, "--record", "made-1").out
+    for wanted in ("edit", "paraphrase", "neighbour", "told", "unchanged", "rank"):
+        assert wanted in one
+    by_number = emendo_command("evaluate", "show", measured, "--record", "2", "--json").json
+    assert by_number["record"]["id"] == "made-1"
+    assert [o["kind"] for o in by_number["outcomes"]][:2] == ["edit", "paraphrase"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--record", "nobody"), "no record 'nobody'"),
+        (("--worst", "1", "--by", "fame"), "no score 'fame'"),
+        (("--worst", "0"), "'--worst'"),
+    ],
+)
+def test_what_is_not_there(
+    emendo_command: Emendo, measured: Path, more: tuple[str, ...], message: str
+) -> None:
+    assert message in emendo_command("evaluate", "show", measured, *more, code=2).err
+
+
+def test_two_runs_side_by_side(
+    emendo_command: Emendo, options, measured: Path, facts: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    emendo_command("evaluate", *options, "--set", "lr=0.05", "--out", other)
+    lines = emendo_command("evaluate", "compare", measured, other, "--json").json
+    found = {(line["group"], line["name"]): line["found"] for line in lines}
+    gap = found["probability", "target_after"]
+    assert gap["facts"] == 3 and gap["difference"]["mean"] == pytest.approx(gap["second"] - gap["first"])
+    assert gap["difference"]["mean"] > 0
+    assert "B - A" in emendo_command("evaluate", "compare", measured, other).out
+    same = emendo_command("evaluate", "compare", measured, measured, "--json").json
+    assert all(line["found"]["difference"]["mean"] == 0 and line["found"]["p"] == 1 for line in same)
+    assert "holds no evaluation" in emendo_command("evaluate", "compare", measured, tmp_path, code=2).err
+
+
+def test_edits_one_after_the_other(emendo_command: Emendo, options, tmp_path: Path) -> None:
+    out = tmp_path / "sequence"
+    table = emendo_command("evaluate", *options, "--sequential", "--ask-after", 1, "--out", out).out
+    assert "after 1" in table and "after 3" in table and "asked again: locality" in table
+    plain = emendo_command("evaluate", "show", out, "--json").json
+    assert [point["edits"] for point in plain["checkpoints"]] == [1, 3]
+    assert {"after-1.answers.parquet", "after-3.edits.parquet", "right-after.answers.parquet"} <= {
+        file.name for file in out.iterdir()
+    }
+    assert "one after the other" in (out / "report.html").read_text(encoding="utf-8")
+    assert "sequence" in emendo_command("evaluate", "show", out, "--worst", 1, code=2).err
+    assert "sequence" in emendo_command("evaluate", "compare", out, out, code=2).err
+    both = ("--sequential", "--together", 2)
+    assert "--together" in emendo_command("evaluate", *options, *both, code=2).err
+
+
+def test_damage_is_looked_for_unless_it_is_not_wanted(
+    emendo_command: Emendo, options, tmp_path: Path
+) -> None:
+    wanted = [option for option in options if option != "--no-damage"]
+    text = tmp_path / "text.txt"
+    text.write_text("A line of plain text that has more than eight words in it.\n", encoding="utf-8")
+    seen = emendo_command("evaluate", *wanted, "--limit", 1, "--text", text, "--json").json["damage"]
+    assert {"perplexity", "ability", "ability_grammar"} <= seen.keys()
+    assert seen["perplexity"]["clean"] > 1
+    assert "--text" in emendo_command("evaluate", *options, "--text", text, code=2).err
