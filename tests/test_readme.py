@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import emendo
+from cases import unchanged
 from emendo.editors.mend import Mend
 from emendo.models import LM
 
@@ -30,10 +31,26 @@ def test_the_python_of_the_readme_runs(
     assert (tmp_path / "lyon" / "edit.safetensors").exists()
 
 
+@pytest.mark.parametrize("page", ["edits", "ledger"])
+def test_the_python_of_a_page_runs(
+    page: str, tiny_llama: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (README.parent / f"docs/{page}.md").read_text(), re.DOTALL)
+    editor = Mend(emendo.find_sites(tiny_llama.model), fingerprint=tiny_llama.fingerprint)
+    edit, other = (editor.edit(tiny_llama, "The capital of France is", city) for city in ("Lyon", "Paris"))
+    edit.save_pretrained(tmp_path / "my-edit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EMENDO_HOME", str(tmp_path))
+    monkeypatch.setattr(emendo, "load", lambda name: tiny_llama, raising=False)
+    monkeypatch.setattr(emendo.Edit, "push_to_hub", lambda self, name: name)
+    with unchanged(tiny_llama.model):
+        exec(code, {"edit": edit, "other": other})
+
+
 def test_the_commands_of_the_readme_exist() -> None:
     from emendo.cli import app
 
-    named = set(re.findall(r"`emendo ([a-z]+)`", README.read_text(encoding="utf-8")))
+    named = set(re.findall(r"`emendo ([a-z ]+)`", README.read_text(encoding="utf-8")))
     assert named == {command.name or command.callback.__name__ for command in app.registered_commands}
 
 
