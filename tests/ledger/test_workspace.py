@@ -16,7 +16,7 @@ from emendo.editors.ft import FineTuning, FineTuningConfig
 from emendo.editors.in_context import InContext
 from emendo.errors import ConflictError, MismatchError, RequestError, StorageError
 from emendo.ledger import Ledger
-from emendo.ledger.guard import Limits, RefusedError
+from emendo.ledger.guard import Guard, Limits, RefusedError
 from emendo.ledger.place import create_ledger
 from emendo.ledger.probing import Watched
 from emendo.ledger.workspace import Workspace
@@ -194,15 +194,15 @@ def test_an_edit_checked_on_a_state_that_is_gone_is_checked_again(
     work: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other, seen = Workspace.open(work.lm, limits=LOOSE, watched=WATCHED), []
-    plain = Workspace._health
+    plain = Guard.health
 
-    def slow(self: Workspace, active: Sequence[int], *rest: object) -> object:
+    def slow(self: Guard, active: Sequence[int], *rest: object) -> object:
         seen.append(tuple(active))
         if len(seen) == 1:  # another process is faster
             other.ledger.apply(random_edit(work.lm, 9).to_bytes(), _about())
         return plain(self, active, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Workspace, "_health", slow)
+    monkeypatch.setattr(Guard, "health", slow)
     done = work.apply(random_edit(work.lm, 1))
     assert seen == [(), (1,)]
     assert done.active == (1, 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ import torch
 from emendo.data.batch import to_texts
 from emendo.edit import Edit
 from emendo.errors import EmendoError, RequestError
-from emendo.ledger.probing import Drift
+from emendo.ledger.examination import Examination, Holding
+from emendo.ledger.probing import Drift, Reading, Watch, Watched
+from emendo.ledger.rows import Operation
+from emendo.ledger.stack import Stack
 from emendo.models import LM
 
 
@@ -137,3 +141,74 @@ def reached(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[bool]:
 def largest_norm(edit: Edit, lm: LM) -> float:
     """The largest ``||dW|| / ||W||`` of any matrix."""
     return max(edit.relative_norms(lm).values(), default=0.0)
+
+
+class Guard:
+    """Measures edits on top of others.
+
+    Args:
+        stack: the model and the ledger's edits.
+        watched: what must not change.
+    """
+
+    def __init__(self, stack: Stack, watched: Watched) -> None:
+        self.stack = stack
+        self._watch = Watch(stack.lm, watched)
+        self._readings: dict[tuple[str, ...], Reading] = {}
+
+    @torch.no_grad()
+    def health(self, active: Sequence[int], edit: Edit, paraphrases: Sequence[str] = ()) -> Health:
+        """The figures of an edit on top of the ledger's edits of the given numbers.
+
+        Raises:
+            MismatchError: it was made for another model.
+            RequestError: rewordings for an edit of several requests, or a text that does not fit the model.
+        """
+        lm, requests = self.stack.lm, edit.origin.requests
+        edit.check(lm)
+        if paraphrases and len(requests) != 1:
+            raise RequestError(f"Rewordings belong to an edit of one request; this one has {len(requests)}.")
+        entries = self.stack.ledger.entries(active)
+        before, clean = self._reading(active), self._reading(())
+        with self.stack.under(active, edit):
+            right = reached(lm, [(r.prompt, r.target) for r in requests])
+            reworded = reached(lm, [(text, requests[0].target) for text in paraphrases])
+            after = self._keep((*(entry.digest for entry in entries), edit.digest))
+        asked = {request["prompt"] for entry in entries for request in entry.requests}
+        asked |= {*(request.prompt for request in requests), *paraphrases}
+        return Health.of(
+            reached=fmean(map(float, right)) if right else 1.0,
+            reworded=fmean(map(float, reworded)) if reworded else None,
+            norm=largest_norm(edit, lm),
+            own=after.drift(before, asked),
+            total=after.drift(clean, asked),
+        )
+
+    @torch.no_grad()
+    def examine(self, operation: Operation) -> Examination:
+        """Every edit that was active after an operation asked again, and everything that is watched."""
+        entries = self.stack.ledger.entries(operation.active)
+        pairs = [(r["prompt"], r["target"]) for entry in entries for r in entry.requests]
+        with self.stack.under(operation.active):
+            right = iter(reached(self.stack.lm, pairs))
+        holdings = tuple(Holding(entry, tuple(next(right) for _ in entry.requests)) for entry in entries)
+        drift = self._reading(operation.active).drift(self._reading(()), {prompt for prompt, _ in pairs})
+        return Examination(operation.id, holdings, drift)
+
+    def _reading(self, active: Sequence[int]) -> Reading:
+        """What is watched, under the ledger's edits of the given numbers."""
+        key = tuple(entry.digest for entry in self.stack.ledger.entries(active))
+        if key in self._readings:
+            return self._readings[key]
+        with self.stack.under(active):
+            return self._keep(key)
+
+    def _keep(self, key: tuple[str, ...]) -> Reading:
+        """What is watched, as the model is now; the clean model's reading and the last two others are kept."""
+        reading = self._watch.read()
+        others = [other for other in self._readings if other]
+        self._readings = {
+            other: self._readings[other] for other in ((), *others[-1:]) if other in self._readings
+        }
+        self._readings[key] = reading
+        return reading

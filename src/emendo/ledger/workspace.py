@@ -11,35 +11,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from statistics import fmean
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any
 
-import torch
-
-from emendo.edit import AnyEdit, Edit, Request, compose
+from emendo.edit import AnyEdit, Edit, Request
 from emendo.editors import Editor
 from emendo.errors import ConflictError, RequestError, StorageError
 from emendo.ledger.database import Where
-from emendo.ledger.examination import Examination, Holding
-from emendo.ledger.guard import Health, Limits, RefusedError, largest_norm, reached
+from emendo.ledger.examination import Examination
+from emendo.ledger.guard import Guard, Health, Limits, RefusedError
 from emendo.ledger.place import create_ledger, find_ledger, open_ledger
-from emendo.ledger.probing import Reading, Watch, Watched
+from emendo.ledger.probing import Watched
 from emendo.ledger.queries import State
 from emendo.ledger.rows import NewEntry, Operation
+from emendo.ledger.stack import Stack
 from emendo.ledger.store import Ledger
 from emendo.models import LM
 
 _ATTEMPTS = 10  # at a step while other processes take theirs
 
 
-@dataclass(eq=False)
 class Workspace:
     """A model and its ledger.
 
-    Attributes:
+    Args:
         lm: the base model; its weights are never changed.
         ledger: which edits are active.
         limits: the guard's.
@@ -47,16 +45,23 @@ class Workspace:
         recheck_every: the whole stack is measured again whenever so many more edits are active; 0 for never.
     """
 
-    lm: LM
-    ledger: Ledger
-    limits: Limits = field(default_factory=Limits)
-    watched: Watched = field(default_factory=Watched)
-    recheck_every: int = 10
+    def __init__(
+        self,
+        lm: LM,
+        ledger: Ledger,
+        *,
+        limits: Limits | None = None,
+        watched: Watched | None = None,
+        recheck_every: int = 10,
+    ) -> None:
+        self.lm, self.ledger = lm, ledger
+        self.limits, self.recheck_every = limits or Limits(), recheck_every
+        self._stack = Stack(lm, ledger)
+        self._watched = watched or Watched()
 
-    def __post_init__(self) -> None:
-        self._edits: dict[int, Edit] = {}
-        self._watch: Watch | None = None
-        self._readings: dict[tuple[int, ...], Reading] = {}
+    @cached_property
+    def _guard(self) -> Guard:  # made when it is needed: generating needs none
+        return Guard(self._stack, self._watched)
 
     @classmethod
     def open(cls, lm: LM, where: Where | None = None, *, create: bool = True, **settings: Any) -> Workspace:
@@ -67,7 +72,7 @@ class Workspace:
             where: the ledger's folder or SQLAlchemy URL; by default the model's own place
                 (:func:`emendo.ledger.place.ledger_of`).
             create: begin a ledger where there is none.
-            settings: further attributes of the workspace.
+            settings: further arguments of the workspace.
 
         Raises:
             MismatchError: the ledger is another model's.
@@ -84,33 +89,19 @@ class Workspace:
             RequestError: there is none of that number.
             StorageError: it is damaged.
         """
-        if id not in self._edits:
-            self._edits[id] = Edit.from_bytes(self.ledger.load(id))
-        return self._edits[id]
+        return self._stack.edit(id)
 
     def composed(self, state: State = "head") -> Edit | None:
         """The active edits as one; None where there is none."""
-        ids = self.ledger.operation(state).active
-        return compose([self.edit(id) for id in ids]) if ids else None
+        return self._stack.composed(self.ledger.operation(state).active)
 
-    @contextmanager
-    def applied(self, state: State = "head") -> Iterator[LM]:
+    def applied(self, state: State = "head") -> AbstractContextManager[LM]:
         """The working model for the length of a ``with`` block: the base with all active edits.
 
         Args:
             state: an earlier operation, or a tag, instead of the present state.
         """
-        with self._under(self.ledger.operation(state).active):
-            yield self.lm
-
-    @contextmanager
-    def _under(self, ids: Sequence[int], *more: Edit) -> Iterator[None]:
-        edits = [*(self.edit(id) for id in ids), *more]
-        if not edits:
-            yield
-            return
-        with compose(edits).applied(self.lm):
-            yield
+        return self._stack.under(self.ledger.operation(state).active)
 
     def make(self, editor: Editor, requests: Sequence[Request]) -> Edit:
         """An edit that an editor makes upon the working model, and that knows so; it is not applied yet.
@@ -121,7 +112,7 @@ class Workspace:
         if editor.host(self.lm) is not self.lm:
             raise RequestError(f"{editor.name} edits a model that it trained itself, not {self.lm.name}.")
         head = self.ledger.head
-        with self._under(head.active):
+        with self._stack.under(head.active):
             edit = _of_weights(editor.edit(self.lm, requests))
         return self.upon(edit, head)
 
@@ -143,7 +134,7 @@ class Workspace:
             MismatchError: it was made for another model.
             RequestError: it changes no weights, or rewordings for an edit of several requests.
         """
-        return self._health(self.ledger.head.active, _of_weights(edit), paraphrases)
+        return self._guard.health(self.ledger.head.active, _of_weights(edit), paraphrases)
 
     def apply(
         self,
@@ -172,7 +163,7 @@ class Workspace:
         change = _of_weights(edit)
         for _ in range(_ATTEMPTS):
             head = self.ledger.head
-            health = self._health(head.active, change, paraphrases)
+            health = self._guard.health(head.active, change, paraphrases)
             problems = health.problems(self.limits)
             if problems and not force:
                 raise RefusedError(health, problems)
@@ -218,55 +209,10 @@ class Workspace:
         Args:
             keep: write the figures into the ledger.
         """
-        head = self.ledger.head
-        entries = self.ledger.entries(head.active)
-        pairs = [(r["prompt"], r["target"]) for entry in entries for r in entry.requests]
-        with self._under(head.active):
-            right = iter(reached(self.lm, pairs))
-        holdings = tuple(Holding(entry, tuple(next(right) for _ in entry.requests)) for entry in entries)
-        drift = self._reading(head.active).drift(self._reading(()), {prompt for prompt, _ in pairs})
-        found = Examination(head.id, holdings, drift)
+        found = self._guard.examine(self.ledger.head)
         if keep:
-            self.ledger.add_check(found.as_dict(), operation=head.id)
+            self.ledger.add_check(found.as_dict(), operation=found.operation)
         return found
-
-    # ------------------------------------------------------------------------------------------ measuring
-
-    @torch.no_grad()
-    def _health(self, active: Sequence[int], edit: Edit, paraphrases: Sequence[str]) -> Health:
-        edit.check(self.lm)
-        requests = edit.origin.requests
-        if paraphrases and len(requests) != 1:
-            raise RequestError(f"Rewordings belong to an edit of one request; this one has {len(requests)}.")
-        before, clean = self._reading(tuple(active)), self._reading(())
-        with self._under(active, edit):
-            right = reached(self.lm, [(r.prompt, r.target) for r in requests])
-            reworded = reached(self.lm, [(text, requests[0].target) for text in paraphrases])
-            after = self._watcher.read()
-        asked = {r["prompt"] for entry in self.ledger.entries(active) for r in entry.requests}
-        asked |= {*(r.prompt for r in requests), *paraphrases}
-        return Health.of(
-            reached=fmean(map(float, right)) if right else 1.0,
-            reworded=fmean(map(float, reworded)) if reworded else None,
-            norm=largest_norm(edit, self.lm),
-            own=after.drift(before, asked),
-            total=after.drift(clean, asked),
-        )
-
-    @property
-    def _watcher(self) -> Watch:
-        if self._watch is None:
-            self._watch = Watch(self.lm, self.watched)
-        return self._watch
-
-    def _reading(self, active: tuple[int, ...]) -> Reading:
-        """What is watched, under some edits; the clean model's reading and the last one are kept."""
-        if active not in self._readings:
-            with self._under(active):
-                reading = self._watcher.read()
-            self._readings = {key: value for key, value in self._readings.items() if not key}
-            self._readings[active] = reading
-        return self._readings[active]
 
 
 def _of_weights(edit: AnyEdit) -> Edit:
