@@ -15,6 +15,7 @@ from torch import Tensor
 from cases import build_lm, records
 from emendo.data import Probe, Record
 from emendo.data.batch import encode
+from emendo.data.schema import Consequence
 from emendo.edit import Request
 from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend, MendConfig
@@ -38,6 +39,8 @@ def mixed(n: int) -> list[Record]:
     made = records(n)
     made[1] = dataclasses.replace(made[1], paraphrases=(), unrelated=())
     made[2] = dataclasses.replace(made[2], neighbours=(), unrelated=())
+    follows = Consequence("one_hop", f"The river of the capital of {made[0].subject} is", "the Tiber")
+    made[0] = dataclasses.replace(made[0], consequences=(follows, dataclasses.replace(follows, kind="alias")))
     made[3] = dataclasses.replace(made[3], target="Old Town by the long and winding river")
     return made
 

@@ -122,6 +122,7 @@ def run(
     from emendo.cli.evaluating import Ask, measure, write
     from emendo.cli.loading import MethodOptions, load_editor, read
     from emendo.cli.show import scores
+    from emendo.data.portability import with_consequences
     from emendo.evaluate import Evaluation
     from emendo.evaluate.sequence import RETENTION
 
@@ -146,7 +147,8 @@ def run(
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)
     method = MethodOptions(settings, sites, last)
     lm, maker = load_editor(editor, model, dtype, device, method)
-    found, _ = measure(lm, maker, records.records, ask, out, overwrite=overwrite)
+    chosen = with_consequences(records) if data == "atlas" else records.records
+    found, _ = measure(lm, maker, chosen, ask, out, overwrite=overwrite)
     if report is not None:
         write(report, found, {"command": command, "asked": {"data": data, "editor": editor}})
         note(f"Wrote {report}.")

@@ -27,4 +27,5 @@ def to_record(fields: Fields) -> Record:
         neighbours=fields.probes("neighbours"),
         unrelated=fields.probes("unrelated"),
         answer=answer and answer.strip(),
+        consequences=fields.consequences("consequences"),
     )

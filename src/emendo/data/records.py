@@ -1,8 +1,8 @@
 """Reads records from a file or from the built-in facts, and writes them as JSONL.
 
-Three layouts are known, each as a JSON array or as JSONL: the native one (`native.py`), CounterFact
-(`counterfact.py`) and zsRE as the MEND code reads it (`zsre.py`). The keys of the first record tell
-which one a file has.
+Five layouts are known, each as a JSON array or as JSONL: the native one (`native.py`), CounterFact
+(`counterfact.py`), zsRE as the MEND code reads it (`zsre.py`), MQuAKE (`mquake.py`) and RippleEdits
+(`ripple.py`). The keys of the first record tell which one a file has.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from emendo.data import atlas, counterfact, native, zsre
+from emendo.data import atlas, counterfact, mquake, native, ripple, zsre
 from emendo.data.schema import Fields, Probe, Problem, Record, RecordSet, describe
 from emendo.errors import DataError, StorageError
 
@@ -29,11 +29,13 @@ class _Layout:
 
 
 _LAYOUTS = tuple(  # the native keys are the least telling ones, so they come last
-    _Layout(module.KEYS, module.PARAPHRASE, module.to_record) for module in (counterfact, zsre, native)
+    _Layout(module.KEYS, module.PARAPHRASE, module.to_record)
+    for module in (counterfact, zsre, mquake, ripple, native)
 )
 _LAYOUT_HELP = (
     "a record with the keys of a known layout: 'prompt' and 'target' (native), 'prompt' and 'target_new' "
-    "(CounterFact), or 'src' and 'alt' (zsRE)"
+    "(CounterFact), 'src' and 'alt' (zsRE), 'requested_rewrite' (MQuAKE), or 'edit' and 'Compositionality_I' "
+    "(RippleEdits)"
 )
 
 

@@ -2,13 +2,29 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Literal, cast, get_args, overload
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
     """A prompt with its known answer, on which an edit should change nothing."""
 
+    prompt: str
+    answer: str
+
+
+ConsequenceKind = Literal["reversed", "one_hop", "two_hop", "alias"]
+CONSEQUENCES: tuple[ConsequenceKind, ...] = get_args(ConsequenceKind)
+
+
+@dataclass(frozen=True, slots=True)
+class Consequence:
+    """A prompt whose answer follows from an edit, and the answer that it shall have after it.
+
+    The kind says how: the relation turned round, one or two further facts needed, or the subject under another name.
+    """
+
+    kind: ConsequenceKind
     prompt: str
     answer: str
 
@@ -26,6 +42,7 @@ class Record:
     neighbours: tuple[Probe, ...] = ()  # same relation, other subject
     unrelated: tuple[Probe, ...] = ()
     answer: str | None = None  # the old or true answer, where known
+    consequences: tuple[Consequence, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +121,18 @@ class Fields:
             )
             probes.append(Probe(prompt.rstrip(), answer.strip()))
         return tuple(probes)
+
+    def consequences(self, key: str) -> tuple[Consequence, ...]:
+        """A list of objects with `kind`, `prompt` and `answer`; empty where the field is absent or null."""
+        probes = self.probes(key)
+        found = []
+        for i, (item, probe) in enumerate(zip(self._list(key, ""), probes, strict=False)):
+            kind = item.get("kind") if isinstance(item, dict) else None
+            if kind in CONSEQUENCES:
+                found.append(Consequence(cast(ConsequenceKind, kind), probe.prompt, probe.answer))
+            else:
+                self.note(f"{key}[{i}].kind", f"one of {', '.join(CONSEQUENCES)}", describe(kind))
+        return tuple(found)
 
     def pair(self, prompt_key: str, answer_key: str) -> tuple[Probe, ...]:
         """One probe from two fields that stand side by side; none where both are absent or null."""

@@ -104,6 +104,7 @@ def _prompts(lm: LM, record: Record, told: bool) -> list[_Asked]:
     )
     for kind, probes in kinds:
         rows += [(kind, p.prompt, p.answer, _unlike(lm, record.target, p.answer)) for p in probes]
+    rows += [(c.kind, c.prompt, c.answer, None) for c in record.consequences]
     for probe in (record.neighbours or record.unrelated) if told else ():
         prompt = tell(record, probe.prompt)
         if _fits(lm, prompt, probe.answer, record.target):
