@@ -71,6 +71,7 @@ def capture(
     loss: Callable[[], Tensor],
     *,
     create_graph: bool = False,
+    owners: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Factors]]:
     """Run ``loss`` and return its value with the factors of its gradient at every site.
 
@@ -79,6 +80,7 @@ def capture(
         sites: where to capture.
         loss: runs the model and returns each example's loss ``[examples]``.
         create_graph: leave ``u`` and ``delta`` differentiable in the model's parameters (second order).
+        owners: for sites that see packed rows ``[1, rows, d]`` (:mod:`emendo.packing`), the example of each.
 
     Returns:
         The losses ``[examples]``, detached, and the factors by site name. Rows whose ``u`` or ``delta`` is
@@ -113,17 +115,19 @@ def capture(
             handle.remove()
     examples = len(losses)
     factors = {
-        site.name: _rows(inputs[site.name], gradient, examples)
+        site.name: _rows(inputs[site.name], gradient, examples, (owners or {}).get(site.name))
         for site, gradient in zip(sites, gradients, strict=True)
     }
     return losses.detach(), factors
 
 
-def _rows(u: Tensor, delta: Tensor, examples: int) -> Factors:
-    """Rows ``[examples, tokens, d]`` that carry gradient, flat and in float32 at least."""
-    u, delta = u.reshape(examples, -1, u.shape[-1]), delta.reshape(examples, -1, delta.shape[-1])
+def _rows(u: Tensor, delta: Tensor, examples: int, owner: Tensor | None) -> Factors:
+    """Rows ``[..., d]`` that carry gradient, flat and in float32 at least; without an owner all have as many."""
+    u, delta = u.reshape(-1, u.shape[-1]), delta.reshape(-1, delta.shape[-1])
     used = u.ne(0).any(-1) & delta.ne(0).any(-1)
-    owner = used.nonzero()[:, 0]
+    if owner is None:
+        owner = torch.arange(len(u), device=u.device) // max(1, len(u) // examples)
+    owner = owner.to(u.device)[used]
     dtype = torch.promote_types(u.dtype, torch.float32)
     return Factors(u[used].to(dtype), delta[used].to(dtype), owner, examples)
 

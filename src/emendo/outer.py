@@ -12,6 +12,7 @@ does not grow with the number of outer texts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from emendo.losses import per_example, token_kl, token_nll
-from emendo.lowrank import LowRank, applied
+from emendo.lowrank import LowRank
+from emendo.packing import Packing, edited
 from emendo.texts import Text, TokenBatch, length_buckets
 
-BUCKET_TOKENS = 400
+BUCKET_TOKENS = 512
 """Padded tokens of one pass through the edited blocks."""
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
@@ -94,6 +96,11 @@ class Passes(Protocol):
     def logits(self, texts: Sequence[Text]) -> tuple[TokenBatch, Tensor]:
         """The texts as one batch, and the logits at its label positions."""
 
+    def packed(
+        self, texts: Sequence[Text], under: Callable[[Packing], AbstractContextManager[None]]
+    ) -> tuple[TokenBatch, Tensor]:
+        """The same, run in a context made for the rows that the MLPs see."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Outer:
@@ -113,6 +120,20 @@ def _outer_texts(episodes: Sequence[Episode], weights: Weights) -> list[_Outer]:
         share = weights.c_loc / len(episode.locality)
         outer += [_Outer(index, text, 2, share) for text in episode.locality]
     return outer
+
+
+def _even_buckets(outer: Sequence[_Outer]) -> list[list[_Outer]]:
+    """As few batches as the limit allows, none of them a small rest: each reads the whole vocabulary projection."""
+
+    def cut(tokens: int) -> list[list[_Outer]]:
+        return list(length_buckets(outer, lambda item: item.text.size, tokens))
+
+    few = len(cut(BUCKET_TOKENS))
+    low, high = 1, BUCKET_TOKENS
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(cut(middle)) <= few else (middle + 1, high)
+    return cut(low)
 
 
 def judge(
@@ -142,7 +163,7 @@ def judge(
     outer = _outer_texts(episodes, weights)
     losses = [0.0, 0.0, 0.0]
     correct = [0.0, 0.0, 0.0]
-    for part in length_buckets(outer, lambda item: item.text.size, BUCKET_TOKENS):
+    for part in _even_buckets(outer):
         part.sort(key=lambda item: item.kind)
         value, right = _bucket(passes, deltas, part, reference, together, edit_loss)
         kinds = torch.tensor([item.kind for item in part])
@@ -181,10 +202,8 @@ def _bucket(
     """
     split = sum(item.kind < 2 for item in part)
     rows = torch.tensor([item.episode // together for item in part])
-    with applied(
-        passes.model, {name: delta.take(rows.to(delta.left.device)) for name, delta in deltas.items()}
-    ):
-        batch, logits = passes.logits([item.text for item in part])
+    texts = [item.text for item in part]
+    batch, logits = passes.packed(texts, lambda packing: edited(passes.model, deltas, rows, packing))
     owner, labels = batch.owner.to(logits.device), batch.labels.to(logits.device)
     cut = int((batch.owner < split).sum())
     values, expected = [edit_loss(logits[:cut], labels[:cut])], [labels[:cut]]

@@ -111,6 +111,11 @@ def _matrix_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def is_matrix(module: nn.Module) -> bool:
+    """Whether the module is a weight matrix."""
+    return _matrix_shape(module) is not None
+
+
 def find_stacks(model: nn.Module) -> list[Stack]:
     """The model's stacks of blocks: outermost ``ModuleList``s of one class whose members hold matrices.
 

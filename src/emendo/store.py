@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from emendo.files import new_file
+from emendo.packing import Packing
 from emendo.texts import Text, TokenBatch, collate, length_buckets
 from emendo.trunk import Trunk
 
@@ -51,6 +53,20 @@ class TrunkStore:
         """The texts as one batch, and the logits at its label positions, resumed from what is kept."""
         batch = collate(texts)
         return batch, self.trunk.logits(batch, self.gather(texts))
+
+    def packed(
+        self, texts: Sequence[Text], under: Callable[[Packing], AbstractContextManager[None]] | None = None
+    ) -> tuple[TokenBatch, Tensor]:
+        """The same as :meth:`logits`, without the rows that do not matter (:mod:`emendo.packing`).
+
+        Args:
+            texts: the texts.
+            under: gives the context in which the model runs.
+        """
+        batch = collate(texts)
+        packing = self.trunk.packing(batch)
+        with under(packing) if under is not None else nullcontext():
+            return batch, self.trunk.logits(batch, self.gather(texts), packing)
 
     def over(self, trunk: Trunk) -> TrunkStore:
         """The same kept outputs under another model that shares the frozen part."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from emendo.errors import ModelError
+from emendo.packing import Packing, Rows, packable, packed
 from emendo.sites import Site, find_stacks, kind_of
 from emendo.texts import TokenBatch
 
@@ -86,6 +87,9 @@ class Trunk:
         """The first edited block; the number of blocks where there is none."""
         if self.kind != "seq2seq" and self.block == stacks[self.stack]:
             raise ModelError("A trunk needs at least one site.")
+        self._depths = stacks
+        self._sites = sites
+        self._packable: dict[str, str] | None = None
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = self.kind == "causal" and "position_ids" in parameters
 
@@ -105,17 +109,38 @@ class Trunk:
         hidden: Tensor = encoder(**inputs).last_hidden_state
         return hidden
 
-    def logits(self, batch: TokenBatch, hidden: Tensor | None = None) -> Tensor:
+    def packing(self, batch: TokenBatch) -> Packing:
+        """Which rows of a batch the edited blocks' MLPs need to see: the texts', and in the end the labels' alone."""
+        if self._packable is None:
+            self._packable = packable(self.model, self._sites)
+        rows: dict[str, Rows] = {}
+        found = {}
+        for site in self._sites:
+            if site.name in self._packable:
+                last = self.kind == "causal" and site.block == self._depths[site.stack] - 1
+                which = "labels" if last else "source" if self._reads_source(site) else "texts"
+                if which not in rows:
+                    rows[which] = _rows(batch, which)
+                found[site.name] = rows[which]
+        return Packing({self._packable[name]: own for name, own in found.items()}, found)
+
+    def logits(
+        self, batch: TokenBatch, hidden: Tensor | None = None, packing: Packing | None = None
+    ) -> Tensor:
         """Logits at the label positions only, resumed from the trunk's output.
 
         Args:
             batch: the texts.
             hidden: ``[texts, tokens, width]`` from :meth:`run`; None runs the whole model.
+            packing: of :meth:`packing`, to leave out the rows that do not matter.
 
         Returns:
             ``[n, vocabulary]``, one row for each of the batch's labels (classes in place of the vocabulary for a
             classifier).
         """
+        if packing is not None:
+            with packed(self.model, packing):
+                return self.logits(batch, hidden)
         inputs = self._inputs(batch)
         if hidden is None:
             return label_logits(self.model, inputs, batch.positions)
@@ -128,6 +153,9 @@ class Trunk:
 
     def _inputs(self, batch: TokenBatch) -> dict[str, Any]:
         return model_inputs(self.model, batch, positions=self._takes_positions)
+
+    def _reads_source(self, site: Site) -> bool:
+        return self.kind == "seq2seq" and site.stack == self.stack
 
     def _until(self, module: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Run a module until the first edited block."""
@@ -163,6 +191,15 @@ class Trunk:
             for key, block in below.items():
                 blocks._modules[key] = _Pass(block)  # type: ignore[arg-type]
             yield
+
+
+def _rows(batch: TokenBatch, which: str) -> Rows:
+    """Rows of a batch: those of its ``"labels"``, its ``"texts"`` or their ``"source"``."""
+    if which == "labels":
+        return Rows(batch.positions, batch.owner)
+    mask = batch.trunk_mask if which == "source" else batch.attention_mask
+    index = mask.flatten().nonzero().squeeze(1)
+    return Rows(index, index // mask.shape[1])
 
 
 @contextmanager

@@ -28,8 +28,8 @@ Where papers and official codes differ, and what is done here:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ from emendo.losses import per_example, token_kl, token_margin, token_nll
 from emendo.lowrank import LowRank, applied
 from emendo.models import LM
 from emendo.outer import BUCKET_TOKENS, Episode, Outcome, Passes, TokenLoss, Weights, judge, through
+from emendo.packing import Packing
 from emendo.sites import Site
 from emendo.store import TrunkStore
 from emendo.texts import Text, TokenBatch, collate, length_buckets
@@ -270,3 +271,9 @@ class _Whole:
     def logits(self, texts: Sequence[Text]) -> tuple[TokenBatch, Tensor]:
         batch = collate(texts)
         return batch, self.trunk.logits(batch)
+
+    def packed(
+        self, texts: Sequence[Text], under: Callable[[Packing], AbstractContextManager[None]]
+    ) -> tuple[TokenBatch, Tensor]:
+        with under(Packing()):
+            return self.logits(texts)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from emendo.capture import Factors, capture, move
 from emendo.edit import Request
@@ -15,10 +16,11 @@ from emendo.editors.base import Editor
 from emendo.losses import per_example, token_nll
 from emendo.lowrank import LowRank
 from emendo.models import LM
-from emendo.outer import Episode, Outcome, TokenLoss, Weights, judge, through
+from emendo.outer import BUCKET_TOKENS, Episode, Outcome, TokenLoss, Weights, judge, through
+from emendo.packing import Packing
 from emendo.sites import Site
 from emendo.store import TrunkStore
-from emendo.texts import Text, TokenBatch, collate
+from emendo.texts import Text, TokenBatch, collate, length_buckets
 from emendo.trunk import Trunk
 
 
@@ -44,18 +46,38 @@ class GradientEditor(Editor):
     ) -> dict[str, Factors]:
         """The factors that this editor works on, on its own device; see :func:`edit_factors`."""
         device = next((p.device for p in self.parameters()), None)
-        factors = edit_factors(trunk, self.sites, texts, hidden)
+        factors = edit_factors(trunk, self.sites, texts, hidden, packed=True)
         return factors if device is None else move(factors, device)
 
     def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        """One change for each request, all in one batch."""
+        """One change for each request, in batches of similar length."""
+        parts = list(self._changes(lm, requests))
+        if len(parts) == 1:
+            return parts[0][1]
+        order = torch.tensor([place for places, _ in parts for place in places]).argsort()
+        return {name: _joined([changes[name] for _, changes in parts], order) for name in parts[0][1]}
+
+    def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
+        """The sum of the requests' own changes, in memory that does not grow with their number.
+
+        Where the factors would take more room than the matrix itself, the change is kept as a matrix.
+        """
+        sums: dict[str, _Sum] = {}
+        for _, changes in self._changes(lm, requests):
+            for name, change in changes.items():
+                sums.setdefault(name, _Sum()).add(change.sum())
+        return {name: own.change() for name, own in sums.items()}
+
+    @torch.no_grad()
+    def _changes(self, lm: LM, requests: Sequence[Request]) -> Iterator[tuple[list[int], dict[str, LowRank]]]:
+        """Places of some requests and the change of each, until all had their turn."""
         texts = self.texts(lm, requests)
-        factors = self.factors(Trunk(self.host(lm).model, self.sites), texts)
+        trunk = Trunk(self.host(lm).model, self.sites)
         training = self.training
         self.eval()
         try:
-            with torch.no_grad():
-                return self(factors)  # type: ignore[no-any-return]
+            for part in in_batches(texts):
+                yield part, self(self.factors(trunk, [texts[place] for place in part]))
         finally:
             self.train(training)
 
@@ -118,6 +140,46 @@ class GradientEditor(Editor):
         return through(deltas, lambda leaves: judge(store, leaves, *rest, together=together, backward=True))
 
 
+def in_batches(texts: Sequence[Text], tokens: int = BUCKET_TOKENS) -> list[list[int]]:
+    """The texts' places in batches of at most so many padded tokens: all in order where they fit, else by length."""
+    places = list(range(len(texts)))
+    if max(text.size for text in texts) * len(texts) <= tokens:
+        return [places]
+    return list(length_buckets(places, lambda place: texts[place].size, tokens))
+
+
+class _Sum:
+    """A sum of changes of one matrix: as factors, and as a matrix as soon as that takes less room."""
+
+    def __init__(self) -> None:
+        self.factors: LowRank | None = None
+        self.dense: Tensor | None = None
+
+    def add(self, change: LowRank) -> None:
+        if self.dense is not None:
+            self.dense.addmm_(change.left, change.right)
+            return
+        self.factors = change if self.factors is None else self.factors + change
+        d_out, d_in = self.factors.left.shape[0], self.factors.right.shape[1]
+        if self.factors.rank * (d_out + d_in) > d_out * d_in + min(d_out, d_in) ** 2:
+            self.dense, self.factors = self.factors.dense(), None
+
+    def change(self) -> LowRank:
+        """The sum."""
+        if self.dense is not None:
+            return LowRank.of_dense(self.dense)
+        assert self.factors is not None
+        return self.factors
+
+
+def _joined(parts: Sequence[LowRank], order: Tensor) -> LowRank:
+    """The changes ``[examples, ...]`` of all parts as one, in this order; lower ranks are filled up with zeros."""
+    rank = max(part.rank for part in parts)
+    left = torch.cat([pad(part.left, (0, rank - part.rank)) for part in parts])
+    right = torch.cat([pad(part.right, (0, 0, 0, rank - part.rank)) for part in parts])
+    return LowRank(left[order], right[order])
+
+
 def edit_factors(
     trunk: Trunk,
     sites: tuple[Site, ...],
@@ -127,6 +189,7 @@ def edit_factors(
     token_loss: TokenLoss = token_nll,
     create_graph: bool = False,
     seen: Callable[[Tensor, TokenBatch], None] | None = None,
+    packed: bool = False,
 ) -> dict[str, Factors]:
     """The factors of each text's own fine-tuning gradient: NLL of its answer, averaged over its tokens.
 
@@ -138,16 +201,21 @@ def edit_factors(
         token_loss: the loss of each label, in place of the NLL.
         create_graph: leave the factors differentiable in the model's parameters.
         seen: shown the logits at the label positions and the batch, on the way.
+        packed: leave out the rows that do not matter (:mod:`emendo.packing`); not where the model runs under changes
+            that each example has for itself.
     """
     batch = collate(texts)
     if hidden is None and not create_graph:
         hidden = trunk.run(batch)
 
+    packing = trunk.packing(batch) if packed else Packing()
+
     def loss() -> Tensor:
-        logits = trunk.logits(batch, hidden)
+        logits = trunk.logits(batch, hidden, packing)
         if seen is not None:
             seen(logits.detach(), batch)
         values = token_loss(logits, batch.labels.to(logits.device))
         return per_example(values, batch.owner.to(logits.device), len(texts))
 
-    return capture(trunk.model, sites, loss, create_graph=create_graph)[1]
+    owners = {name: rows.owner for name, rows in packing.sites.items()}
+    return capture(trunk.model, sites, loss, create_graph=create_graph, owners=owners)[1]

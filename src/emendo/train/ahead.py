@@ -80,6 +80,6 @@ def _reference(store: TrunkStore, texts: set[Text]) -> dict[Text, Tensor]:
     logits: dict[Text, Tensor] = {}
     ordered = sorted(texts, key=lambda text: text.ids)  # a set has no order of its own
     for part in length_buckets(ordered, lambda text: text.size, BUCKET_TOKENS):
-        rows = store.logits(part)[1]
+        rows = store.packed(part)[1]
         logits |= zip(part, rows.split([len(text.labels) for text in part]), strict=True)
     return logits

@@ -1,0 +1,178 @@
+"""MLPs that see only the rows that matter.
+
+An MLP works on every position by itself, so padding need not go through it; and in the last block of a decoder only the
+label positions do, for nothing later reads the others. A :class:`Packing` says which rows of a padded batch
+``[texts, tokens, d]`` each MLP sees; hooks gather them before it, ``[1, rows, d]``, and put its outputs back after it,
+with zeros elsewhere. What is computed at the label positions, and every gradient of it, is the same.
+
+Only an MLP that is safe by its structure is packed: a module below the block that holds nothing but weight matrices,
+activations and dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emendo.lowrank import LowRank, applied
+from emendo.sites import Site, is_matrix
+
+_PLAIN = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "transformers.activations")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Some rows of a padded batch of texts.
+
+    Attributes:
+        index: ``[rows]`` places in the flattened ``texts * tokens``.
+        owner: ``[rows]`` the text of each.
+    """
+
+    index: Tensor
+    owner: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packing:
+    """Which rows the MLPs see.
+
+    Attributes:
+        modules: MLP -> its rows, by module name.
+        sites: the same for every site inside of one of them.
+    """
+
+    modules: Mapping[str, Rows] = field(default_factory=dict)
+    sites: Mapping[str, Rows] = field(default_factory=dict)
+
+
+def packable(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
+    """Site -> the MLP that it stands in, for the sites whose MLP can be packed."""
+    found = {}
+    for site in sites:
+        parent = site.name.rpartition(".")[0]
+        below = not site.attention and parent != f"{site.stack}.{site.block}"
+        if below and _works_by_row(model.get_submodule(parent)):
+            found[site.name] = parent
+    return found
+
+
+def _works_by_row(module: nn.Module) -> bool:
+    """Whether it holds weight matrices, activations and dropout only."""
+    if (
+        isinstance(module, nn.ModuleList | nn.ModuleDict)
+        or next(module.parameters(recurse=False), None) is not None
+    ):
+        return False
+    for inner in module.modules():
+        if is_matrix(inner) or type(inner).__module__ in _PLAIN or isinstance(inner, nn.Identity):
+            continue
+        held = [*inner.parameters(recurse=False), *inner.buffers(recurse=False)]
+        if held or next(inner.children(), None) is None:
+            return False
+    return True
+
+
+@contextmanager
+def packed(model: nn.Module, packing: Packing) -> Iterator[None]:
+    """Run ``model`` with its MLPs on their rows only."""
+    with ExitStack() as stack:
+        for name, rows in packing.modules.items():
+            hooks = _Hooks(rows.index)
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(hooks.gather).remove)
+            stack.callback(module.register_forward_hook(hooks.scatter).remove)
+        yield
+
+
+class _Hooks:
+    """Rows out of a padded stream, and back into it."""
+
+    def __init__(self, index: Tensor) -> None:
+        self.index = index
+        self.shape = torch.Size()
+
+    def gather(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        self.index = self.index.to(args[0].device)
+        self.shape = args[0].shape[:-1]
+        return (_Take.apply(args[0].flatten(0, -2), self.index).unsqueeze(0), *args[1:])
+
+    def scatter(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        flat = output.new_zeros(self.shape.numel(), output.shape[-1])
+        return flat.index_copy(0, self.index, output.squeeze(0)).view(*self.shape, -1)
+
+
+class _Take(torch.autograd.Function):
+    """Distinct rows of a matrix; going back copies instead of adding, which is what makes ``index_select`` slow."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = rows.shape
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).index_copy_(0, index, gradient), None
+
+
+@contextmanager
+def edited(model: nn.Module, deltas: Mapping[str, LowRank], edit: Tensor, packing: Packing) -> Iterator[None]:
+    """Run ``model`` on a batch of texts each of which has a change of its own, also where its rows are packed.
+
+    Args:
+        model: the model.
+        deltas: by site, changes ``[edits, d_out, r]`` and ``[edits, r, d_in]``.
+        edit: ``[texts]`` the edit that each text stands under.
+        packing: of the batch.
+    """
+    whole = {
+        name: delta.take(edit.to(delta.left.device))
+        for name, delta in deltas.items()
+        if name not in packing.sites
+    }
+    slots: dict[int, _Slots] = {}
+    with ExitStack() as stack:
+        stack.enter_context(applied(model, whole))
+        for name, delta in deltas.items():
+            if (rows := packing.sites.get(name)) is not None:
+                if id(rows) not in slots:
+                    slots[id(rows)] = _Slots(edit[rows.owner], len(delta.left))
+                hook = _RowAdder(delta, slots[id(rows)])
+                stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+        yield
+
+
+class _Slots:
+    """Where each row goes when the rows of each edit are put together: ``place [rows]`` among ``edits * most``."""
+
+    def __init__(self, edit: Tensor, edits: int) -> None:
+        count = torch.bincount(edit, minlength=edits)
+        order = edit.argsort(stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(edit)) - (count.cumsum(0) - count)[edit[order]]
+        self.edits, self.most = edits, int(count.max())
+        self.place = edit * self.most + rank
+
+
+class _RowAdder:
+    """The forward hook that adds to each row the change of its edit."""
+
+    def __init__(self, delta: LowRank, slots: _Slots) -> None:
+        self.right, self.left, self.slots = delta.right.mT, delta.left.mT, slots
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x, slots = args[0].squeeze(0), self.slots
+        if self.right.dtype != x.dtype or self.right.device != x.device:
+            self.left, self.right = self.left.to(x), self.right.to(x)
+        place = slots.place.to(x.device)
+        padded = x.new_zeros(slots.edits * slots.most, x.shape[-1]).index_copy(0, place, x)
+        added = (padded.view(slots.edits, slots.most, -1) @ self.right) @ self.left
+        changed: Tensor = output + _Take.apply(added.flatten(0, 1), place)
+        return changed

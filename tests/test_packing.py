@@ -1,0 +1,113 @@
+"""MLPs on the rows that matter give what the whole padded batch gives, in every architecture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cases import ARCHITECTURES, build_lm, random_texts, unchanged
+from emendo.editors.gradient import edit_factors
+from emendo.lowrank import LowRank, applied
+from emendo.models import LM
+from emendo.packing import edited, packable
+from emendo.sites import Site, find_sites
+from emendo.store import TrunkStore
+from emendo.texts import Text
+from emendo.trunk import Trunk
+
+LENGTHS = (9, 12, 7, 11)  # padding no longer than the windows of local attention
+
+
+def _setting(kind: str) -> tuple[LM, tuple[Site, ...], TrunkStore, list[Text]]:
+    lm = build_lm(kind, torch.float64)
+    sites = find_sites(lm.model, last=2)
+    texts = random_texts(kind, *LENGTHS)
+    store = TrunkStore(Trunk(lm.model, sites), dtype=torch.float64)
+    store.ensure(texts)
+    return lm, sites, store, texts
+
+
+def _changes(sites: tuple[Site, ...], edits: int = 2, rank: int = 3) -> dict[str, LowRank]:
+    return {
+        site.name: LowRank(
+            (torch.randn(edits, site.d_out, rank, dtype=torch.float64) * 0.1).requires_grad_(),
+            (torch.randn(edits, rank, site.d_in, dtype=torch.float64) * 0.1).requires_grad_(),
+        )
+        for site in sites
+    }
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_edited_texts_have_the_logits_and_gradients_of_a_padded_batch(kind: str) -> None:
+    lm, sites, store, texts = _setting(kind)
+    changes = _changes(sites)
+    edit = torch.tensor([1, 0, 0, 1])
+    with unchanged(lm.model):
+        _, found = store.packed(texts, lambda packing: edited(lm.model, changes, edit, packing))
+        with applied(lm.model, {name: change.take(edit) for name, change in changes.items()}):
+            _, expected = store.logits(texts)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        leaves = [leaf for change in changes.values() for leaf in (change.left, change.right)]
+        weights = torch.randn_like(found)
+        ours = torch.autograd.grad((found * weights).sum(), leaves, retain_graph=True)
+        theirs = torch.autograd.grad((expected * weights).sum(), leaves)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert other.norm() > 0
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_factors_are_those_of_a_padded_batch(kind: str) -> None:
+    lm, sites, store, texts = _setting(kind)
+    hidden = store.gather(texts)
+    with unchanged(lm.model):
+        found = edit_factors(store.trunk, sites, texts, hidden, packed=True)
+        expected = edit_factors(store.trunk, sites, texts, hidden)
+    for name, factors in expected.items():
+        assert found[name].owner.tolist() == factors.owner.tolist()
+        torch.testing.assert_close(found[name].u, factors.u, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found[name].delta, factors.delta, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [("llama", "mlp"), ("gpt2", "mlp"), ("gptj", "mlp"), ("t5", "DenseReluDense"), ("bert", "intermediate")],
+)
+def test_mlps_are_found_by_what_they_hold(kind: str, where: str) -> None:
+    model = build_lm(kind).model
+    found = packable(model, find_sites(model, last=2))
+    assert found and all(parent.endswith(where) for parent in found.values())
+
+
+def test_no_block_is_taken_for_an_mlp_and_no_attention() -> None:
+    model = build_lm("opt").model
+    assert packable(model, find_sites(model)) == {}
+    llama = build_lm("llama").model
+    assert packable(llama, find_sites(llama, "attention")) == {}
+
+
+@pytest.mark.parametrize("extra", [nn.LayerNorm(32), nn.ZeroPad2d((0, 0, 1, -1)), nn.Conv1d(4, 4, 3)])
+def test_a_module_that_may_mix_positions_is_left_alone(extra: nn.Module) -> None:
+    model = build_lm("llama").model
+    site = find_sites(model, last=1)
+    model.get_submodule(site[0].name.rpartition(".")[0]).add_module("extra", extra)
+    assert packable(model, site) == {}
+
+
+def test_the_last_block_sees_the_labels_alone() -> None:
+    lm, sites, store, texts = _setting("llama")
+    seen: dict[str, int] = {}
+    handles = [
+        site.module(lm.model).register_forward_hook(
+            lambda module, args, output, name=site.name: seen.update({name: args[0].shape[1]})
+        )
+        for site in sites
+    ]
+    store.packed(texts)
+    for handle in handles:
+        handle.remove()
+    deepest = max(site.block for site in sites)
+    for site in sites:
+        expected = sum(len(t.labels) if site.block == deepest else len(t.inputs) for t in texts)
+        assert seen[site.name] == expected
