@@ -32,6 +32,9 @@ def test_a_run_is_kept_and_not_measured_again(
     monkeypatch.delattr(evaluating, "evaluate")
     again = emendo_command("evaluate", *options, "--out", measured, "--json")
     assert "nothing is measured again" in again.err
+    (measured / "report.html").unlink()
+    emendo_command("evaluate", *options, "--out", measured)
+    assert (measured / "report.html").exists()
     assert again.json == emendo_command("evaluate", "show", measured, "--json").json
     said = emendo_command("evaluate", *options, "--together", 2, "--out", measured, code=2).err
     assert "--overwrite" in said

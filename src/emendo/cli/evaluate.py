@@ -122,6 +122,7 @@ def run(
     from emendo.cli.evaluating import Ask, measure, write
     from emendo.cli.loading import MethodOptions, load_editor, read
     from emendo.cli.show import scores
+    from emendo.cli.team import Team
     from emendo.data.portability import with_consequences
     from emendo.evaluate import Evaluation
     from emendo.evaluate.sequence import RETENTION
@@ -146,9 +147,11 @@ def run(
     split = "test" if data == "atlas" else None
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)
     method = MethodOptions(settings, sites, last)
-    lm, maker = load_editor(editor, model, dtype, device, method)
+    lm, maker = load_editor(editor, model, dtype, device or Team.present().device, method)
     chosen = with_consequences(records) if data == "atlas" else records.records
     found, _ = measure(lm, maker, chosen, ask, out, overwrite=overwrite)
+    if not Team.present().first:
+        return
     if report is not None:
         write(report, found, {"command": command, "asked": {"data": data, "editor": editor}})
         note(f"Wrote {report}.")

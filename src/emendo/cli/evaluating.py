@@ -9,6 +9,7 @@ from typing import Any
 
 from emendo.cli.console import note, working
 from emendo.cli.loading import passages
+from emendo.cli.team import Team
 from emendo.data import Record
 from emendo.data.abilities import OPENINGS, PASSAGES, abilities
 from emendo.editors import Editor
@@ -21,6 +22,9 @@ from emendo.evaluate.sequence import RETENTION, Sequential, sequence
 from emendo.evaluate.summary import summary
 from emendo.files import new_file
 from emendo.models import LM
+
+PAGES = ("report.html", "summary.md")
+"""What a run's folder holds for people."""
 
 _PASSAGES = 8
 """Passages of a text that the user gives."""
@@ -67,6 +71,9 @@ def measure(
         RequestError: something that does not fit the model.
     """
     damage = _damage(lm, records, ask)
+    team = Team.present()
+    if team.size > 1:
+        return _shared(lm, editor, records, ask, damage, out, overwrite, team)
     if out is None:
         return _measured(lm, editor, records, ask, damage, None), records
     run = RunFolder.begin(
@@ -74,16 +81,60 @@ def measure(
     )
     if run.finished:
         note(f"{out} holds this evaluation already; nothing is measured again.")
-        return run.evaluation(), run.records
+        found = run.found()
+        if not all((out / name).exists() for name in PAGES):
+            _pages(out, found, run)
+        return found, run.records
     if run.begun:
         note(f"Going on with {out}: {run.begun} parts are there.")
     found = _measured(lm, editor, run.records, ask, damage, run)
     run.finish(found)
-    write(out / "report.html", found, run.head)
-    with new_file(out / "summary.md") as temporary:
-        temporary.write_text(summary(found, run.head), encoding="utf-8")
-    note(f"Wrote {out}: report.html, summary.md, answers.parquet, edits.parquet.")
+    _pages(out, found, run)
     return found, run.records
+
+
+def _shared(
+    lm: LM,
+    editor: Editor,
+    records: Sequence[Record],
+    ask: Ask,
+    damage: Damage | None,
+    out: Path | None,
+    overwrite: bool,
+    team: Team,
+) -> tuple[Evaluation | Sequential, Sequence[Record]]:
+    """Measure a share of the run in each of several processes; the first of them puts all together.
+
+    Raises:
+        RequestError: there is no folder to share, or the edits cannot be shared.
+    """
+    if out is None or ask.sequential:
+        raise RequestError(
+            "Several processes share a run through its folder: give --out. Edits one after the other (--sequential) "
+            "cannot be shared."
+        )
+    begun = (out, records, _asked(lm, editor, ask, damage))
+    if team.first:
+        RunFolder.begin(*begun, command=ask.command, overwrite=overwrite)
+    team.wait()
+    run = RunFolder.begin(*begun, command=ask.command)
+    if not run.finished:
+        share = _measured(lm, editor, run.records, ask, damage, run, (team.place, team.size))
+    team.wait()
+    if not team.first:
+        return (run.found() if run.finished else share), run.records
+    if not run.finished:
+        run.finish(_measured(lm, editor, run.records, ask, damage, run))  # every part is there
+        _pages(out, run.found(), run)
+    return run.found(), run.records
+
+
+def _pages(out: Path, found: Evaluation | Sequential, run: RunFolder) -> None:
+    """Write the report and the summary of a run."""
+    write(out / PAGES[0], found, run.head)
+    with new_file(out / PAGES[1]) as temporary:
+        temporary.write_text(summary(found, run.head), encoding="utf-8")
+    note(f"Wrote {out}: {', '.join(PAGES)}, and every answer as Parquet.")
 
 
 def write(path: Path, found: Evaluation | Sequential, head: Mapping[str, Any]) -> None:
@@ -111,6 +162,7 @@ def _measured(
     ask: Ask,
     damage: Damage | None,
     parts: RunFolder | None,
+    share: tuple[int, int] = (0, 1),
 ) -> Evaluation | Sequential:
     with working() as work:
         if ask.sequential:
@@ -124,6 +176,7 @@ def _measured(
             together=ask.together,
             damage=damage,
             parts=parts,
+            share=share,
             progress=work,
         )
 

@@ -53,7 +53,7 @@ def kl_histogram(evaluation: Evaluation, image: Format = "svg") -> bytes:
         axes.hist(values, edges, weights=weights, histtype="step", color=colour, lw=1.6, label=label)
     ticks = [-6, -4, -2, 0, 2]
     axes.set_xticks(ticks, [r"$\leq 10^{-6}$", *(rf"$10^{{{t}}}$" for t in ticks[1:])])
-    axes.set_xlim(edges[0], edges[-1])
+    axes.set_xlim(edges[0] - 0.4, edges[-1])
     axes.set_xlabel("KL(clean || edited) at the answer, in nats", color=INK)
     axes.set_ylabel("share of prompts", color=INK)
     axes.grid(axis="y", color=INK, alpha=0.1, lw=0.8)
@@ -109,7 +109,7 @@ def retention_curves(figures: Mapping[str, Any], image: Format = "svg") -> bytes
                 counts, [s["mean"] for _, s in kept], dashes, marker="o", ms=4, color=colour, label=label
             )
             low, high = ([s[bound] for _, s in kept] for bound in ("low", "high"))
-            left.fill_between(counts, low, high, color=colour, alpha=0.12)
+            left.fill_between(counts, low, high, color=colour, alpha=0.08, lw=0)
     left.set_ylim(-0.03, 1.03)
     _ends(left, points)
     seen = [(p["edits"], p["damage"].get("perplexity")) for p in points]

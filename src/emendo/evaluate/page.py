@@ -29,13 +29,18 @@ def render_page(template: str, package: str = _HOME, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent}
+    environment.filters |= {"number": number, "percent": percent, "short": short}
     return environment.get_template(template).render(**values)
 
 
 def number(value: Any) -> str:
     """A number in four digits, everything else as it is."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def short(value: float) -> str:
+    """A score in three decimals, or in three digits where it is small or large."""
+    return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 100 else f"{value:.3g}"
 
 
 def percent(value: float) -> str:

@@ -10,12 +10,16 @@ from emendo.evaluate import curves, plots
 from emendo.evaluate.page import inline
 from emendo.evaluate.results import Evaluation, Outcome, Result
 from emendo.evaluate.score_list import GROUPS
+from emendo.evaluate.scores import BY_NAME
 from emendo.evaluate.sequence import Sequential
 from emendo.evaluate.summary import ABOUT
 from emendo.evaluate.tracing import answer
 
 WORST = 8
 """Edits of which the report says that they did most to plain text."""
+
+TITLES = {"kl": "Divergence", "counterfact": "CounterFact", "zsre": "zsRE", "mend": "The MEND paper"}
+"""Protocols that are called otherwise on the page."""
 
 HEADLINES = {
     "edit_success": "the edited prompt gives the target",
@@ -32,14 +36,14 @@ def protocols(plain: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     return [
         {
-            "name": group.replace("_", " "),
+            "name": TITLES.get(group) or group.replace("_", " ").capitalize(),
             "about": GROUPS[group],
             "scores": [
                 {
                     "name": name.replace("_", " "),
                     "about": ABOUT[group, name],
                     "value": value,
-                    "bar": value["mean"] is not None and 0 <= value["low"] <= value["high"] <= 1,
+                    "bar": value["mean"] is not None and _is_share(group, name),
                 }
                 for name, value in scores.items()
             ],
@@ -85,6 +89,11 @@ def sequence(found: Sequential) -> dict[str, Any]:
         for point in plain["checkpoints"]
     ]
     return {"rows": rows, "plot": inline(curves.retention_curves(plain)), **plain}
+
+
+def _is_share(group: str, name: str) -> bool:
+    """Whether a score is between 0 and 1; that of CounterFact as a whole is."""
+    return (group, name) not in BY_NAME or BY_NAME[group, name].share
 
 
 def _line(result: Result) -> dict[str, Any]:

@@ -31,7 +31,12 @@ def summary(found: Evaluation | Sequential, head: Mapping[str, Any]) -> str:
         lines += _sequence(plain)
     else:
         for group, scores in plain["scores"].items():
-            lines += [f"## {group.replace('_', ' ')}", "", f"{GROUPS[group].capitalize()}.", ""]
+            lines += [
+                f"## {group.replace('_', ' ')}",
+                "",
+                f"{GROUPS[group][0].upper()}{GROUPS[group][1:]}.",
+                "",
+            ]
             rows = ((name, _interval(score), ABOUT[group, name]) for name, score in scores.items())
             lines += [*_table(("score", "95% interval", "taken how"), rows), ""]
         lines += _damage(plain["damage"])
