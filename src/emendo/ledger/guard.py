@@ -42,13 +42,13 @@ class Limits:
 
     reached: float = 1.0
     reworded: float = 0.5
-    changed: float = 0.15
-    kl: float = 0.1
-    perplexity: float = 1.05
-    norm: float = 0.1
-    total_changed: float = 0.4
-    total_kl: float = 0.5
-    total_perplexity: float = 1.3
+    changed: float = 0.3
+    kl: float = 0.25
+    perplexity: float = 1.2
+    norm: float = 0.5
+    total_changed: float = 0.5
+    total_kl: float = 0.75
+    total_perplexity: float = 1.5
 
     def __post_init__(self) -> None:
         for each in fields(self):
