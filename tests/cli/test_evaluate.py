@@ -97,6 +97,10 @@ def test_edits_one_after_the_other(emendo_command: Emendo, options, tmp_path: Pa
     assert "one after the other" in (out / "report.html").read_text(encoding="utf-8")
     assert "sequence" in emendo_command("evaluate", "show", out, "--worst", 1, code=2).err
     assert "sequence" in emendo_command("evaluate", "compare", out, out, code=2).err
+    assert plain["checkpoints"][0]["refused"] is None
+    strict = emendo_command("evaluate", *options, "--sequential", "--guard", "--json").json
+    assert strict["checkpoints"][-1]["refused"] == 3  # an untrained model reaches no target in two steps
+    assert "--sequential" in emendo_command("evaluate", *options, "--guard", code=2).err
     both = ("--sequential", "--together", 2)
     assert "--together" in emendo_command("evaluate", *options, *both, code=2).err
 

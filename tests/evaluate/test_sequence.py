@@ -145,3 +145,24 @@ def test_senseless_sequences_are_refused(tiny_llama: LM) -> None:
         sequence(tiny_llama, editor, [])
     with pytest.raises(RequestError, match="at="):
         sequence(tiny_llama, editor, some(1), at=(0,))
+
+
+def test_what_the_gate_refuses_is_taken_off_and_asked_for_all_the_same(tiny_llama: LM) -> None:
+    editor, chosen = editor_for(tiny_llama, "mend"), some(3)
+    met: list[str] = []
+
+    def gate(request: Request, change: Any) -> bool:
+        met.append(request.target)
+        assert {delta.batched for delta in change.values()} == {False}
+        return request.prompt != chosen[1].prompt
+
+    found = sequence(tiny_llama, editor, chosen, at=(2,), gate=gate)
+    assert met == [record.target for record in chosen]
+    assert [point["refused"] for point in found.as_dict()["checkpoints"]] == [1, 1]
+    without = sequence(tiny_llama, editor, [chosen[0], chosen[2]])
+    for kept, expected in ((0, 0), (2, 1)):
+        again = found.checkpoints[-1].results[kept].outcomes
+        plain = without.checkpoints[-1].results[expected].outcomes
+        assert [o.nll_after for o in again] == pytest.approx([o.nll_after for o in plain], rel=1e-4)
+    with pytest.raises(RequestError, match="makes none"):
+        sequence(tiny_llama, Cache((), CacheConfig()), chosen, gate=gate)

@@ -74,6 +74,13 @@ Damage = Annotated[
         help="Look at plain text, abilities and long continuations too, or not; decoders only.  [default: damage]",
     ),
 ]
+Guard = Annotated[
+    bool,
+    typer.Option(
+        "--guard",
+        help="With --sequential: take an edit off again that the guard of emendo apply would refuse.",
+    ),
+]
 Text = Annotated[
     str | None,
     typer.Option(
@@ -109,6 +116,7 @@ def run(
     sequential: Sequential = False,
     ask_after: AskAfter = None,
     damage: Damage = True,
+    guard: Guard = False,
     text: Text = None,
     skip_bad: SkipBad = False,
     dtype: opt.Dtype = "float32",
@@ -139,11 +147,12 @@ def run(
         together=None if together == 1 else together,
         sequential=sequential,
         ask_after=ask_after,
+        guard=guard,
         text=text,
         out=out,
         **{"no-generated": not generated, "no-damage": not damage},
     )
-    ask = Ask(generated, batch, together, sequential, ask_after or RETENTION, damage, text, command)
+    ask = Ask(generated, batch, together, sequential, ask_after or RETENTION, damage, guard, text, command)
     split = "test" if data == "atlas" else None
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)
     method = MethodOptions(settings, sites, last)

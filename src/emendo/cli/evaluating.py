@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emendo.cli.console import note, working
+from emendo.cli.guarding import Guarding
 from emendo.cli.loading import passages
 from emendo.cli.team import Team
 from emendo.data import Record
@@ -41,6 +42,7 @@ class Ask:
         sequential: one edit after the other.
         ask_after: after how many edits of a sequence to ask for all so far.
         damage: look for damage.
+        guard: let the ledger's guard refuse edits of a sequence.
         text: a file of plain text for the perplexity.
         command: how to do it again.
     """
@@ -51,12 +53,15 @@ class Ask:
     sequential: bool = False
     ask_after: Sequence[int] = RETENTION
     damage: bool = True
+    guard: bool = False
     text: str | None = None
     command: str = ""
 
     def __post_init__(self) -> None:
         if self.sequential and self.together != 1:
             raise RequestError("--sequential makes one edit of each fact; leave --together out.")
+        if self.guard and not self.sequential:
+            raise RequestError("--guard stands before edits one after the other; it needs --sequential.")
         if self.text is not None and not self.damage:
             raise RequestError("--text is for the perplexity, which --no-damage leaves out.")
 
@@ -166,7 +171,17 @@ def _measured(
 ) -> Evaluation | Sequential:
     with working() as work:
         if ask.sequential:
-            return sequence(lm, editor, records, at=ask.ask_after, damage=damage, parts=parts, progress=work)
+            gate = Guarding(lm, editor) if ask.guard else None
+            return sequence(
+                lm,
+                editor,
+                records,
+                at=ask.ask_after,
+                damage=damage,
+                gate=gate,
+                parts=parts,
+                progress=work,
+            )
         return evaluate(
             lm,
             editor,
@@ -203,6 +218,7 @@ def _asked(lm: LM, editor: Editor, ask: Ask, damage: Damage | None) -> dict[str,
     }
     if ask.sequential:
         asked["ask_after"] = list(ask.ask_after)
+        asked["guard"] = ask.guard
     if damage is not None:
         asked["damage"] = digest(
             [list(damage.passages), [str(i) for i in damage.items], list(damage.openings)]

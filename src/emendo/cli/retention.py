@@ -29,6 +29,8 @@ def retention(figures: Mapping[str, Any]) -> None:
         cells = [point[when].get("teacher_forced", {}).get(name) for point in points]
         if any(cells):
             table.add_row(heading, *(_share(cell) for cell in cells))
+    if any(point["refused"] is not None for point in points):
+        table.add_row("edits that the guard refused", *(str(point["refused"]) for point in points))
     for name, clean in figures["clean"].items():
         values = [point["damage"].get(name) for point in points]
         table.add_row(f"{name.replace('_', ' ')} (clean {_number(clean)})", *map(_number, values))

@@ -81,6 +81,7 @@ def sequence(found: Sequential) -> dict[str, Any]:
     rows = [
         {
             "edits": point["edits"],
+            "refused": point["refused"],
             "after": point["right_after"].get("teacher_forced", {}),
             "kept": point["retained"].get("teacher_forced", {}),
             "damage": point["damage"],

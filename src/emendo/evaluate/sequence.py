@@ -9,7 +9,7 @@ that changes no weights is given all facts so far at once.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -34,6 +34,10 @@ from emendo.models import LM
 from emendo.sites import find_sites
 from emendo.store import TrunkStore
 from emendo.trunk import Trunk
+
+Gate = Callable[[Request, Mapping[str, LowRank]], bool]
+"""Given what an edit was asked for and its change, while the earlier ones are attached to the model: whether it may
+stay."""
 
 RETENTION = (1, 10, 100, 1000)
 """After how many edits all facts so far are asked again."""
@@ -73,9 +77,11 @@ class Sequential:
         points = []
         for point in self.checkpoints:
             so_far, last = self.right_after[: point.edits], point.results[-1]
+            refused = [result.damage["refused"] for result in so_far if "refused" in result.damage]
             points.append(
                 {
                     "edits": point.edits,
+                    "refused": int(sum(refused)) if refused else None,
                     "right_after": {group: plain(scores) for group, scores in figures(so_far).items()},
                     "retained": {group: plain(scores) for group, scores in figures(point.results).items()},
                     "damage": {name: finite(value) for name, value in last.damage.items()},
@@ -98,6 +104,7 @@ def sequence(
     *,
     at: Sequence[int] = RETENTION,
     damage: Damage | None = None,
+    gate: Gate | None = None,
     parts: Parts | None = None,
     progress: Progress | None = None,
 ) -> Sequential:
@@ -109,6 +116,7 @@ def sequence(
         records: what to edit, in this order.
         at: after how many edits to ask for all so far; after the last one they are always asked.
         damage: what to look at beside, at the same times.
+        gate: what lets an edit stay; one that it refuses is taken off, and asked for all the same.
         parts: where the results are kept on the way; what is there is not asked again, though its edits are made again.
         progress: told how far the work has come.
 
@@ -118,6 +126,8 @@ def sequence(
     """
     if not records:
         raise RequestError("There are no records to evaluate on.")
+    if gate is not None and not editor.changes_weights:
+        raise RequestError(f"The guard watches changes of weights, and {editor.name} makes none.")
     if any(count < 1 for count in at):
         raise RequestError(f"at={tuple(at)}: give whole numbers from 1 up.")
     editor.check(lm)
@@ -125,7 +135,8 @@ def sequence(
     editor.eval()
     try:
         with torch.no_grad():
-            run = _Run(lm, editor, records, damage, parts, progress or (lambda what, done, total: None))
+            tell = progress or (lambda what, done, total: None)
+            run = _Run(lm, editor, records, damage, gate, parts, tell)
             return run.measure(sorted({count for count in at if count < len(records)} | {len(records)}))
     finally:
         editor.train(training)
@@ -140,11 +151,12 @@ class _Run:
         editor: Editor,
         records: Sequence[Record],
         damage: Damage | None,
+        gate: Gate | None,
         parts: Parts | None,
         progress: Progress,
     ) -> None:
         self.lm, self.editor, self.records = lm, editor, records
-        self.damage, self.parts, self.progress = damage, parts, progress
+        self.damage, self.gate, self.parts, self.progress = damage, gate, parts, progress
         self.store = TrunkStore(Trunk(lm.model, editor.sites or find_sites(lm.model)), dtype=torch.float32)
         if damage is not None:
             damage.begin(lm, self.store, 1)
@@ -176,6 +188,9 @@ class _Run:
             "model": self.lm.name,
             "fingerprint": self.lm.fingerprint,
             "editor": self.editor.name,
+            "guard": "none"
+            if self.gate is None
+            else "an edit that it refuses is taken off, and counts as failed",
         }
         clean = self.damage.clean() if self.damage is not None else {}
         return Sequential(tuple(right_after), tuple(points), words, clean)
@@ -192,29 +207,37 @@ class _Run:
     def _edit(self, index: int, *, ask: bool) -> Result:
         """Put one more fact into the state, and ask for it."""
         start = time.perf_counter()
+        seen: dict[str, float] = {}
         if not self.editor.changes_weights:
             if not ask:
                 return Result(self.records[index], (), 0, 0.0)  # a later edit holds all of them
             self.state = self.editor.edit(self.lm, [self._request(i) for i in range(index + 1)])
         else:
-            self._add(self._request(index))
+            refused = not self._add(self._request(index))
+            seen = {} if self.gate is None else {"refused": float(refused)}
         seconds = time.perf_counter() - start
         self.progress("edits", index + 1, len(self.records))
         if not ask:
             return Result(self.records[index], (), 0, 0.0)
         asked = standing(self.lm, self.editor, self.state, seconds, self.store)
         own = [case for case in self.cases[index] if not case.local]
-        return self._result(index, self._ask(own, asked), asked, {})
+        return self._result(index, self._ask(own, asked), asked, seen)
 
-    def _add(self, request: Request) -> None:
+    def _add(self, request: Request) -> bool:
+        """Make one more edit in the model that the earlier ones have left; whether it stays."""
         assert isinstance(self.state, dict)
         host = self.editor.host(self.lm).model
         before = {name: LowRank.of_dense(change) for name, change in self.state.items()}
         with torch.enable_grad(), applied(host, before):
             changes = self.editor.each(self.lm, [request])
+            if self.gate is not None:
+                own = {name: LowRank(c.left[0].detach(), c.right[0].detach()) for name, c in changes.items()}
+                if not self.gate(request, own):
+                    return False
         for name, change in changes.items():
             dense = change[0].dense().detach().float()
             self.state[name] = self.state[name] + dense if name in self.state else dense
+        return True
 
     def _request(self, index: int) -> Request:
         return Request(self.records[index].prompt, self.records[index].target)
