@@ -65,7 +65,8 @@ def _factors(
             found.setdefault(name, []).append(Factors(rows.u, rows.delta, owner, len(texts)))
     bounds = torch.tensor([0, *(len(batch) for batch in batches)]).cumsum(0).tolist()
     split: list[dict[str, Factors]] = [{} for _ in batches]
-    for name, parts in found.items():
+    for name in list(found):
+        parts = found.pop(name)  # its memory is free again once it is put together
         owner, order = torch.cat([part.owner for part in parts]).sort(stable=True)
         u, delta = (torch.cat([getattr(part, factor) for part in parts])[order] for factor in ("u", "delta"))
         cuts = torch.searchsorted(owner, torch.tensor(bounds).to(owner)).tolist()
