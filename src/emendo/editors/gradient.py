@@ -16,12 +16,15 @@ from emendo.editors.base import Editor
 from emendo.losses import per_example, token_nll
 from emendo.lowrank import LowRank
 from emendo.models import LM
-from emendo.outer import BUCKET_TOKENS, Episode, Outcome, TokenLoss, Weights, judge, through
+from emendo.outer import Episode, Outcome, TokenLoss, Weights, judge, through
 from emendo.packing import Packing
 from emendo.sites import Site
 from emendo.store import TrunkStore
 from emendo.texts import Text, TokenBatch, collate, length_buckets
 from emendo.trunk import Trunk
+
+_TOKENS = 256
+"""Padded tokens of the texts that are edited together: the memory that many requests take hangs on it."""
 
 
 class GradientEditor(Editor):
@@ -140,7 +143,7 @@ class GradientEditor(Editor):
         return through(deltas, lambda leaves: judge(store, leaves, *rest, together=together, backward=True))
 
 
-def in_batches(texts: Sequence[Text], tokens: int = BUCKET_TOKENS) -> list[list[int]]:
+def in_batches(texts: Sequence[Text], tokens: int = _TOKENS) -> list[list[int]]:
     """The texts' places in batches of at most so many padded tokens: all in order where they fit, else by length."""
     places = list(range(len(texts)))
     if max(text.size for text in texts) * len(texts) <= tokens:
