@@ -24,7 +24,7 @@ endif
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format types contract bench atlas clean
+.PHONY: help setup demo test slow check lint format types contract bench atlas clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -47,9 +47,12 @@ demo: $(READY)  ## train an editor on SmolLM2-135M, edit a fact, write runs/demo
 	@$(VENV)/bin/emendo demo
 
 test: $(READY)  ## run the tests, side by side on up to four cores
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow"
 
-check: lint types contract test  ## everything that must pass: lint, types, contract, test
+slow: $(READY)  ## run the tests that take long: every benchmark on a tiny model
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m slow
+
+check: lint types contract test slow  ## everything that must pass: lint, types, contract, test
 
 lint: $(READY)  ## ruff: rules and format
 	$(VENV)/bin/ruff check .

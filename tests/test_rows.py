@@ -10,6 +10,7 @@ from torch import Tensor
 
 from architectures import CLASSES
 from cases import build_lm, unchanged
+from emendo.data.batch import to_texts
 from emendo.edit import Edit, Origin, Request
 from emendo.errors import MismatchError, RequestError
 from emendo.lowrank import LowRank
@@ -18,6 +19,8 @@ from emendo.rows import applied_to_rows
 from emendo.sites import find_sites
 
 PROMPTS = ["The capital of Fosoba is", "The river in", "The capital of Fosoba is", "A word on"]
+
+TARGETS = (["Old Town", "Oslo", "Rome", "it"], [CLASSES[0], CLASSES[1], CLASSES[0], CLASSES[2]])
 
 
 def an_edit(lm: LM, rank: int) -> Edit:
@@ -47,6 +50,14 @@ def test_every_row_is_as_if_it_were_alone(kind: str) -> None:
         assert found == [alone(lm, edits, prompt) for edits, prompt in zip(sets, PROMPTS, strict=True)]
         plain = lm.generate(PROMPTS, 6)
     assert found[1] == plain[1]
+    texts = to_texts(lm, list(zip(PROMPTS, TARGETS[kind == "bert"], strict=True)))
+    with applied_to_rows(lm, sets) as edited:
+        rows = edited.logits(texts)
+    for text, edits, row in zip(texts, sets, rows, strict=True):
+        attached = [edit.attach(lm) for edit in edits]
+        torch.testing.assert_close(row, lm.logits([text])[0])
+        for attachment in attached:
+            attachment.detach()
     if kind == "bert":
         assert set(found) <= set(CLASSES)
     else:

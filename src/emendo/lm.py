@@ -135,9 +135,7 @@ class LM:
         return texts[0] if isinstance(prompts, str) else texts
 
     def _classes(self, prompts: list[str]) -> list[str]:
-        batch = collate(self.prompt_texts(prompts))  # as one batch in its order, as words are generated
-        inputs = model_inputs(self.model, batch, positions=False)
-        return [self.labels[int(row.argmax())] for row in label_logits(self.model, inputs, batch.positions)]
+        return [self.labels[int(row.argmax())] for row in self.next_logits(prompts)]
 
     def _words(self, prompts: list[str], max_new_tokens: int) -> list[str]:
         inputs = self._tokens(prompts)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from emendo.edit import Edit, compose
 from emendo.errors import RequestError
 from emendo.lowrank import LowRank
 from emendo.models import LM
+from emendo.texts import Text, collate
+from emendo.trunk import label_logits, model_inputs
 
 M = TypeVar("M", nn.Module, LM)
 
@@ -21,8 +24,9 @@ M = TypeVar("M", nn.Module, LM)
 def applied_to_rows(model: M, sets: Sequence[Sequence[Edit]]) -> Iterator[M]:
     """Run a model with row ``i`` of every batch under the edits ``sets[i]``; an empty set leaves its row alone.
 
-    The batch must come as it is, in its order: ``lm.generate([...])`` does that, and so does a call of the model.
-    Rows under the same set share their arithmetic, and what no edit touches is bit for bit what it was.
+    Every batch is read as it comes, in its order: by ``generate`` and ``logits`` of what the block is given, and by a
+    call of the model itself. Rows under the same set share their arithmetic, and what no edit touches is bit for bit
+    what it was.
 
     Raises:
         MismatchError: an edit was made for another model.
@@ -40,7 +44,7 @@ def applied_to_rows(model: M, sets: Sequence[Sequence[Edit]]) -> Iterator[M]:
         for name, parts in changes.items():
             hook = _RowAdder(len(sets), parts)
             handles.append(module.get_submodule(name).register_forward_hook(hook))
-        yield model
+        yield _in_order(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -52,6 +56,24 @@ def _alike(sets: Sequence[Sequence[Edit]]) -> Iterator[list[int]]:
     for row, edits in enumerate(sets):
         groups.setdefault(tuple(id(edit) for edit in edits), []).append(row)
     yield from (members for edits, members in groups.items() if edits)
+
+
+def _in_order(model: M) -> M:
+    if isinstance(model, LM):
+        return cast("M", _InOrder(model.model, model.tokenizer, model.name))
+    return model
+
+
+@dataclass(frozen=True, eq=False)
+class _InOrder(LM):
+    """Reads all texts as one batch in their order, where the model else sorts them by length."""
+
+    @torch.no_grad()
+    def logits(self, texts: Sequence[Text]) -> list[Tensor]:
+        batch = collate(texts)
+        inputs = model_inputs(self.model, batch, positions=self.kind == "causal")
+        rows = label_logits(self.model, inputs, batch.positions)
+        return list(rows.split([len(text.labels) for text in texts]))
 
 
 class _RowAdder:

@@ -11,6 +11,8 @@ import torch
 
 from cases import build_lm
 
+pytestmark = pytest.mark.slow  # each starts processes of its own
+
 LATENCY = ["--many", "3", "--rank", "8"]
 SCRIPTS = {
     "training_step": ["--batches", "2", "--batch", "2", "--rank", "8", "--textbook-ranks", "8"],
