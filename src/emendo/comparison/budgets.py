@@ -1,7 +1,7 @@
 """What each editor is given on each task: training steps, settings, test facts.
 
-``scale`` stretches the budgets. On two processor cores all tables are estimated (:func:`seconds`) to take about two and a
-half hours at scale 1, and 80 minutes at scale 0.5.
+``scale`` stretches the budgets. On two processor cores all tables are estimated (:func:`seconds`) to take about two and
+a half hours at scale 1, and 80 minutes at scale 0.5.
 """
 
 from __future__ import annotations
