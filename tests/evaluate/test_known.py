@@ -2,114 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar
 
 import pytest
-import torch
-from torch import Tensor
 
 from cases import build_lm, records
 from emendo.data.abilities import Choice
-from emendo.edit import AnyEdit, Request
-from emendo.editors import Editor
-from emendo.editors.base import as_requests
 from emendo.evaluate import Evaluation, evaluate
 from emendo.evaluate.damage import Damage
-from emendo.lowrank import LowRank
-from emendo.models import LM
 from emendo.sites import find_sites
-from emendo.texts import Text
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Knowing(LM):
-    """Says the target wherever a prompt is about the subject, and is its inner model elsewhere."""
-
-    inner: LM = dataclasses.field(kw_only=True)
-    facts: dict[str, str] = dataclasses.field(kw_only=True)
-
-    def told(self, text: Text) -> str | None:
-        return self.about(self.tokenizer.decode(text.ids[: text.start]))
-
-    def about(self, prompt: str) -> str | None:
-        last = prompt.split(". ")[-1]  # the question itself, not what stands before it
-        return next((target for subject, target in self.facts.items() if subject in last), None)
-
-    def logits(self, texts: Sequence[Text]) -> list[Tensor]:
-        found = self.inner.logits(texts)
-        for rows, text in zip(found, texts, strict=True):
-            if (target := self.told(text)) is not None:
-                wanted = self.tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
-                for row, token in zip(rows, wanted, strict=False):
-                    row[token] = row.max() + 30
-        return found
-
-    def _words(self, prompts: list[str], max_new_tokens: int) -> list[str]:
-        said = self.inner.generate(prompts, max_new_tokens)
-        targets = map(self.about, prompts)
-        return [text if target is None else f" {target}." for target, text in zip(targets, said, strict=True)]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Known(AnyEdit):
-    kind: ClassVar[str] = "known"
-    facts: dict[str, str]
-    origin: Any
-    card: Any = dataclasses.field(default_factory=dict)
-
-    @contextmanager
-    def applied(self, model: LM) -> Iterator[LM]:
-        yield Knowing(model.model, model.tokenizer, model.name, inner=model, facts=self.facts)
-
-    def _content(self) -> Any:
-        raise NotImplementedError
-
-    @classmethod
-    def _restored(cls, *_: Any) -> Any:
-        raise NotImplementedError
-
-
-class Oracle(Editor):
-    """Knows which prompts are about the edited subject."""
-
-    name = "oracle"
-    Config = dict
-    changes_weights = False
-
-    def __init__(self, subjects: dict[str, str]) -> None:
-        super().__init__(())
-        self.subjects = subjects
-
-    def each(self, lm: LM, requests: Sequence[Request]) -> Any:
-        raise NotImplementedError
-
-    def edit(self, lm: LM, prompt: Any, target: str | None = None) -> Known:
-        requests = as_requests(prompt, target)
-        return Known({self.subjects[r.prompt]: r.target for r in requests}, None)
-
-
-class Random(Editor):
-    """Changes weights at random, by as much as they are large."""
-
-    name = "random"
-    Config = dict
-
-    def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        found = {}
-        for number, site in enumerate(self.sites):
-            generator = torch.Generator().manual_seed(number)
-            left, right = (
-                torch.randn(len(requests), *shape, generator=generator)
-                for shape in ((site.d_out, 8), (8, site.d_in))
-            )
-            change = LowRank(left, right)
-            size = float(site.weight(lm.model).norm()) / change.norm().float()
-            found[site.name] = LowRank(left * 3 * size[:, None, None], right)
-        return found
+from evaluate.known import Oracle, Random
 
 
 def damage() -> Damage:
