@@ -114,7 +114,7 @@ def test_evaluate_for_people_with_a_report(
     said = emendo_command(
         *("evaluate", "--editor", trained, "--data", facts, "--limit", 3, "--no-generated", "--report", page)
     )
-    assert "3 facts, one edit at a time" in said.out and "teacher forced" in said.out
+    assert "3 facts, edited one at a time" in said.out and "teacher forced" in said.out
     assert "free generation" not in said.out
     assert str(page) in said.err
     html = page.read_text(encoding="utf-8")

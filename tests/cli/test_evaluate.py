@@ -95,14 +95,33 @@ def test_edits_one_after_the_other(emendo_command: Emendo, options, tmp_path: Pa
         file.name for file in out.iterdir()
     }
     assert "one after the other" in (out / "report.html").read_text(encoding="utf-8")
-    assert "sequence" in emendo_command("evaluate", "show", out, "--worst", 1, code=2).err
     assert "sequence" in emendo_command("evaluate", "compare", out, out, code=2).err
     assert plain["checkpoints"][0]["refused"] is None
+    assert "free_generation" not in plain["checkpoints"][0]["retained"]
     strict = emendo_command("evaluate", *options, "--sequential", "--guard", "--json").json
     assert strict["checkpoints"][-1]["refused"] == 3  # an untrained model reaches no target in two steps
     assert "--sequential" in emendo_command("evaluate", *options, "--guard", code=2).err
     both = ("--sequential", "--together", 2)
     assert "--together" in emendo_command("evaluate", *options, *both, code=2).err
+
+
+def test_what_is_generated_after_many_edits_is_kept_and_traced(
+    emendo_command: Emendo, options, tmp_path: Path
+) -> None:
+    wanted, out = [option for option in options if option != "--no-generated"], tmp_path / "sequence"
+    table = emendo_command("evaluate", *wanted, "--sequential", "--ask-after", 1, "--out", out).out
+    assert "asked again, generated: edit success" in table and "the target and no more" in table
+    assert "Free generation" in (out / "report.html").read_text(encoding="utf-8")
+    assert "retained: edit success full" in (out / "summary.md").read_text(encoding="utf-8")
+    last = emendo_command("evaluate", "show", out, "--json").json["checkpoints"][-1]
+    rows = emendo_command("evaluate", "show", out, "--after", 3, "--worst", 3, "--json").json
+    for name, field in (("edit_success", "generated"), ("edit_success_full", "exact")):
+        asked = [outcome for row in rows for outcome in row["outcomes"] if outcome["kind"] == "edit"]
+        assert last["retained"]["free_generation"][name]["mean"] == sum(o[field] for o in asked) / 3
+    assert all(outcome["text_after"] is not None for row in rows for outcome in row["outcomes"])
+    assert "expected" in emendo_command("evaluate", "show", out, "--after", 1, "--record", "1").out
+    assert "after 1, 3 edits" in emendo_command("evaluate", "show", out, "--after", 2, code=2).err
+    assert emendo_command("evaluate", "show", out, "--after", 3).out
 
 
 def test_damage_is_looked_for_unless_it_is_not_wanted(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from emendo.evaluate.checkpoints import Checkpoint, Sequential
 from emendo.evaluate.report import render_report
-from emendo.evaluate.sequence import Checkpoint, Sequential
 from evaluate.samples import edit, evaluation, history, rows
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

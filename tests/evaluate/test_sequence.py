@@ -23,6 +23,7 @@ from emendo.editors.mend import Mend, MendConfig
 from emendo.errors import RequestError
 from emendo.evaluate.damage import Damage
 from emendo.evaluate.folder import RunFolder
+from emendo.evaluate.metrics import answer_match, first_line, same_answer
 from emendo.evaluate.results import Result
 from emendo.evaluate.sequence import sequence
 from emendo.models import LM
@@ -51,11 +52,7 @@ def test_each_edit_is_made_in_the_model_that_the_earlier_ones_left(kind: str, na
     assert [point.edits for point in found.checkpoints] == [1, 3, 4]
     twin = LM(copy.deepcopy(lm.model), lm.tokenizer)  # its weights are changed in earnest
     for count, record in enumerate(chosen, 1):
-        for site, change in editor.each(twin, [Request(record.prompt, record.target)]).items():
-            weight = twin.model.get_submodule(site).weight
-            dense = change[0].dense().detach()
-            with torch.no_grad():
-                weight += dense if weight.shape == dense.shape else dense.T
+        change_in_earnest(twin, editor, record)
         alone = found.right_after[count - 1]
         assert {outcome.kind for outcome in alone.outcomes} == {"edit", "paraphrase"}
         check(lm, twin, alone)
@@ -69,6 +66,14 @@ def test_each_edit_is_made_in_the_model_that_the_earlier_ones_left(kind: str, na
                     norm = site.weight(twin.model) - site.weight(lm.model)
                     share = float(norm.norm() / site.weight(lm.model).norm())
                     assert last.norms[site.name] == pytest.approx(share, rel=1e-3)
+
+
+def change_in_earnest(twin: LM, editor: Editor, record: Record) -> None:
+    for site, change in editor.each(twin, [Request(record.prompt, record.target)]).items():
+        weight = twin.model.get_submodule(site).weight
+        dense = change[0].dense().detach()
+        with torch.no_grad():
+            weight += dense if weight.shape == dense.shape else dense.T
 
 
 def check(lm: LM, twin: LM, result: Result) -> None:
@@ -166,3 +171,40 @@ def test_what_the_gate_refuses_is_taken_off_and_asked_for_all_the_same(tiny_llam
         assert [o.nll_after for o in again] == pytest.approx([o.nll_after for o in plain], rel=1e-4)
     with pytest.raises(RequestError, match="makes none"):
         sequence(tiny_llama, Cache((), CacheConfig()), chosen, gate=gate)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("llama", "mend"), ("gpt2", "ft")])
+def test_free_generation_is_that_of_the_model_that_took_all_the_edits(kind: str, name: str) -> None:
+    lm = build_lm(kind)
+    editor, chosen = editor_for(lm, name), some(4)
+    found = sequence(lm, editor, chosen, at=(2,))
+    twin = LM(copy.deepcopy(lm.model), lm.tokenizer)
+    for count, record in enumerate(chosen, 1):
+        change_in_earnest(twin, editor, record)
+        for point in found.checkpoints:
+            for outcome in (o for r in point.results if point.edits == count for o in r.outcomes):
+                assert outcome.text_after is not None
+                size = len(lm.tokenizer(outcome.text_after, add_special_tokens=False)["input_ids"])
+                said = twin.generate(outcome.prompt, max(8, size))
+                assert first_line(said).startswith(first_line(outcome.text_after))
+                if outcome.local:
+                    assert outcome.text_before is not None and outcome.exact is None
+                    same = same_answer(outcome.text_before, said, outcome.answer)
+                    assert outcome.generated == same
+                else:
+                    assert outcome.generated == answer_match(said, outcome.answer)
+    assert all(o.generated is None and o.text_after is None for r in found.right_after for o in r.outcomes)
+
+
+def test_what_is_retained_is_told_by_protocol(tiny_llama: LM) -> None:
+    editor, chosen = Cache((), CacheConfig(radius=3)), some(3)
+    spoken = sequence(tiny_llama, editor, chosen, at=(2,))
+    silent = sequence(tiny_llama, editor, chosen, at=(2,), generated=False)
+    groups = [point["retained"].keys() for point in spoken.as_dict()["checkpoints"]]
+    assert all("free_generation" in names for names in groups)
+    assert all("free_generation" not in p["retained"] for p in silent.as_dict()["checkpoints"])
+    assert spoken.protocol["retained_generated"] and not silent.protocol["retained_generated"]
+    assert spoken.after(2).results == spoken.checkpoints[0].results
+    assert spoken.after().results == spoken.checkpoints[-1].results
+    with pytest.raises(RequestError, match="after 2, 3 edits, not after 1"):
+        spoken.after(1)

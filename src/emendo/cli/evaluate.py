@@ -53,8 +53,7 @@ Sequential = Annotated[
     bool,
     typer.Option(
         "--sequential",
-        help="Make each edit in the model that the earlier ones have left, and ask for all of them again now and then; "
-        "teacher forced.",
+        help="Make each edit in the model that the earlier ones have left, and ask for all of them again now and then.",
     ),
 ]
 AskAfter = Annotated[

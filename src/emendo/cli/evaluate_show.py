@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 HELP = """Trace an evaluation's figures to its rows.
 
 Prints the scores of a folder that emendo evaluate --out wrote, the records that did worst, or every answer of one
-record: what was asked, what was expected, what was said before and after the edit.
+record: what was asked, what was expected, what was said before and after the edit. Of edits one after the other, the
+records are shown as they were asked again after the last edit, or after N with --after.
 
 \b
 Examples:
@@ -24,6 +25,7 @@ Examples:
   emendo evaluate show runs/measured --worst 20
   emendo evaluate show runs/measured --worst 5 --by perplexity
   emendo evaluate show runs/measured --record 1042
+  emendo evaluate show runs/sequence --after 100 --worst 20
 """
 
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of the evaluation.")]
@@ -43,28 +45,43 @@ RecordId = Annotated[
     str | None,
     typer.Option("--record", metavar="ID", help="Every answer of the record of that id, or number."),
 ]
+After = Annotated[
+    int | None,
+    typer.Option(
+        "--after",
+        metavar="N",
+        min=1,
+        help="Of edits one after the other: the records as they were asked again after N.  [default: the last]",
+    ),
+]
 
 
 def run(
-    folder: Folder, worst: Worst = None, by: By = None, record: RecordId = None, as_json: opt.AsJson = False
+    folder: Folder,
+    worst: Worst = None,
+    by: By = None,
+    record: RecordId = None,
+    after: After = None,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Trace figures to rows."""
     from emendo.cli.show import scores
     from emendo.errors import RequestError
     from emendo.evaluate import tracing
+    from emendo.evaluate.checkpoints import Sequential
     from emendo.evaluate.folder import RunFolder
-    from emendo.evaluate.sequence import Sequential
 
     found = RunFolder.open(folder).found()
     if isinstance(found, Sequential):
         from emendo.cli.retention import retention
 
-        if worst is not None or record is not None:
-            raise RequestError(
-                f"{folder} holds a sequence of edits; --worst and --record are for edits one at a time."
-            )
-        emit(found.as_dict()) if as_json else retention(found.as_dict())
-    elif record is not None:
+        if worst is None and by is None and record is None and after is None:
+            emit(found.as_dict()) if as_json else retention(found.as_dict())
+            return
+        found = found.after(after)
+    elif after is not None:
+        raise RequestError(f"{folder} holds edits that were not made one after the other; leave --after out.")
+    if record is not None:
         one = tracing.record_of(found, record)
         emit(tracing.as_dict(one)) if as_json else _record(one)
     elif worst is not None or by is not None:

@@ -16,10 +16,11 @@ from emendo.data.abilities import OPENINGS, PASSAGES, abilities
 from emendo.editors import Editor
 from emendo.errors import RequestError
 from emendo.evaluate import Evaluation, evaluate
+from emendo.evaluate.checkpoints import Sequential
 from emendo.evaluate.damage import Damage
 from emendo.evaluate.folder import RunFolder, digest, editor_digest, versions
 from emendo.evaluate.report import write_report
-from emendo.evaluate.sequence import RETENTION, Sequential, sequence
+from emendo.evaluate.sequence import RETENTION, sequence
 from emendo.evaluate.summary import summary
 from emendo.files import new_file
 from emendo.models import LM
@@ -177,6 +178,7 @@ def _measured(
                 editor,
                 records,
                 at=ask.ask_after,
+                generated=ask.generated,
                 damage=damage,
                 gate=gate,
                 parts=parts,
@@ -219,6 +221,7 @@ def _asked(lm: LM, editor: Editor, ask: Ask, damage: Damage | None) -> dict[str,
     if ask.sequential:
         asked["ask_after"] = list(ask.ask_after)
         asked["guard"] = ask.guard
+        asked["retained_generated"] = ask.generated
     if damage is not None:
         asked["damage"] = digest(
             [list(damage.passages), [str(i) for i in damage.items], list(damage.openings)]

@@ -9,24 +9,30 @@ from rich.table import Table
 
 from emendo.cli.console import output
 
+_FORCED, _FREE = "teacher_forced", "free_generation"
 _ROWS = (
-    ("right after its edit: edit success", "right_after", "edit_success"),
-    ("right after its edit: generalisation", "right_after", "generalisation"),
-    ("asked again: edit success", "retained", "edit_success"),
-    ("asked again: generalisation", "retained", "generalisation"),
-    ("asked again: locality", "retained", "locality"),
+    ("right after its edit: edit success", "right_after", _FORCED, "edit_success"),
+    ("right after its edit: generalisation", "right_after", _FORCED, "generalisation"),
+    ("asked again: edit success", "retained", _FORCED, "edit_success"),
+    ("asked again: generalisation", "retained", _FORCED, "generalisation"),
+    ("asked again: locality", "retained", _FORCED, "locality"),
+    ("asked again, generated: edit success", "retained", _FREE, "edit_success"),
+    ("asked again, generated: the target and no more", "retained", _FREE, "edit_success_full"),
+    ("asked again, generated: generalisation", "retained", _FREE, "generalisation"),
+    ("asked again, generated: locality", "retained", _FREE, "locality"),
 )
+"""Heading, when it was asked, protocol, score."""
 
 
 def retention(figures: Mapping[str, Any]) -> None:
     """Print what is left of the edits as they become more, from what ``as_dict()`` of a sequence gives."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     points = figures["checkpoints"]
-    table.add_column("edits one after the other, teacher forced")
+    table.add_column("edits one after the other; teacher forced where not generated")
     for point in points:
         table.add_column(f"after {point['edits']:,}", justify="right")
-    for heading, when, name in _ROWS:
-        cells = [point[when].get("teacher_forced", {}).get(name) for point in points]
+    for heading, when, group, name in _ROWS:
+        cells = [point[when].get(group, {}).get(name) for point in points]
         if any(cells):
             table.add_row(heading, *(_share(cell) for cell in cells))
     if any(point["refused"] is not None for point in points):

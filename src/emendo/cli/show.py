@@ -67,7 +67,8 @@ def scores(figures: Mapping[str, Any]) -> None:
     """Print an evaluation's scores with their intervals, from what its ``as_dict()`` gives."""
     generated = figures.get("generated")
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column(f"{figures['records']} facts, one edit at a time")
+    how = figures["protocol"]["edits"].partition(", each")[0]
+    table.add_column(f"{figures['records']} facts, edited {how}")
     table.add_column("teacher forced")
     if generated:
         table.add_column("free generation")

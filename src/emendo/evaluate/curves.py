@@ -24,11 +24,13 @@ from emendo.evaluate.results import Evaluation
 _FLOOR = 1e-6
 """The smallest KL that is told apart, in nats."""
 _SERIES = (
-    ("right_after", "edit_success", "edit success right after the edit", SKY, "--"),
-    ("retained", "edit_success", "edit success, asked again", BLUE, "-"),
-    ("retained", "generalisation", "generalisation, asked again", GREEN, "-"),
-    ("retained", "locality", "locality", ORANGE, "-"),
+    ("right_after", "teacher_forced", "edit_success", "edit success right after the edit", SKY, "--"),
+    ("retained", "teacher_forced", "edit_success", "edit success, asked again", BLUE, "-"),
+    ("retained", "free_generation", "edit_success", "edit success, asked again, generated", BLUE, ":"),
+    ("retained", "teacher_forced", "generalisation", "generalisation, asked again", GREEN, "-"),
+    ("retained", "teacher_forced", "locality", "locality", ORANGE, "-"),
 )
+"""When it was asked, protocol, score, its name, colour, dashes."""
 
 
 def kl_histogram(evaluation: Evaluation, image: Format = "svg") -> bytes:
@@ -100,8 +102,8 @@ def retention_curves(figures: Mapping[str, Any], image: Format = "svg") -> bytes
     """
     figure, (left, right) = panels(10.4, 3.6, 2)
     points = figures["checkpoints"]
-    for when, name, label, colour, dashes in _SERIES:
-        found = [(p["edits"], p[when].get("teacher_forced", {}).get(name)) for p in points]
+    for when, group, name, label, colour, dashes in _SERIES:
+        found = [(p["edits"], p[when].get(group, {}).get(name)) for p in points]
         kept = [(n, s) for n, s in found if s and s["mean"] is not None]
         if kept:
             counts = [n for n, _ in kept]

@@ -32,8 +32,8 @@ from emendo.data.schema import Record
 from emendo.editors.base import Editor
 from emendo.errors import StorageError
 from emendo.evaluate.answers import read_answers, write_answers
+from emendo.evaluate.checkpoints import Checkpoint, Sequential
 from emendo.evaluate.results import Evaluation, Result
-from emendo.evaluate.sequence import Checkpoint, Sequential
 from emendo.files import new_file, read_json, write_json
 
 FORMAT = 1

@@ -22,10 +22,10 @@ from emendo.editors.base import Editor
 from emendo.errors import RequestError
 from emendo.evaluate.asking import Asked, made
 from emendo.evaluate.batches import Continuations, Lazy, trunk_batches
-from emendo.evaluate.cases import Case, by_budget, tokenise
+from emendo.evaluate.cases import tokenise
 from emendo.evaluate.damage import Damage
 from emendo.evaluate.forced import force
-from emendo.evaluate.metrics import answer_match, full_match, same_answer
+from emendo.evaluate.free import speak
 from emendo.evaluate.protocol import cost, words
 from emendo.evaluate.results import Evaluation, Result
 from emendo.models import LM
@@ -237,23 +237,9 @@ class _Run:
         for part in [list(chain(*rows))] if asked.shared else rows:
             force(part, asked, self.store)
             if self.ways.generated:
-                self._generate([item for item in part if item[1].budget], asked)
+                speak(part, asked, self.clean)
         seen = self.damage.look(asked, groups) if self.damage is not None else [{} for _ in groups]
         yield from self._results(groups, asked, seen)
-
-    def _generate(self, rows: Sequence[tuple[int, Case]], asked: Asked) -> None:
-        """Free greedy continuations; each row under its own record's edit."""
-        self.clean.ensure([case for _, case in rows])
-        for part in by_budget(rows, lambda item: item[1]):
-            prompts = [case.prompt for _, case in part]
-            texts = asked.generate([row for row, _ in part], prompts, part[0][1].budget)
-            for (_, case), text in zip(part, texts, strict=True):
-                case.found["text_after"] = text
-                if case.local:
-                    case.found["generated"] = same_answer(case.found["text_before"], text, case.answer)
-                else:
-                    case.found["generated"] = answer_match(text, case.answer)
-                    case.found["exact"] = full_match(text, case.answer)
 
     def _results(
         self, groups: Sequence[int], asked: Asked, seen: Sequence[Mapping[str, float]]

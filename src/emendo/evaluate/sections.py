@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from emendo.evaluate import curves, plots
+from emendo.evaluate.checkpoints import Sequential
 from emendo.evaluate.page import inline
 from emendo.evaluate.results import Evaluation, Outcome, Result
 from emendo.evaluate.score_list import GROUPS
 from emendo.evaluate.scores import BY_NAME
-from emendo.evaluate.sequence import Sequential
 from emendo.evaluate.summary import ABOUT
 from emendo.evaluate.tracing import answer
 
@@ -84,12 +84,14 @@ def sequence(found: Sequential) -> dict[str, Any]:
             "refused": point["refused"],
             "after": point["right_after"].get("teacher_forced", {}),
             "kept": point["retained"].get("teacher_forced", {}),
+            "said": point["retained"].get("free_generation", {}),
             "damage": point["damage"],
             "norm": point["relative_norm"],
         }
         for point in plain["checkpoints"]
     ]
-    return {"rows": rows, "plot": inline(curves.retention_curves(plain)), **plain}
+    said = any(row["said"] for row in rows)
+    return {"rows": rows, "said": said, "plot": inline(curves.retention_curves(plain)), **plain}
 
 
 def _is_share(group: str, name: str) -> bool:

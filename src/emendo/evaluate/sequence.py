@@ -1,18 +1,16 @@
 """Edits one after the other, each into the model that the earlier ones have left, and what becomes of them.
 
-Right after its edit every fact is asked once. After N = 1, 10, 100, 1,000 edits all facts so far are asked again, with
-their neighbours, which is retention: the two are told apart, for a method may place every edit and lose it with the
-next. What several edits add up to is kept as one dense change for each site, in fp32 beside the weights; an editor
-that changes no weights is given all facts so far at once.
+Right after its edit every fact is asked once, teacher forced. After N = 1, 10, 100, 1,000 edits all facts so far are
+asked again, with their neighbours, teacher forced and by free generation, which is retention: the two are told apart,
+for a method may place every edit and lose it with the next. What several edits add up to is kept as one dense change
+for each site, in fp32 beside the weights; an editor that changes no weights is given all facts so far at once.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +20,14 @@ from emendo.edit import AnyEdit, Request
 from emendo.editors.base import Editor
 from emendo.errors import RequestError
 from emendo.evaluate.asking import Asked, standing
-from emendo.evaluate.batches import trunk_batches
+from emendo.evaluate.batches import Continuations, trunk_batches
 from emendo.evaluate.cases import Case, tokenise
+from emendo.evaluate.checkpoints import Checkpoint, Sequential
 from emendo.evaluate.damage import Damage
 from emendo.evaluate.forced import force
-from emendo.evaluate.results import Result, finite, plain
+from emendo.evaluate.free import speak
+from emendo.evaluate.results import Result
 from emendo.evaluate.run import Parts, Progress
-from emendo.evaluate.scores import figures
 from emendo.lowrank import LowRank, applied
 from emendo.models import LM
 from emendo.sites import find_sites
@@ -43,78 +42,26 @@ RETENTION = (1, 10, 100, 1000)
 """After how many edits all facts so far are asked again."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a model that has taken several edits answers.
-
-    Attributes:
-        edits: how many it has taken.
-        results: one for each fact so far; their sizes are those of all edits together.
-    """
-
-    edits: int
-    results: tuple[Result, ...]
-
-
-@dataclass(frozen=True)
-class Sequential:
-    """The whole of a sequential evaluation.
-
-    Attributes:
-        right_after: one result for each fact, asked right after its own edit (edit prompt and rewordings).
-        checkpoints: in the order of their edits.
-        protocol: how it was measured.
-        clean: of the clean model, what the results' ``damage`` says.
-    """
-
-    right_after: tuple[Result, ...]
-    checkpoints: tuple[Checkpoint, ...]
-    protocol: Mapping[str, Any] = field(default_factory=dict)
-    clean: Mapping[str, float] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """What ``emendo evaluate --sequential --json`` prints."""
-        points = []
-        for point in self.checkpoints:
-            so_far, last = self.right_after[: point.edits], point.results[-1]
-            refused = [result.damage["refused"] for result in so_far if "refused" in result.damage]
-            points.append(
-                {
-                    "edits": point.edits,
-                    "refused": int(sum(refused)) if refused else None,
-                    "right_after": {group: plain(scores) for group, scores in figures(so_far).items()},
-                    "retained": {group: plain(scores) for group, scores in figures(point.results).items()},
-                    "damage": {name: finite(value) for name, value in last.damage.items()},
-                    "relative_norm": finite(last.norm),
-                }
-            )
-        return {
-            "records": len(self.right_after),
-            "protocol": dict(self.protocol),
-            "seconds_per_edit": fmean(result.seconds for result in self.right_after),
-            "clean": {name: finite(value) for name, value in self.clean.items()},
-            "checkpoints": points,
-        }
-
-
 def sequence(
     lm: LM,
     editor: Editor,
     records: Sequence[Record],
     *,
     at: Sequence[int] = RETENTION,
+    generated: bool = True,
     damage: Damage | None = None,
     gate: Gate | None = None,
     parts: Parts | None = None,
     progress: Progress | None = None,
 ) -> Sequential:
-    """Make one edit after the other, and ask for the earlier ones again now and then. All teacher forced.
+    """Make one edit after the other, and ask for the earlier ones again now and then.
 
     Args:
         lm: the model; it comes back as it was.
         editor: an editor of any kind.
         records: what to edit, in this order.
         at: after how many edits to ask for all so far; after the last one they are always asked.
+        generated: let the edited model also speak freely when all so far are asked again.
         damage: what to look at beside, at the same times.
         gate: what lets an edit stay; one that it refuses is taken off, and asked for all the same.
         parts: where the results are kept on the way; what is there is not asked again, though its edits are made again.
@@ -136,7 +83,7 @@ def sequence(
     try:
         with torch.no_grad():
             tell = progress or (lambda what, done, total: None)
-            run = _Run(lm, editor, records, damage, gate, parts, tell)
+            run = _Run(lm, editor, records, generated, damage, gate, parts, tell)
             return run.measure(sorted({count for count in at if count < len(records)} | {len(records)}))
     finally:
         editor.train(training)
@@ -150,12 +97,13 @@ class _Run:
         lm: LM,
         editor: Editor,
         records: Sequence[Record],
+        generated: bool,
         damage: Damage | None,
         gate: Gate | None,
         parts: Parts | None,
         progress: Progress,
     ) -> None:
-        self.lm, self.editor, self.records = lm, editor, records
+        self.lm, self.editor, self.records, self.generated = lm, editor, records, generated
         self.damage, self.gate, self.parts, self.progress = damage, gate, parts, progress
         self.store = TrunkStore(Trunk(lm.model, editor.sites or find_sites(lm.model)), dtype=torch.float32)
         if damage is not None:
@@ -163,6 +111,7 @@ class _Run:
         self.cases = tokenise(lm, records, None, told=False)
         texts = [text for cases in self.cases for case in cases for text in case.texts()]
         self.trunk = trunk_batches(self.store, texts)
+        self.clean = Continuations(lm, [case for cases in self.cases for case in cases] if generated else ())
         self.state: dict[str, Tensor] | AnyEdit = {}
         host = editor.host(lm).model
         self.size = {site.name: float(site.weight(host).double().norm()) for site in editor.sites}
@@ -183,8 +132,10 @@ class _Run:
             done = count
         words = {
             "edits": "one after the other, each into the model that the earlier ones have left",
-            "right_after": "asked right after its own edit; edit prompt and rewordings",
-            "retained": "all facts so far asked again after N edits, with their neighbours and unrelated prompts",
+            "right_after": "asked right after its own edit, teacher forced; edit prompt and rewordings",
+            "retained": "all facts so far asked again after N edits, with their neighbours and unrelated prompts; "
+            "free_generation and *_generated by greedy decoding from the prompt alone, the rest teacher forced",
+            "retained_generated": self.generated,
             "model": self.lm.name,
             "fingerprint": self.lm.fingerprint,
             "editor": self.editor.name,
@@ -250,6 +201,8 @@ class _Run:
         seen = self.damage.look(asked, [0])[0] if self.damage is not None else {}
         cases = [case for index in range(count) for case in self.cases[index]]
         self._ask(cases, asked)
+        if self.generated:
+            speak([(0, case) for case in cases], asked, self.clean)
         self.progress(f"asked again after {count}", count, count)
         return [self._result(index, self.cases[index], asked, seen) for index in range(count)]
 

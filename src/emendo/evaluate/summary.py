@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from emendo.evaluate.checkpoints import Sequential
 from emendo.evaluate.results import Evaluation
 from emendo.evaluate.score_list import GROUPS, SCORES
 from emendo.evaluate.scores import HARMONIC_ABOUT
-from emendo.evaluate.sequence import Sequential
 
 ABOUT: Mapping[tuple[str, str], str] = {
     **{(score.group, score.name): score.about for score in SCORES},
@@ -51,17 +51,28 @@ def summary(found: Evaluation | Sequential, head: Mapping[str, Any]) -> str:
 
 
 def _sequence(plain: Mapping[str, Any]) -> list[str]:
-    rows = []
+    forced, free = [], []
     for point in plain["checkpoints"]:
-        after, kept = (point[when].get("teacher_forced", {}) for when in ("right_after", "retained"))
-        cells = [
-            after.get("edit_success"),
-            *(kept.get(n) for n in ("edit_success", "generalisation", "locality")),
-        ]
-        shown = [_interval(cell) if cell else "-" for cell in cells]
-        rows.append((str(point["edits"]), *shown, _number(point["damage"].get("perplexity"))))
+        kept, said = (point["retained"].get(group, {}) for group in ("teacher_forced", "free_generation"))
+        after = point["right_after"].get("teacher_forced", {}).get("edit_success")
+        cells = [after, *(kept.get(name) for name in ("edit_success", "generalisation", "locality"))]
+        perplexity = _number(point["damage"].get("perplexity"))
+        forced.append((str(point["edits"]), *map(_maybe, cells), perplexity))
+        free.append((str(point["edits"]), *(_maybe(said.get(name)) for name in _SAID)))
     head = ("edits", "right after: success", "retained: success", "generalisation", "locality", "perplexity")
-    return ["## one after the other", "", *_table(head, rows), ""]
+    lines = ["## one after the other", "", "Teacher forced:", "", *_table(head, forced), ""]
+    if any("free_generation" in point["retained"] for point in plain["checkpoints"]):
+        names = ("edits", *(f"retained: {name.replace('_', ' ')}" for name in _SAID))
+        lines += ["Free generation, asked again after so many edits:", "", *_table(names, free), ""]
+    return lines
+
+
+_SAID = ("edit_success", "edit_success_full", "generalisation", "generalisation_full", "locality")
+"""Scores of free generation that are shown of a sequence."""
+
+
+def _maybe(cell: Mapping[str, Any] | None) -> str:
+    return _interval(cell) if cell else "-"
 
 
 def _damage(damage: Mapping[str, Mapping[str, Any]]) -> list[str]:
