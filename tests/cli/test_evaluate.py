@@ -124,6 +124,18 @@ def test_what_is_generated_after_many_edits_is_kept_and_traced(
     assert emendo_command("evaluate", "show", out, "--after", 3).out
 
 
+def test_tasks_of_the_harness(emendo_command: Emendo, options, monkeypatch: pytest.MonkeyPatch) -> None:
+    asks = (*options, "--lm-eval", "arc_easy,piqa", "--lm-eval-limit", 5)
+    monkeypatch.setattr("emendo.evaluate.harness.find_spec", lambda name: None)
+    assert "pip install 'emendo[lm-eval]'" in emendo_command("evaluate", *asks, code=2).err
+    monkeypatch.setattr("emendo.evaluate.harness.find_spec", lambda name: object())
+    said = emendo_command("evaluate", *asks, "--limit", 1)  # one at a time: nothing is asked
+    assert "not measured: edits one at a time" in said.out
+    assert "--lm-eval names" in emendo_command("evaluate", *options, "--lm-eval-limit", 5, code=2).err
+    nowhere = ("--lm-eval", "mine", "--lm-eval-tasks", "nowhere")
+    assert "nowhere is no folder" in emendo_command("evaluate", *options, *nowhere, code=2).err
+
+
 def test_damage_is_looked_for_unless_it_is_not_wanted(
     emendo_command: Emendo, options, tmp_path: Path
 ) -> None:

@@ -160,15 +160,16 @@ def main() -> None:
     given = options.parse_args()
     lm, chosen = emendo.load(given.model), read_records(given.data).records[: given.limit]
     editors: dict[str, Editor] = {
-        "oracle": Oracle({record.prompt: record.subject or "" for record in chosen}),
-        "in-context": InContext((), InContextConfig()),
         **{f"random, {size:.0%}": Random(find_sites(lm.model), size) for size in given.sizes},
+        "in-context": InContext((), InContextConfig()),
+        "oracle": Oracle({record.prompt: record.subject or "" for record in chosen}),
     }
-    runs = {}
+    runs: dict[str, Evaluation] = {}
     for name, editor in editors.items():
         runs[name] = evaluate(lm, editor, chosen)
-        sys.stdout.write(f"{name}: {runs[name].seconds_per_edit:.2f} s for an edit\n")
-        sys.stdout.flush()
+        sys.stderr.write(
+            f"{name}: {runs[name].seconds_per_edit:.2f} s for an edit\n{table({name: runs[name]})}\n"
+        )
     sys.stdout.write(table(runs))
 
 

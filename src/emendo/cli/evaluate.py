@@ -88,6 +88,25 @@ Text = Annotated[
         help="Plain text for the perplexity, a paragraph a line; its first 8 are read.  [default: built in]",
     ),
 ]
+LmEval = Annotated[
+    str | None,
+    typer.Option(
+        "--lm-eval",
+        metavar="TASK[,TASK]",
+        help="Tasks of the evaluation harness (lm-eval), asked of the clean model and of the one with the edits: all "
+        "of --sequential, or the first of --together.",
+    ),
+]
+LmEvalLimit = Annotated[
+    int | None,
+    typer.Option(
+        "--lm-eval-limit", metavar="N", min=1, help="The first N questions of each task.  [default: all]"
+    ),
+]
+LmEvalTasks = Annotated[
+    Path | None,
+    typer.Option("--lm-eval-tasks", metavar="DIR", help="A folder with task files (YAML) of your own."),
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave malformed records out and say how many.")]
 Out = Annotated[
     Path | None,
@@ -117,6 +136,9 @@ def run(
     damage: Damage = True,
     guard: Guard = False,
     text: Text = None,
+    lm_eval: LmEval = None,
+    lm_eval_limit: LmEvalLimit = None,
+    lm_eval_tasks: LmEvalTasks = None,
     skip_bad: SkipBad = False,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
@@ -126,7 +148,7 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Measure an editor."""
-    from emendo.cli.evaluating import Ask, measure, write
+    from emendo.cli.evaluating import Ask, harness, measure, write
     from emendo.cli.loading import MethodOptions, load_editor, read
     from emendo.cli.show import scores
     from emendo.cli.team import Team
@@ -148,10 +170,16 @@ def run(
         ask_after=ask_after,
         guard=guard,
         text=text,
+        lm_eval=lm_eval,
+        lm_eval_limit=lm_eval_limit,
+        lm_eval_tasks=lm_eval_tasks,
         out=out,
         **{"no-generated": not generated, "no-damage": not damage},
     )
-    ask = Ask(generated, batch, together, sequential, ask_after or RETENTION, damage, guard, text, command)
+    tasks = harness(lm_eval, lm_eval_limit, lm_eval_tasks)
+    ask = Ask(
+        generated, batch, together, sequential, ask_after or RETENTION, damage, guard, text, tasks, command
+    )
     split = "test" if data == "atlas" else None
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)
     method = MethodOptions(settings, sites, last)

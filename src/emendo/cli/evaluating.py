@@ -19,6 +19,7 @@ from emendo.evaluate import Evaluation, evaluate
 from emendo.evaluate.checkpoints import Sequential
 from emendo.evaluate.damage import Damage
 from emendo.evaluate.folder import RunFolder, digest, editor_digest, versions
+from emendo.evaluate.harness import Harness
 from emendo.evaluate.report import write_report
 from emendo.evaluate.sequence import RETENTION, sequence
 from emendo.evaluate.summary import summary
@@ -45,6 +46,7 @@ class Ask:
         damage: look for damage.
         guard: let the ledger's guard refuse edits of a sequence.
         text: a file of plain text for the perplexity.
+        harness: tasks of the evaluation harness to ask.
         command: how to do it again.
     """
 
@@ -56,6 +58,7 @@ class Ask:
     damage: bool = True
     guard: bool = False
     text: str | None = None
+    harness: Harness | None = None
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -65,6 +68,19 @@ class Ask:
             raise RequestError("--guard stands before edits one after the other; it needs --sequential.")
         if self.text is not None and not self.damage:
             raise RequestError("--text is for the perplexity, which --no-damage leaves out.")
+
+
+def harness(tasks: str | None, limit: int | None, folder: Path | None) -> Harness | None:
+    """What the options about the evaluation harness say.
+
+    Raises:
+        RequestError: they do not go together, or the harness is not installed.
+    """
+    if tasks is None:
+        if limit is not None or folder is not None:
+            raise RequestError("--lm-eval-limit and --lm-eval-tasks are for the tasks that --lm-eval names.")
+        return None
+    return Harness([task.strip() for task in tasks.split(",")], limit, folder)
 
 
 def measure(
@@ -94,8 +110,7 @@ def measure(
     if run.begun:
         note(f"Going on with {out}: {run.begun} parts are there.")
     found = _measured(lm, editor, run.records, ask, damage, run)
-    run.finish(found)
-    _pages(out, found, run)
+    _finish(run, found, ask)
     return found, run.records
 
 
@@ -130,9 +145,14 @@ def _shared(
     if not team.first:
         return (run.found() if run.finished else share), run.records
     if not run.finished:
-        run.finish(_measured(lm, editor, run.records, ask, damage, run))  # every part is there
-        _pages(out, run.found(), run)
+        _finish(run, _measured(lm, editor, run.records, ask, damage, run), ask)  # every part is there
     return run.found(), run.records
+
+
+def _finish(run: RunFolder, found: Evaluation | Sequential, ask: Ask) -> None:
+    """Keep what was found, the harness's answers among it, and write the pages."""
+    run.finish(found, ask.harness.rows if ask.harness is not None else ())
+    _pages(run.folder, found, run)
 
 
 def _pages(out: Path, found: Evaluation | Sequential, run: RunFolder) -> None:
@@ -182,6 +202,7 @@ def _measured(
                 damage=damage,
                 gate=gate,
                 parts=parts,
+                harness=ask.harness,
                 progress=work,
             )
         return evaluate(
@@ -194,6 +215,7 @@ def _measured(
             damage=damage,
             parts=parts,
             share=share,
+            harness=ask.harness if share[1] == 1 else None,
             progress=work,
         )
 
@@ -221,7 +243,10 @@ def _asked(lm: LM, editor: Editor, ask: Ask, damage: Damage | None) -> dict[str,
     if ask.sequential:
         asked["ask_after"] = list(ask.ask_after)
         asked["guard"] = ask.guard
-        asked["retained_generated"] = ask.generated
+        if ask.generated:
+            asked["retained_generated"] = True
+    if ask.harness is not None:
+        asked["lm_eval"] = ask.harness.asked()
     if damage is not None:
         asked["damage"] = digest(
             [list(damage.passages), [str(i) for i in damage.items], list(damage.openings)]

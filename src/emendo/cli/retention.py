@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from emendo.cli.console import output
+from emendo.cli.show import harness
 
 _FORCED, _FREE = "teacher_forced", "free_generation"
 _ROWS = (
@@ -46,6 +47,7 @@ def retention(figures: Mapping[str, Any]) -> None:
     output().print(
         f"[dim]in brackets the 95% interval; {figures['seconds_per_edit']:.2f} s for an edit[/dim]"
     )
+    harness(figures.get("lm_eval"))
 
 
 def _share(cell: Mapping[str, float | None] | None) -> str:

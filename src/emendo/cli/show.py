@@ -83,6 +83,28 @@ def scores(figures: Mapping[str, Any]) -> None:
     output().print(
         f"[dim]in brackets the 95% interval; {figures['seconds_per_edit']:.2f} s for an edit[/dim]"
     )
+    harness(figures.get("lm_eval"))
+
+
+def harness(found: Mapping[str, Any] | None) -> None:
+    """Print what tasks of the evaluation harness gave, from ``lm_eval`` of the figures; None prints nothing."""
+    if found is None:
+        return
+    if found["scores"]:
+        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        for heading in ("lm-eval", "clean model", "with the edits"):
+            table.add_column(heading, justify="left" if heading == "lm-eval" else "right")
+        for name, score in found["scores"].items():
+            cells = (_with_error(score[side], score[f"{side}_stderr"]) for side in ("before", "after"))
+            table.add_row(escape(name), *cells)
+        output().print(table)
+    output().print(f"[dim]lm-eval: {escape(found['edits'])}[/dim]")
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "[dim]no number[/dim]"
+    return f"{value:.4g}" if error is None else f"{value:.4g} [dim]± {error:.2g}[/dim]"
 
 
 def _answers(answers: Sequence[Answer]) -> str:

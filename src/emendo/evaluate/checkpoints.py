@@ -34,12 +34,14 @@ class Sequential:
         checkpoints: in the order of their edits.
         protocol: how it was measured.
         clean: of the clean model, what the results' ``damage`` says.
+        harness: what tasks of the evaluation harness gave after the last edit; empty where none was asked for.
     """
 
     right_after: tuple[Result, ...]
     checkpoints: tuple[Checkpoint, ...]
     protocol: Mapping[str, Any] = field(default_factory=dict)
     clean: Mapping[str, float] = field(default_factory=dict)
+    harness: Mapping[str, Any] = field(default_factory=dict)
 
     def after(self, edits: int | None = None) -> Evaluation:
         """All facts as they were asked again after so many edits, by default after the last.
@@ -76,4 +78,5 @@ class Sequential:
             "seconds_per_edit": fmean(result.seconds for result in self.right_after),
             "clean": {name: finite(value) for name, value in self.clean.items()},
             "checkpoints": points,
+            "lm_eval": dict(self.harness) or None,
         }

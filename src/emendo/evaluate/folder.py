@@ -7,6 +7,7 @@
         parts/           answers on the way, part by part; they go when the run is done
         answers.parquet  every raw answer: one row for each prompt of each record
         edits.parquet    every edit: rank, size at each site, seconds, damage
+        lm-eval.jsonl    where the evaluation harness was asked: what was said to each of its questions
         report.html, summary.md
 
 The same command goes on where it was stopped: a part that is there is not measured again.
@@ -89,7 +90,7 @@ class RunFolder:
                 raise StorageError(
                     f"{folder} already holds something that is not emendo's; choose another --out."
                 )
-            for path in (folder / "run.json", *folder.glob("*.parquet")):
+            for path in (folder / "run.json", folder / "lm-eval.jsonl", *folder.glob("*.parquet")):
                 path.unlink(missing_ok=True)
             shutil.rmtree(folder / "parts", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,15 +144,19 @@ class RunFolder:
         (self.folder / "parts").mkdir(exist_ok=True)
         write_answers(self.folder / "parts", f"{number:05d}.", rows)
 
-    def finish(self, found: Evaluation | Sequential) -> None:
+    def finish(self, found: Evaluation | Sequential, rows: Sequence[Mapping[str, Any]] = ()) -> None:
         """Keep all answers as few files and what else was found; the parts go.
 
         A sequence is kept as ``right-after.*`` and, for each checkpoint, ``after-N.*``.
 
+        Args:
+            found: all of it.
+            rows: the answers to the evaluation harness's questions, as JSON values.
+
         Raises:
             StorageError: something cannot be written; the parts are still there.
         """
-        rest: tuple[str, ...] = ("protocol", "clean")
+        rest: tuple[str, ...] = ("protocol", "clean", "harness")
         if isinstance(found, Sequential):
             for point in found.checkpoints:
                 write_answers(self.folder, f"after-{point.edits}.", enumerate(point.results))
@@ -159,6 +164,10 @@ class RunFolder:
         else:
             rest += ("seconds_per_edit", "seconds_per_edit_in_batch", "cost")
             write_answers(self.folder, "", enumerate(found.results))
+        if rows:
+            with new_file(self.folder / "lm-eval.jsonl") as temporary:
+                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                temporary.write_text("".join(lines), encoding="utf-8")
         self.head["result"] = {name: getattr(found, name) for name in rest}
         if isinstance(found, Sequential):
             self.head["checkpoints"] = [point.edits for point in found.checkpoints]

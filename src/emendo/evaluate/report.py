@@ -67,6 +67,7 @@ def render_report(
 ) -> str:
     """The page of :func:`write_report` as text."""
     details = {key: value for key, value in info.items() if key not in ("title", "command")}
+    measured = evaluation or sequential
     if norms is None and evaluation is not None:
         norms = evaluation.site_norms()
     return render_page(
@@ -78,6 +79,7 @@ def render_report(
         edit=edit,
         rows=rows or (),
         **_measured(evaluation, sequential),
+        harness=measured.harness if measured is not None else None,
         target_plot=inline(plots.target_probabilities(rows)) if rows else None,
         norms_plot=inline(plots.site_norms(norms)) if norms else None,
         training_plot=inline(plots.training_curves(history)) if history else None,

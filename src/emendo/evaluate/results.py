@@ -149,6 +149,8 @@ class Evaluation:
         seconds_per_edit_in_batch: time of the edits made in batches, divided by their number.
         clean: of the clean model, what each result's ``damage`` says of an edited one.
         cost: the editor's size and the most memory in use.
+        harness: what tasks of the evaluation harness gave (see :mod:`emendo.evaluate.harness`); empty where none was
+            asked for.
     """
 
     results: tuple[Result, ...]
@@ -157,6 +159,7 @@ class Evaluation:
     seconds_per_edit_in_batch: float
     clean: Mapping[str, float] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
+    harness: Mapping[str, Any] = field(default_factory=dict)
 
     def scores(self, measure: Measure = "teacher_forced") -> dict[str, Interval | None]:
         """Each score with its interval over the records; None where no record has such a prompt.
@@ -249,6 +252,7 @@ class Evaluation:
             "relative_norm": finite(fmean(result.norm for result in self.results)),
             "site_norms": {name: finite(value) for name, value in self.site_norms().items()},
             "damage": self.damage(),
+            "lm_eval": dict(self.harness) or None,
             "cost": dict(self.cost),
         }
 

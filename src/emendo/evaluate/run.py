@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from statistics import fmean, median
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +26,7 @@ from emendo.evaluate.cases import tokenise
 from emendo.evaluate.damage import Damage
 from emendo.evaluate.forced import force
 from emendo.evaluate.free import speak
+from emendo.evaluate.harness import Harness, unmeasured
 from emendo.evaluate.protocol import cost, words
 from emendo.evaluate.results import Evaluation, Result
 from emendo.models import LM
@@ -94,6 +95,7 @@ def evaluate(
     damage: Damage | None = None,
     parts: Parts | None = None,
     share: tuple[int, int] = (0, 1),
+    harness: Harness | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Edit every record's fact into the clean model and score the edited model on the record's prompts.
@@ -113,6 +115,7 @@ def evaluate(
         damage: what to look at beside the records' own prompts.
         parts: where the results are kept on the way; what it holds already is not measured again.
         share: which part of the work this process does, and of how many; the results are those of this part alone.
+        harness: tasks to ask of the clean model and of the one with the first edit of several facts.
         progress: told how far the work has come.
 
     Raises:
@@ -135,6 +138,9 @@ def evaluate(
     try:
         with torch.no_grad():
             run = _Run(lm, editor, chosen, ways, damage, progress or (lambda what, done, total: None))
+            asks = harness if harness is not None and unmeasured(editor, together == 1) is None else None
+            if asks is not None:
+                asks.begin(lm)
             results = run.measure(parts)
             return Evaluation(
                 results=results,
@@ -143,6 +149,7 @@ def evaluate(
                 seconds_per_edit_in_batch=fmean(r.seconds for r in results) if results else 0.0,
                 clean=damage.clean() if damage is not None else {},
                 cost=cost(lm, editor),
+                harness=run.ask_harness(harness) if harness is not None else {},
             )
     finally:
         editor.train(training)
@@ -199,6 +206,16 @@ class _Run:
     def seconds_alone(self) -> float:
         """Median time of single edits."""
         return median(self._made([group]).seconds for group in range(min(SINGLE_EDITS, self._groups)))
+
+    def ask_harness(self, harness: Harness) -> dict[str, Any]:
+        """What the harness's tasks give under the first edit of several facts."""
+        if (why := unmeasured(self.editor, self.ways.together == 1)) is not None:
+            return {"edits": why, "scores": {}}
+        changes = self._made([0]).deltas
+        assert changes is not None
+        first = {name: change[0] for name, change in changes.items()}
+        words = f"the clean model, and the one with the first edit, of {self.ways.together} facts at once"
+        return harness.compare(self.editor.host(self.lm), first, words)
 
     @property
     def _groups(self) -> int:

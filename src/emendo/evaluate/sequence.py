@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from emendo.evaluate.checkpoints import Checkpoint, Sequential
 from emendo.evaluate.damage import Damage
 from emendo.evaluate.forced import force
 from emendo.evaluate.free import speak
+from emendo.evaluate.harness import Harness, unmeasured
 from emendo.evaluate.results import Result
 from emendo.evaluate.run import Parts, Progress
 from emendo.lowrank import LowRank, applied
@@ -52,6 +55,7 @@ def sequence(
     damage: Damage | None = None,
     gate: Gate | None = None,
     parts: Parts | None = None,
+    harness: Harness | None = None,
     progress: Progress | None = None,
 ) -> Sequential:
     """Make one edit after the other, and ask for the earlier ones again now and then.
@@ -65,6 +69,7 @@ def sequence(
         damage: what to look at beside, at the same times.
         gate: what lets an edit stay; one that it refuses is taken off, and asked for all the same.
         parts: where the results are kept on the way; what is there is not asked again, though its edits are made again.
+        harness: tasks to ask of the clean model and of the one with all edits.
         progress: told how far the work has come.
 
     Raises:
@@ -83,8 +88,11 @@ def sequence(
     try:
         with torch.no_grad():
             tell = progress or (lambda what, done, total: None)
+            if harness is not None and unmeasured(editor, single=False) is None:
+                harness.begin(lm)
             run = _Run(lm, editor, records, generated, damage, gate, parts, tell)
-            return run.measure(sorted({count for count in at if count < len(records)} | {len(records)}))
+            found = run.measure(sorted({count for count in at if count < len(records)} | {len(records)}))
+            return found if harness is None else replace(found, harness=run.ask_harness(harness))
     finally:
         editor.train(training)
 
@@ -146,6 +154,18 @@ class _Run:
         clean = self.damage.clean() if self.damage is not None else {}
         return Sequential(tuple(right_after), tuple(points), words, clean)
 
+    def ask_harness(self, harness: Harness) -> dict[str, Any]:
+        """What the harness's tasks give with all edits in the model."""
+        if (why := unmeasured(self.editor, single=False)) is not None:
+            return {"edits": why, "scores": {}}
+        words = f"the clean model, and the one with all {len(self.records):,} edits one after the other"
+        return harness.compare(self.editor.host(self.lm), self._changes(), words)
+
+    def _changes(self) -> dict[str, LowRank]:
+        """All that the edits so far add up to."""
+        assert isinstance(self.state, dict)
+        return {name: LowRank.of_dense(change) for name, change in self.state.items()}
+
     def _kept(self, number: int, records: Sequence[Record]) -> list[Result] | None:
         found = self.parts.read(number, records) if self.parts is not None else None
         return None if found is None else list(found)
@@ -178,8 +198,7 @@ class _Run:
         """Make one more edit in the model that the earlier ones have left; whether it stays."""
         assert isinstance(self.state, dict)
         host = self.editor.host(self.lm).model
-        before = {name: LowRank.of_dense(change) for name, change in self.state.items()}
-        with torch.enable_grad(), applied(host, before):
+        with torch.enable_grad(), applied(host, self._changes()):
             changes = self.editor.each(self.lm, [request])
             if self.gate is not None:
                 own = {name: LowRank(c.left[0].detach(), c.right[0].detach()) for name, c in changes.items()}

@@ -44,6 +44,7 @@ def summary(found: Evaluation | Sequential, head: Mapping[str, Any]) -> str:
         cost |= {"rank": plain["rank"], "relative norm": plain["relative_norm"]}
         known = ((name.replace("_", " "), _number(value)) for name, value in cost.items())
         lines += ["## cost", "", *_table(("what", "value"), known), ""]
+    lines += _harness(plain["lm_eval"]) if plain["lm_eval"] else []
     lines += ["## how", ""]
     lines += _table(("what", "value"), ((k.replace("_", " "), str(v)) for k, v in plain["protocol"].items()))
     lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in head.get("versions", {}).items()), ""]
@@ -84,6 +85,28 @@ def _damage(damage: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for name, d in damage.items()
     )
     return ["## damage", "", *_table(head, rows), ""]
+
+
+def _harness(found: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "## damage: tasks of the evaluation harness",
+        "",
+        f"{found['edits'][0].upper()}{found['edits'][1:]}.",
+    ]
+    if not found["scores"]:
+        return [*lines, ""]
+    how = found["harness"]
+    limit = "" if how["limit"] is None else f", the first {how['limit']} questions of each task"
+    lines += ["", f"lm-eval {how['lm_eval']}{limit}; prompts {how['prompts']}; ± is its standard error.", ""]
+    rows = (
+        (name, *(_error(s[side], s[f"{side}_stderr"]) for side in ("before", "after")), str(s["questions"]))
+        for name, s in found["scores"].items()
+    )
+    return [*lines, *_table(("task: metric", "clean", "after", "questions"), rows), ""]
+
+
+def _error(value: float | None, error: float | None) -> str:
+    return _number(value) if error is None else f"{_number(value)} ± {_number(error)}"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
