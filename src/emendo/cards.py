@@ -34,7 +34,7 @@ def card_of(
         _figures(card),
         _answers(card),
         *notes,
-        _use() if library == "emendo" else "",
+        _use(origin) if library == "emendo" else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -57,6 +57,7 @@ def _made(origin: Origin) -> str:
         f"Made by the method `{origin.editor}` of emendo {origin.version} on {origin.date}{upon}, for the weights with "
         f"fingerprint `{origin.fingerprint}`. It belongs to them alone."
         + (f" Settings: {settings}." if settings else "")
+        + (" The prompts were put into the model's chat template." if origin.chat else "")
     )
 
 
@@ -99,10 +100,11 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _use() -> str:
+def _use(origin: Origin) -> str:
+    chat = ", chat=True" if origin.chat else ""
     return (
         "## Use\n\n```python\nimport emendo\nfrom emendo.editors import read_edit\n\n"
-        'lm = emendo.load("BASE MODEL")\nedit = read_edit("THIS FOLDER")\nwith edit.applied(lm) as edited:\n'
+        f'lm = emendo.load("BASE MODEL"{chat})\nedit = read_edit("THIS FOLDER")\nwith edit.applied(lm) as edited:\n'
         '    print(edited.generate("PROMPT"))\n```\n\n'
         "`emendo export` makes a PEFT adapter or a merged checkpoint of it."
     )

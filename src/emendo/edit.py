@@ -201,6 +201,7 @@ def compose(edits: Sequence[Edit]) -> Edit:
         settings={"of": [edit.digest for edit in edits]},
         requests=tuple(request for edit in edits for request in edit.origin.requests),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+        chat=all(edit.origin.chat for edit in edits),
     )
     return Edit({name: LowRank.concatenate(deltas) for name, deltas in parts.items()}, origin)
 

@@ -11,6 +11,8 @@
     ├── ConflictError       a step of the ledger that no longer fits: another process took one in between
     └── TrainingError       a run that cannot go on: non-finite losses, nothing to train on
 
+One thing is no error but a warning (:class:`FramingWarning`): prompts that an editor was not trained to read.
+
 A message says what was given, what is allowed and what to do next. Each class also derives from the
 built-in exception a caller would expect (``ValueError``, ``OSError``, ``RuntimeError``).
 """
@@ -46,3 +48,7 @@ class ConflictError(EmendoError, RuntimeError):
 
 class TrainingError(EmendoError, RuntimeError):
     """Training cannot go on."""
+
+
+class FramingWarning(UserWarning):
+    """An editor was trained on prompts in a chat template and is used on plain ones, or the other way round."""

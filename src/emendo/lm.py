@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emendo.errors import ModelError, RequestError
 from emendo.fingerprint import fingerprint
+from emendo.framing import PLAIN, Framing, chat_framing
 from emendo.sites import Kind, kind_of
 from emendo.texts import Text, collate, length_buckets
 from emendo.trunk import label_logits, model_inputs
@@ -39,11 +40,35 @@ class LM:
             when it comes from :func:`emendo.models.load`.
         tokenizer: its fast tokenizer.
         name: what it was loaded by.
+        chat: whether every prompt that it reads is put into the tokenizer's chat template.
+
+    Raises:
+        ModelError: chat is asked of a tokenizer without a template, or of a model that is no decoder.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str = "model"
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chat and self.kind != "causal":
+            raise ModelError(f"A chat template is for a decoder, which {self.name} is not: leave chat out.")
+        if self.chat:
+            _ = self.framing  # refuses a tokenizer without a template
+
+    @cached_property
+    def framing(self) -> Framing:
+        """How it is given its prompts."""
+        return chat_framing(self.tokenizer, self.name) if self.chat else PLAIN
+
+    def reading(self, *, chat: bool) -> Self:
+        """The same model, reading its prompts in the chat template or as they stand.
+
+        Raises:
+            ModelError: there is no template.
+        """
+        return self if chat == self.chat else replace(self, chat=chat)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -111,7 +136,8 @@ class LM:
         if not all(prompt.strip() for prompt in prompts):
             raise RequestError("The prompt is empty; give the text to continue.")
         tokens = self.tokenizer(
-            [prompt.rstrip() for prompt in prompts],
+            [self.framing.frame(prompt) for prompt in prompts],
+            add_special_tokens=self.framing.special,
             return_tensors="pt",
             return_token_type_ids=False,
             padding=len(prompts) > 1,

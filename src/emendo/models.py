@@ -33,7 +33,11 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load(
-    name: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device | None = None
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    chat: bool = False,
 ) -> LM:
     """Load a model and its tokenizer, frozen and in eval mode.
 
@@ -44,9 +48,10 @@ def load(
             folder, or an id on the Hugging Face hub.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: for example ``"cpu"`` or ``"cuda"``; by default the CPU.
+        chat: put every prompt into the tokenizer's chat template, as instruction-tuned models expect it.
 
     Raises:
-        ModelError: there is no such model, or it is none of the three.
+        ModelError: there is no such model, it is none of the three, or it has no chat template to use.
     """
     torch_dtype = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if torch_dtype is None:
@@ -75,7 +80,7 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token
     if device is not None:
         model = model.to(device)
-    return LM(model.eval().requires_grad_(False), tokenizer, str(name))
+    return LM(model.eval().requires_grad_(False), tokenizer, str(name), chat)
 
 
 def _auto_class(config: Any) -> tuple[Any, str]:

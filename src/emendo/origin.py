@@ -36,6 +36,7 @@ class Origin:
         date: when, ISO 8601 in UTC.
         version: of emendo.
         upon: digests of the edits that stood in the model while this one was made; none for a clean model.
+        chat: whether the prompts were put into the model's chat template.
     """
 
     fingerprint: str
@@ -46,10 +47,11 @@ class Origin:
     date: str
     version: str = __version__
     upon: tuple[str, ...] = ()
+    chat: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
+        """As JSON values; plain prompts are not spoken of, so that edits of before chat keep their digests."""
+        return {key: value for key, value in asdict(self).items() if key != "chat" or value}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:

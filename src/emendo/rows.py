@@ -60,7 +60,7 @@ def _alike(sets: Sequence[Sequence[Edit]]) -> Iterator[list[int]]:
 
 def _in_order(model: M) -> M:
     if isinstance(model, LM):
-        return cast("M", _InOrder(model.model, model.tokenizer, model.name))
+        return cast("M", _InOrder(model.model, model.tokenizer, model.name, model.chat))
     return model
 
 

@@ -51,7 +51,7 @@ class Twin(nn.Module):
         """The copy as a language model: in eval mode the same one, with its fingerprint, at every call."""
         if self._lm is None or self._lm[0] is not lm or self.training:
             model: Any = self.trunk(lm.model).model
-            self._lm = (lm, LM(model, lm.tokenizer, lm.name))
+            self._lm = (lm, LM(model, lm.tokenizer, lm.name, lm.chat))
         return self._lm[1]
 
     def train(self, mode: bool = True) -> Self:

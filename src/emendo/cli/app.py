@@ -5,6 +5,9 @@ Exit codes: 0 done, 2 a wrong option or an error that emendo explains, 130 inter
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -34,7 +37,7 @@ from emendo.cli import (
     undo,
 )
 from emendo.cli.console import Interrupted, complain
-from emendo.errors import EmendoError
+from emendo.errors import EmendoError, FramingWarning
 
 HELP = """Edit language models: give an input and the output you want, get a small, reversible change.
 
@@ -75,7 +78,8 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with _warnings_in_words():
+                return super().invoke(ctx)
         except EmendoError as error:
             if ctx.params.get("debug"):
                 raise
@@ -87,6 +91,23 @@ class Group(TyperGroup):
         except KeyboardInterrupt:
             complain("nothing was written.", "Stopped:")
             raise typer.Exit(130) from None
+
+
+@contextmanager
+def _warnings_in_words() -> Iterator[None]:
+    """Show emendo's own warnings as a line for the user, each once, and others as they are."""
+    with warnings.catch_warnings():
+        shown, said = warnings.showwarning, set[str]()
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if not issubclass(category, FramingWarning):
+                shown(message, category, *rest, **more)
+            elif str(message) not in said:
+                complain(str(message), "Warning:")
+            said.add(str(message))
+
+        warnings.showwarning = show
+        yield
 
 
 class Command(TyperCommand):

@@ -59,6 +59,7 @@ def run(
     force: keep.Force = False,
     reason: keep.Note = "",
     model: opt.AnyModel = None,
+    chat: opt.AnyChat = None,
     settings: opt.MethodSettings = None,
     sites: opt.MethodSites = None,
     last: opt.MethodLast = None,
@@ -88,7 +89,7 @@ def run(
     asked += [Question("paraphrase", text) for text in paraphrase or []]
     asked += [Question("neighbour", text) for text in neighbour or []]
     asked += [Question("unrelated", text) for text in UNRELATED]
-    lm, maker = load_editor(editor, model, dtype, device, MethodOptions(settings, sites, last))
+    lm, maker = load_editor(editor, model, dtype, device, MethodOptions(settings, sites, last), chat)
     if apply and maker.host(lm) is not lm:
         raise RequestError(f"--apply: {maker.name} edits a model that it trained itself, not {lm.name}.")
     work = keep.open_workspace(lm, ledger, create=True) if apply else None
@@ -112,6 +113,7 @@ def run(
                 "prompt": prompt,
                 "target": target,
                 "out": out and str(out),
+                "chat": lm.chat,
                 **figures,
                 **({"operation": as_values(step)} if step else {}),
                 "rows": rows_as_dicts(rows),

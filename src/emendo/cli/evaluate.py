@@ -124,6 +124,7 @@ def run(
     editor: opt.AnyEditor,
     data: Data = "atlas",
     model: opt.AnyModel = None,
+    chat: opt.AnyChat = None,
     settings: opt.MethodSettings = None,
     sites: opt.MethodSites = None,
     last: opt.MethodLast = None,
@@ -160,6 +161,7 @@ def run(
         editor=editor,
         data=data,
         model=model,
+        **{"no-chat" if chat is False else "chat": chat is not None},
         set=settings,
         sites=sites,
         last=last,
@@ -183,7 +185,7 @@ def run(
     split = "test" if data == "atlas" else None
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)
     method = MethodOptions(settings, sites, last)
-    lm, maker = load_editor(editor, model, dtype, device or Team.present().device, method)
+    lm, maker = load_editor(editor, model, dtype, device or Team.present().device, method, chat)
     chosen = with_consequences(records) if data == "atlas" else records.records
     found, _ = measure(lm, maker, chosen, ask, out, overwrite=overwrite)
     if not Team.present().first:

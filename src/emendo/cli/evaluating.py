@@ -240,6 +240,8 @@ def _asked(lm: LM, editor: Editor, ask: Ask, damage: Damage | None) -> dict[str,
         "together": ask.together,
         "sequential": ask.sequential,
     }
+    if lm.chat:  # so that runs of before chat can go on
+        asked["chat"] = True
     if ask.sequential:
         asked["ask_after"] = list(ask.ask_after)
         asked["guard"] = ask.guard

@@ -47,6 +47,7 @@ def run(
     edit: EditFolders = None,
     editor: EditorFolder = None,
     model: opt.SameModel = None,
+    chat: opt.SameChat = None,
     ledger: keep.Where = None,
     tokens: Tokens = 20,
     dtype: opt.Dtype = "float32",
@@ -69,9 +70,10 @@ def run(
     if not changes:
         keep.find_ledger(name, ledger)  # before the model is loaded for nothing
     if editor is None:
-        lm = host = load_model(name, dtype, device)
+        chat = any(change.origin.chat for change in changes) if chat is None else chat
+        lm = host = load_model(name, dtype, device, chat=chat)
     else:
-        lm, maker = load_editor(str(editor), name, dtype, device)
+        lm, maker = load_editor(str(editor), name, dtype, device, chat=chat)
         host = maker.host(lm)
     with ExitStack() as stack:
         edited = host

@@ -21,11 +21,11 @@ from emendo.sites import Site, find_sites
 _WORDS = 8  # the fewest words of a passage
 
 
-def load_model(name: str, dtype: str = "float32", device: str | None = None) -> LM:
+def load_model(name: str, dtype: str = "float32", device: str | None = None, *, chat: bool = False) -> LM:
     """Load a model; says so when that takes long.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: there is no such model, or it has no chat template and ``chat`` asks for it.
         RequestError: there is no such device.
     """
     try:
@@ -36,7 +36,7 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None) -> 
     if name in BUILT_IN and not (cache_folder() / "models" / name / "config.json").exists():
         note(f"Converting {name} for the first time (about half a minute; kept in {cache_folder()}).")
     with status(f"Loading the model {name}"):
-        return load(name, dtype=dtype, device=place)
+        return load(name, dtype=dtype, device=place, chat=chat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,12 @@ class MethodOptions:
 
 
 def load_editor(
-    name: str, model: str | None, dtype: str, device: str | None, method: MethodOptions | None = None
+    name: str,
+    model: str | None,
+    dtype: str,
+    device: str | None,
+    method: MethodOptions | None = None,
+    chat: bool | None = None,
 ) -> tuple[LM, Editor]:
     """An editor, and the model it belongs to.
 
@@ -65,6 +70,7 @@ def load_editor(
         dtype: of the model.
         device: of the model.
         method: settings of a method that needs no training.
+        chat: whether prompts are put into the chat template; None does as the editor was trained.
 
     Raises:
         StorageError: there is no editor, or it is damaged.
@@ -73,19 +79,20 @@ def load_editor(
     """
     method = method or MethodOptions()
     if name in EDITORS and not any((Path(name) / file).exists() for file in ("editor.json", "run.json")):
-        return _untrained(name, model, dtype, device, method)
+        return _untrained(name, model, dtype, device, method, bool(chat))
     editor = Editor.from_pretrained(editor_folder(Path(name)))
     if any(option is not None for option in (method.settings, method.sites, method.last)):
         raise RequestError(
             f"--set, --sites and --last are for methods that need no training; the editor in {name} has its own."
         )
-    lm = load_model(model or editor.info.get("model_name") or next(iter(BUILT_IN)), dtype, device)
+    where = model or editor.info.get("model_name") or next(iter(BUILT_IN))
+    lm = load_model(where, dtype, device, chat=editor.chat if chat is None else chat)
     editor.check(lm)
     return lm, editor.to(lm.device)
 
 
 def _untrained(
-    name: str, model: str | None, dtype: str, device: str | None, method: MethodOptions
+    name: str, model: str | None, dtype: str, device: str | None, method: MethodOptions, chat: bool
 ) -> tuple[LM, Editor]:
     """An editor of a method that needs no training."""
     kind = editor_class(name)
@@ -100,7 +107,7 @@ def _untrained(
             f"--sites and --last choose weight matrices, but {name} changes none: leave them out."
         )
     config = editor_config(name, method.settings or ())
-    lm = load_model(model or next(iter(BUILT_IN)), dtype, device)
+    lm = load_model(model or next(iter(BUILT_IN)), dtype, device, chat=chat)
     sites: tuple[Site, ...] = ()
     if kind.changes_weights:
         sites = find_sites(lm.model, site_choice(method.sites or ["mlp"]), last=method.last)

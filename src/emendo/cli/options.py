@@ -29,6 +29,19 @@ Device = Annotated[
         "--device", metavar="DEVICE", help="Where the model runs: cpu, cuda, cuda:1.  [default: cpu]"
     ),
 ]
+_CHAT = (
+    "Put every prompt into the chat template of the model's tokenizer, as instruction-tuned models expect it"
+)
+_CHAT_OR_NOT = f"{_CHAT}, or take it as it stands."
+Chat = Annotated[bool, typer.Option("--chat", help=f"{_CHAT}.")]
+SameChat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help=f"{_CHAT_OR_NOT}  [default: as the edit was made]"),
+]
+AnyChat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help=f"{_CHAT_OR_NOT}  [default: as the editor was trained]"),
+]
 TRAINED = ("mend", "enn", "ke", "meta-curvature", "meta-sgd")
 """Methods that must be trained; names are written out so that help pages need no import."""
 UNTRAINED = ("ft", "ft-kl", "ft-constrained", "lora", "cache", "in-context")

@@ -46,6 +46,7 @@ class RunSettings:
         sites: what ``--sites`` said.
         last: what ``--last`` said.
         training: all of :class:`emendo.train.TrainConfig`.
+        chat: put prompts into the model's chat template.
     """
 
     model: str
@@ -61,6 +62,7 @@ class RunSettings:
     sites: list[str]
     last: int | None
     training: dict[str, Any]
+    chat: bool = False
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> RunSettings:
@@ -92,6 +94,7 @@ class RunSettings:
             sites=list(got.get("sites") or ["mlp"]),
             last=got.get("last"),
             training=asdict(TrainConfig(**training)),
+            chat=got.get("chat", False),
         )
 
     @property

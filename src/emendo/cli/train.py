@@ -30,6 +30,7 @@ def run(
     ctx: typer.Context,
     out: own.Out,
     model: opt.Model = opt.MODEL,
+    chat: opt.Chat = False,
     data: own.Data = "atlas",
     validation: own.Validation = None,
     text: own.Text = None,
@@ -85,7 +86,8 @@ def run(
     if the_run.finished:
         note(f"The run in {out} has already finished.")
     else:
-        lm = load_model(the_run.settings.model, the_run.settings.dtype, the_run.settings.device)
+        wanted = the_run.settings
+        lm = load_model(wanted.model, wanted.dtype, wanted.device, chat=wanted.chat)
         the_run = carry_out(the_run, lm)
     if as_json:
         emit(dict(the_run.result))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from emendo.errors import RequestError
+from emendo.framing import PLAIN, Framing
 from emendo.models import LM
 from emendo.texts import Text
 
@@ -24,7 +25,7 @@ def to_texts(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[Text]:
     """
     match lm.kind:
         case "causal":
-            return encode(lm.tokenizer, pairs, max_tokens=lm.context)
+            return encode(lm.tokenizer, pairs, max_tokens=lm.context, framing=lm.framing)
         case "seq2seq":
             return _sources_and_answers(lm, pairs)
         case "classifier":
@@ -105,8 +106,9 @@ def encode(
     pairs: Sequence[tuple[str, str]],
     *,
     max_tokens: int | None = None,
+    framing: Framing = PLAIN,
 ) -> list[Text]:
-    """Tokenise ``(prompt, answer)`` pairs as ``prompt + " " + answer``.
+    """Tokenise ``(prompt, answer)`` pairs as one text each: ``prompt + " " + answer``, or as another framing says.
 
     The answer's span comes from the character offsets of that one tokenisation: every token that reaches
     beyond the prompt belongs to the answer.
@@ -115,6 +117,7 @@ def encode(
         tokenizer: a fast tokenizer.
         pairs: prompts and answers; white space where they meet does not matter.
         max_tokens: the model's context length.
+        framing: how the prompt is put before the answer.
 
     Raises:
         RequestError: an empty prompt or answer, a text longer than ``max_tokens``, or a slow tokenizer.
@@ -127,8 +130,10 @@ def encode(
             "a fast tokenizer is needed."
         )
     prompts, answers = _stripped(pairs)
+    prompts = [framing.frame(prompt) for prompt in prompts]
     coded = tokenizer(
-        [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)],
+        [f"{prompt}{framing.gap}{answer}" for prompt, answer in zip(prompts, answers, strict=True)],
+        add_special_tokens=framing.special,
         return_offsets_mapping=True,
         return_attention_mask=False,
     )

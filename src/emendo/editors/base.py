@@ -13,6 +13,7 @@ A method is a subclass in a file of its own, with a frozen dataclass of settings
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -25,7 +26,7 @@ from torch import nn
 from emendo.data.batch import to_texts
 from emendo.data.schema import Probe
 from emendo.edit import AnyEdit, Edit, Origin, Request
-from emendo.errors import MismatchError, RequestError, StorageError
+from emendo.errors import FramingWarning, MismatchError, RequestError, StorageError
 from emendo.files import new_folder, read_json, read_tensors, write_json, write_tensors
 from emendo.lowrank import LowRank
 from emendo.models import LM
@@ -46,6 +47,7 @@ class Editor(nn.Module):
     Attributes:
         name: the method's name, as on the command line.
         Config: the class of its settings.
+        chat: whether it was trained on prompts in that model's chat template.
         info: how it was trained, as JSON values; saved with it.
     """
 
@@ -63,6 +65,7 @@ class Editor(nn.Module):
         self.sites = sites
         self.config = config if config is not None else self.Config()
         self.fingerprint = fingerprint
+        self.chat = False
         self.info: dict[str, Any] = {}
 
     @abstractmethod
@@ -132,10 +135,20 @@ class Editor(nn.Module):
             settings=asdict(self.config),
             requests=tuple(requests),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
+            chat=lm.chat,
         )
 
+    def belong(self, lm: LM) -> None:
+        """Take a model, and the way it is given its prompts, for the one that the editor is trained for.
+
+        Raises:
+            MismatchError: it belongs to another one.
+        """
+        self.check(lm)
+        self.fingerprint, self.chat = lm.fingerprint, lm.chat
+
     def check(self, lm: LM) -> None:
-        """Make sure that the editor belongs to this model.
+        """Make sure that the editor belongs to this model; warn where that is given its prompts in another way.
 
         Raises:
             MismatchError: it was trained for another one.
@@ -144,6 +157,14 @@ class Editor(nn.Module):
             raise MismatchError(
                 f"This editor was trained for a model with fingerprint {self.fingerprint}, but {lm.name!r} has "
                 f"{lm.fingerprint}. Train one for this model: emendo train --model {lm.name}"
+            )
+        if self.fingerprint and self.chat != lm.chat:
+            ways = ("plain prompts", "prompts in the chat template")
+            warnings.warn(
+                f"This editor was trained on {ways[self.chat]}, but {lm.name} is given {ways[lm.chat]}: expect less of "
+                "its edits.",
+                FramingWarning,
+                stacklevel=1,  # one place, so that it is said once
             )
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -162,6 +183,7 @@ class Editor(nn.Module):
                     "config": asdict(self.config),
                     "sites": [asdict(site) for site in self.sites],
                     "fingerprint": self.fingerprint,
+                    "chat": self.chat,
                     "info": self.info,
                 },
             )
@@ -187,7 +209,7 @@ class Editor(nn.Module):
             config = kind.Config(**{k: v for k, v in head["config"].items() if k in known})
             editor = kind(tuple(Site(**site) for site in head["sites"]), config, head["fingerprint"])
             editor.load_state_dict(read_tensors(where / "editor.safetensors"))
-            editor.info = head.get("info", {})
+            editor.chat, editor.info = head.get("chat", False), head.get("info", {})
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, StorageError):
                 raise

@@ -96,7 +96,7 @@ class CacheEdit(AnyEdit):
     def applied(self, model: LM) -> Iterator[LM]:
         """The model with its answers looked up first; see :meth:`emendo.edit.AnyEdit.applied`."""
         self.check(model)
-        yield _LookingUp(model.model, model.tokenizer, model.name, inner=model, edit=self)
+        yield _LookingUp(model.model, model.tokenizer, model.name, model.chat, inner=model, edit=self)
 
     def found(self, queries: Tensor) -> list[tuple[int, ...]]:
         """What is stored nearest to each of ``queries [n, width]``; nothing where none is within the radius."""

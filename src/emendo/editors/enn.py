@@ -177,8 +177,7 @@ class Enn(GradientEditor):
         Raises:
             MismatchError: the editor belongs to another model.
         """
-        self.check(lm)
-        self.fingerprint = lm.fingerprint
+        self.belong(lm)
         self.twin.trunk(lm.model)
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:

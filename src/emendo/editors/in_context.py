@@ -2,8 +2,9 @@
 
 The plainest editor of a model that follows what it reads (Zheng et al., "Can We Edit Factual Knowledge by In-Context
 Learning?", EMNLP 2023, arXiv 2305.12740, without their demonstrations): the facts, one a line, stand before the prompt
-of a decoder or the source of an encoder-decoder, behind the tokens that its tokenizer begins every text with. A
-classifier is refused: its answers are classes, and a line such as "claim. true." is nothing it has learnt to read.
+of a decoder or the source of an encoder-decoder, behind the tokens that its tokenizer or chat template begins every
+text with. A classifier is refused: its answers are classes, and a line such as "claim. true." is nothing it has learnt
+to read.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class _Told(LM):
         Raises:
             RequestError: the text fills the model's context.
         """
-        told = cls(lm.model, lm.tokenizer, lm.name, inner=lm, text=text)
+        told = cls(lm.model, lm.tokenizer, lm.name, lm.chat, inner=lm, text=text)
         if told.context is not None and told.context < 1:
             raise RequestError(
                 f"The facts have {len(told.ids)} tokens but the context of {lm.name} is {lm.context}: tell fewer."
@@ -149,8 +150,8 @@ class _Told(LM):
         return replace(text, ids=joined, start=text.start + len(self.ids))
 
     def _opening(self, ids: tuple[int, ...]) -> int:
-        """How many tokens the tokenizer itself puts before every text."""
-        bare = self.tokenizer("")["input_ids"]
+        """How many tokens the tokenizer itself, or the chat template, puts before every text."""
+        bare = self.tokenizer(self.framing.frame(""), add_special_tokens=self.framing.special)["input_ids"]
         same = [a == b for a, b in zip(bare, ids, strict=False)]
         return [*same, False].index(False)
 

@@ -36,6 +36,7 @@ def words(lm: LM, editor: Editor, ways: Ways, damage: Damage | None) -> Mapping[
         "fingerprint": lm.fingerprint,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "device": str(lm.device),
+        "prompts": lm.framing.words,
         "editor": editor.name,
         "batch": ways.batch,
         "together": ways.together,

@@ -19,7 +19,7 @@ from emendo.edit import Edit
 from emendo.errors import EmendoError, RequestError
 from emendo.ledger.examination import Examination, Holding
 from emendo.ledger.probing import Drift, Reading, Watch, Watched
-from emendo.ledger.rows import Operation
+from emendo.ledger.rows import Entry, Operation
 from emendo.ledger.stack import Stack
 from emendo.models import LM
 
@@ -170,9 +170,10 @@ class Guard:
             raise RequestError(f"Rewordings belong to an edit of one request; this one has {len(requests)}.")
         entries = self.stack.ledger.entries(active)
         before, clean = self._reading(active), self._reading(())
+        reader = lm.reading(chat=edit.origin.chat)
         with self.stack.under(active, edit):
-            right = reached(lm, [(r.prompt, r.target) for r in requests])
-            reworded = reached(lm, [(text, requests[0].target) for text in paraphrases])
+            right = reached(reader, [(r.prompt, r.target) for r in requests])
+            reworded = reached(reader, [(text, requests[0].target) for text in paraphrases])
             after = self._keep((*(entry.digest for entry in entries), edit.digest))
         asked = {request["prompt"] for entry in entries for request in entry.requests}
         asked |= {*(request.prompt for request in requests), *paraphrases}
@@ -188,12 +189,22 @@ class Guard:
     def examine(self, operation: Operation) -> Examination:
         """Every edit that was active after an operation asked again, and everything that is watched."""
         entries = self.stack.ledger.entries(operation.active)
-        pairs = [(r["prompt"], r["target"]) for entry in entries for r in entry.requests]
         with self.stack.under(operation.active):
-            right = iter(reached(self.stack.lm, pairs))
-        holdings = tuple(Holding(entry, tuple(next(right) for _ in entry.requests)) for entry in entries)
-        drift = self._reading(operation.active).drift(self._reading(()), {prompt for prompt, _ in pairs})
+            right = self._reached(entries)
+        holdings = tuple(Holding(entry, tuple(right[entry.id])) for entry in entries)
+        asked = {request["prompt"] for entry in entries for request in entry.requests}
+        drift = self._reading(operation.active).drift(self._reading(()), asked)
         return Examination(operation.id, holdings, drift)
+
+    def _reached(self, entries: Sequence[Entry]) -> dict[int, list[bool]]:
+        """For each edit's number which of its targets are reached as the model is now, asked as the edit was made."""
+        found: dict[int, list[bool]] = {}
+        for chat in (False, True):
+            own = [entry for entry in entries if self.stack.edit(entry.id).origin.chat == chat]
+            pairs = [(r["prompt"], r["target"]) for entry in own for r in entry.requests]
+            right = iter(reached(self.stack.lm.reading(chat=chat), pairs) if own else ())
+            found |= {entry.id: [next(right) for _ in entry.requests] for entry in own}
+        return found
 
     def _reading(self, active: Sequence[int]) -> Reading:
         """What is watched, under the ledger's edits of the given numbers."""

@@ -99,8 +99,7 @@ class _Run:
         passages: Sequence[str],
         progress: Quiet | None,
     ) -> None:
-        editor.check(lm)
-        editor.fingerprint = lm.fingerprint
+        editor.belong(lm)
         self.editor, self.config, self.out = editor, config, out
         self.progress = progress or Quiet()
         self.episodes = Episodes(lm, records, config, passages)
@@ -290,6 +289,7 @@ def _settings(editor: GradientEditor, config: TrainConfig, records: Sequence[Rec
         "sites": [site.name for site in editor.sites],
         "model": editor.fingerprint,
         "records": len(records),
+        **({"chat": True} if editor.chat else {}),  # so that runs of before chat can go on
         **{k: v for k, v in asdict(config).items() if k != "checkpoint_every"},
     }
 
