@@ -38,12 +38,25 @@ ACT = """<script>
   document.body.innerHTML = "<pre>" + said.join("; ") + "|" + wide + "|" + window.problems.join(" ") + "</pre>";
 })();
 </script>"""
+HARNESS = {
+    "edits": "the clean model, and the one with all edits",
+    "harness": {"lm_eval": "0.4", "limit": 5, "prompts": "as the tasks give them"},
+    "scores": {
+        "a_task: acc_norm (strict-match)": {
+            **{"before": 0.5, "before_stderr": 0.1, "after": None, "after_stderr": None},
+            **{"better": 1, "questions": 5, "version": 1.0, "shots": 0},
+        }
+    },
+}
 
 
 def sequential() -> Sequential:
     found = evaluation()
     return Sequential(
-        found.results, (Checkpoint(1, found.results[:1]), Checkpoint(2, found.results)), {"edits": "x"}
+        found.results,
+        (Checkpoint(1, found.results[:1]), Checkpoint(2, found.results)),
+        {"edits": "x"},
+        harness=HARNESS,
     )
 
 

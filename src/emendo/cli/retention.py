@@ -29,7 +29,7 @@ def retention(figures: Mapping[str, Any]) -> None:
     """Print what is left of the edits as they become more, from what ``as_dict()`` of a sequence gives."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     points = figures["checkpoints"]
-    table.add_column("edits one after the other; teacher forced where not generated")
+    table.add_column("one after the other; teacher forced or generated")
     for point in points:
         table.add_column(f"after {point['edits']:,}", justify="right")
     for heading, when, group, name in _ROWS:

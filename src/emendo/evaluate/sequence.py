@@ -160,6 +160,7 @@ class _Run:
         if (why := unmeasured(self.editor, single=False)) is not None:
             return {"edits": why, "scores": {}}
         words = f"the clean model, and the one with all {len(self.records):,} edits one after the other"
+        words += "" if self.gate is None else ", without those that the guard refused"
         return harness.compare(self.editor.host(self.lm), self._changes(), words)
 
     def _changes(self) -> dict[str, LowRank]:
