@@ -43,8 +43,14 @@ HARNESS = {
     "harness": {"lm_eval": "0.4", "limit": 5, "prompts": "as the tasks give them"},
     "scores": {
         "a_task: acc_norm (strict-match)": {
-            **{"before": 0.5, "before_stderr": 0.1, "after": None, "after_stderr": None},
-            **{"better": 1, "questions": 5, "version": 1.0, "shots": 0},
+            "before": 0.5,
+            "before_stderr": 0.1,
+            "after": None,
+            "after_stderr": None,
+            "better": 1,
+            "questions": 5,
+            "version": 1.0,
+            "shots": 0,
         }
     },
 }
