@@ -47,6 +47,21 @@ def test_the_reference_of_the_kl_carries_no_gradient() -> None:
     torch.testing.assert_close(after.grad, (after.softmax(-1) - before.softmax(-1)).detach())
 
 
+def test_the_gradient_of_the_kl_is_that_of_finite_differences() -> None:
+    before, after = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: token_kl(before, x), after.requires_grad_())
+
+
+def test_logits_of_half_precision_get_a_gradient_of_their_own_kind() -> None:
+    before, after = torch.randn(2, 5).bfloat16(), torch.randn(2, 5).bfloat16().requires_grad_()
+    assert token_kl(before, after).dtype == torch.float32
+    token_kl(before, after).sum().backward()
+    assert after.grad is not None
+    assert after.grad.dtype == torch.bfloat16
+    expected = after.float().softmax(-1) - before.float().softmax(-1)
+    torch.testing.assert_close(after.grad.float(), expected.detach(), rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_scored_in_float32(dtype: torch.dtype) -> None:
     logits, labels = torch.randn(3, 50, dtype=dtype), torch.tensor([1, 2, 3])

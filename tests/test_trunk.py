@@ -118,6 +118,18 @@ def test_padding_and_company_do_not_matter(kind: str, side: Side) -> None:
     torch.testing.assert_close(resumed(collate(some, pad_id=7, side=side)), alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text"])
+def test_padding_longer_than_a_sliding_window_does_not_matter(kind: str) -> None:
+    """Its last rows see no text at all."""
+    model = build_model(kind)
+    model.set_attn_implementation("eager")
+    short, long = random_texts(kind, 4, 30)
+    trunk, batch = split(model, 1), collate([short, long])
+    alone = logits(trunk, collate([short]))
+    for found in (logits(trunk, batch), logits(trunk, batch, trunk.run(batch))):
+        torch.testing.assert_close(found[: len(alone)], alone, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "block", "below", "above"),
     [

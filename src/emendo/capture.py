@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from emendo.errors import ModelError
 from emendo.lowrank import LowRank
+from emendo.rowwise import put
 from emendo.sites import Site
 
 
@@ -56,13 +57,10 @@ class Factors:
         slot = torch.arange(len(self.owner), device=self.owner.device) - start[self.owner]
         rank = max(1, int(count.max())) if len(count) else 1
         flat = self.owner * rank + slot
-        shape = (self.examples * rank, -1)
-        padded_left = left.new_zeros(shape[0], left.shape[-1]).index_copy(0, flat, left)
-        padded_right = right.new_zeros(shape[0], right.shape[-1]).index_copy(0, flat, right)
-        return LowRank(
-            padded_left.view(self.examples, rank, -1).mT,
-            padded_right.view(self.examples, rank, -1),
-        )
+        padded = [
+            put(rows, flat, self.examples * rank).view(self.examples, rank, -1) for rows in (left, right)
+        ]
+        return LowRank(padded[0].mT, padded[1])
 
 
 def capture(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from emendo.capture import Factors
 
@@ -52,12 +53,23 @@ class RunningStats(nn.Module):
         return (rows - self.mean) / (self.std() + 1e-7)
 
 
-def normalise(factors: Sequence[Factors], u_stats: RunningStats, delta_stats: RunningStats) -> list[Factors]:
-    """The factors of matrices of one shape, in units of their statistics, which in training mode see them first."""
+def joined(factors: Sequence[Factors]) -> tuple[Tensor, Tensor, list[int]]:
+    """The rows ``[n, d_in]`` and ``[n, d_out]`` of matrices of one shape, one after the other, and how many of each."""
+    return (
+        torch.cat([f.u for f in factors]),
+        torch.cat([f.delta for f in factors]),
+        [len(f.u) for f in factors],
+    )
+
+
+def normalise(
+    u: Tensor, delta: Tensor, u_stats: RunningStats, delta_stats: RunningStats
+) -> tuple[Tensor, Tensor]:
+    """Rows in units of their statistics, which in training mode see them first."""
     if u_stats.training:
-        u_stats.update(torch.cat([f.u for f in factors]))
-        delta_stats.update(torch.cat([f.delta for f in factors]))
-    return [replace(f, u=u_stats(f.u), delta=delta_stats(f.delta)) for f in factors]
+        u_stats.update(u)
+        delta_stats.update(delta)
+    return u_stats(u), delta_stats(delta)
 
 
 class LowRankBlock(nn.Module):
@@ -87,16 +99,56 @@ class LowRankBlock(nn.Module):
         if not identity:
             nn.init.xavier_uniform_(self.u, gain=2**0.5)
 
-    def forward(self, rows: list[Tensor]) -> list[Tensor]:
-        """Rows of each mode ``[n_i, width]`` in, rows of the same shapes out."""
-        sizes = [len(part) for part in rows]
-        x = torch.cat(rows)
-        pre = torch.addmm(self.bias, x @ self.v.T, self.u.T)
-        parts = list(pre.split(sizes))
-        if self.scale is not None and self.shift is not None:
-            parts = [
-                torch.addcmul(shift, part, scale)
-                for part, scale, shift in zip(parts, self.scale, self.shift, strict=True)
-            ]
-        parts = [part.clamp(min=0) for part in parts]
-        return [a + b for a, b in zip(parts, rows, strict=True)] if self.identity else parts
+    def forward(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Rows ``[n, width]`` of all modes, ``sizes`` of each one after the other, to rows of the same shape."""
+        changed: Tensor = _Block.apply(
+            rows, self.v, self.u, self.bias, self.scale, self.shift, tuple(sizes), self.identity
+        )
+        return changed
+
+
+class _Block(torch.autograd.Function):
+    """The block with its gradient written out, so that each elementwise pass over the rows is made once, in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        v: Tensor,
+        u: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        sizes: tuple[int, ...],
+        identity: bool,
+    ) -> Tensor:
+        inner = x @ v.T
+        pre = torch.addmm(bias, inner, u.T)
+        if scale is None or shift is None:
+            y = pre
+        else:
+            parts = zip(shift, pre.split(sizes), scale, strict=True)
+            y = torch.cat([torch.addcmul(*part) for part in parts])
+        passed = y >= 0
+        ctx.save_for_backward(x, v, u, scale, inner, pre, passed)
+        ctx.sizes, ctx.identity = sizes, identity
+        y = y.clamp(min=0) if y is pre else y.clamp_(min=0)
+        return y.add_(x) if identity else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, v, u, scale, inner, pre, passed = ctx.saved_tensors
+        own = gradient * passed
+        to_scale = to_shift = None
+        if scale is not None:
+            parts = list(zip(own.split(ctx.sizes), pre.split(ctx.sizes), scale, strict=True))
+            to_shift = torch.stack([part.sum(0) for part, _, _ in parts])
+            to_scale = torch.stack([(part * value).sum(0) for part, value, _ in parts])
+            for part, _, factor in parts:
+                part.mul_(factor)
+        back = own @ u
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = torch.addmm(gradient, back, v) if ctx.identity else back @ v
+        return to_x, back.T @ x, own.T @ inner, own.sum(0), to_scale, to_shift, None, None

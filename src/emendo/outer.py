@@ -206,10 +206,11 @@ def _bucket(
     batch, logits = passes.packed(texts, lambda packing: edited(passes.model, deltas, rows, packing))
     owner, labels = batch.owner.to(logits.device), batch.labels.to(logits.device)
     cut = int((batch.owner < split).sum())
-    values, expected = [edit_loss(logits[:cut], labels[:cut])], [labels[:cut]]
+    ours, theirs = logits.split([cut, len(logits) - cut])
+    values, expected = [edit_loss(ours, labels[:cut])], [labels[:cut]]
     if split < len(part):
         before = torch.cat([reference[item.text] for item in part[split:]])
-        values.append(token_kl(before, logits[cut:]))
+        values.append(token_kl(before, theirs))
         expected.append(before.argmax(-1))
     right = (logits.detach().argmax(-1) == torch.cat(expected)).float()
     loss = per_example(torch.cat(values), owner, len(part))

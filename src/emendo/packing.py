@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from emendo.lowrank import LowRank, applied
+from emendo.rowwise import put, take
 from emendo.sites import Site, is_matrix
 
 _PLAIN = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "transformers.activations")
@@ -100,26 +101,10 @@ class _Hooks:
     def gather(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         self.index = self.index.to(args[0].device)
         self.shape = args[0].shape[:-1]
-        return (_Take.apply(args[0].flatten(0, -2), self.index).unsqueeze(0), *args[1:])
+        return (take(args[0].flatten(0, -2), self.index).unsqueeze(0), *args[1:])
 
     def scatter(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        flat = output.new_zeros(self.shape.numel(), output.shape[-1])
-        return flat.index_copy(0, self.index, output.squeeze(0)).view(*self.shape, -1)
-
-
-class _Take(torch.autograd.Function):
-    """Distinct rows of a matrix; going back copies instead of adding, which is what makes ``index_select`` slow."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = rows.shape
-        return rows.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.shape).index_copy_(0, index, gradient), None
+        return put(output.squeeze(0), self.index, self.shape.numel()).view(*self.shape, -1)
 
 
 @contextmanager
@@ -172,7 +157,5 @@ class _RowAdder:
         if self.right.dtype != x.dtype or self.right.device != x.device:
             self.left, self.right = self.left.to(x), self.right.to(x)
         place = slots.place.to(x.device)
-        padded = x.new_zeros(slots.edits * slots.most, x.shape[-1]).index_copy(0, place, x)
-        added = (padded.view(slots.edits, slots.most, -1) @ self.right) @ self.left
-        changed: Tensor = output + _Take.apply(added.flatten(0, 1), place)
-        return changed
+        padded = put(x, place, slots.edits * slots.most).view(slots.edits, slots.most, -1)
+        return output + take(((padded @ self.right) @ self.left).flatten(0, 1), place)

@@ -221,6 +221,9 @@ def _lent_bias(owner: nn.Module, borrower: nn.Module) -> Iterator[None]:
 def model_inputs(model: nn.Module, batch: TokenBatch, *, positions: bool = False) -> dict[str, Any]:
     """What a model's ``forward`` takes for a batch of texts.
 
+    A decoder needs no mask of texts that are padded on the right: no token reads what comes after it. Without one, the
+    attention makes no table of who reads whom.
+
     Args:
         model: a model of any kind.
         batch: the texts.
@@ -238,7 +241,6 @@ def model_inputs(model: nn.Module, batch: TokenBatch, *, positions: bool = False
     ids, mask = tokens(batch.input_ids, batch.attention_mask), batch.attention_mask.to(device)
     if kind == "classifier":
         return {"input_ids": ids, "attention_mask": mask}
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if kind == "seq2seq":
         assert batch.source_ids is not None and batch.source_mask is not None
         source = {
@@ -246,8 +248,11 @@ def model_inputs(model: nn.Module, batch: TokenBatch, *, positions: bool = False
             "attention_mask": batch.source_mask.to(device),
         }
         return {**source, "decoder_input_ids": ids, "decoder_attention_mask": mask, "use_cache": False}
-    if positions and not bool(batch.attention_mask[:, 0].all()):  # padded on the left
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if not bool(batch.attention_mask[:, 0].all()):  # padded on the left
+        inputs["attention_mask"] = mask
+        if positions:
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     return inputs
 
 

@@ -13,7 +13,7 @@ from emendo.lm import LM
 
 FACTS = 24
 """Validation facts that the radius is found on, at most."""
-_HALVINGS = 8  # a radius is found to within a factor of 2 ** (1 / 2**8)
+_HALVINGS = 5  # a radius is found to within a factor of 2 ** (1 / 2**5): 2%
 
 
 def matching_radius(

@@ -43,7 +43,7 @@ from emendo.capture import Factors
 from emendo.editors.gradient import GradientEditor
 from emendo.errors import RequestError
 from emendo.lowrank import LowRank
-from emendo.nets import LowRankBlock, RunningStats, normalise
+from emendo.nets import LowRankBlock, RunningStats, joined, normalise
 from emendo.sites import Site, group_sites
 
 _FACTORS = ("both", "u", "delta", "smaller")
@@ -92,7 +92,6 @@ class _Network(nn.Module):
         smaller = "u" if d_in <= d_out else "delta"
         self.uses = smaller if config.factors == "smaller" else config.factors
         width = {"both": d_in + d_out, "u": d_in, "delta": d_out}[self.uses]
-        self.d_in = d_in
         self.normalise = config.norm
         self.u_stats, self.delta_stats = RunningStats(d_in), RunningStats(d_out)
         self.blocks = nn.ModuleList(
@@ -101,19 +100,22 @@ class _Network(nn.Module):
 
     def forward(self, factors: list[Factors]) -> list[tuple[Tensor, Tensor]]:
         """``(u~, delta~)`` for the rows of each matrix, in the order of its mode."""
+        u, delta, sizes = joined(factors)
         if self.normalise:
-            factors = normalise(factors, self.u_stats, self.delta_stats)
-        u, delta = [f.u for f in factors], [f.delta for f in factors]
+            u, delta = normalise(u, delta, self.u_stats, self.delta_stats)
         if self.uses == "u":
-            return list(zip(self._blocks(u), delta, strict=True))
-        if self.uses == "delta":
-            return list(zip(u, self._blocks(delta), strict=True))
-        rows = self._blocks([torch.cat(pair, -1) for pair in zip(u, delta, strict=True)])
-        return [(row[:, : self.d_in], row[:, self.d_in :]) for row in rows]
+            u = self._blocks(u, sizes)
+        elif self.uses == "delta":
+            delta = self._blocks(delta, sizes)
+        else:
+            u, delta = self._blocks(torch.cat([u, delta], -1), sizes).split(
+                [u.shape[-1], delta.shape[-1]], -1
+            )
+        return list(zip(u.split(sizes), delta.split(sizes), strict=True))
 
-    def _blocks(self, rows: list[Tensor]) -> list[Tensor]:
+    def _blocks(self, rows: Tensor, sizes: list[int]) -> Tensor:
         for block in self.blocks:
-            rows = block(rows)
+            rows = block(rows, sizes)
         return rows
 
 

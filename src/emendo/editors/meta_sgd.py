@@ -62,9 +62,10 @@ class _Steps(nn.Module):
 
     def forward(self, rows: Factors) -> LowRank:
         """The changes ``[examples, d_out, d_in]`` of all examples."""
+        u, delta = rows.u, rows.delta
         if self.norm:
-            (rows,) = normalise([rows], self.u_stats, self.delta_stats)
-        return LowRank.of_dense(-self.alpha * rows.lowrank(rows.delta, rows.u).dense())
+            u, delta = normalise(u, delta, self.u_stats, self.delta_stats)
+        return LowRank.of_dense(-self.alpha * rows.lowrank(delta, u).dense())
 
 
 class MetaSgd(GradientEditor):
