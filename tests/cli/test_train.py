@@ -143,7 +143,7 @@ def test_skip_bad_says_how_many(emendo_command, model: Path, facts: Path, tmp_pa
         )
     )
     assert said.json["skipped"] == 1
-    assert "1 problem(s) were left out" in said.err and "facts.jsonl:31" in said.err
+    assert "1 records were left out (1 malformed)" in said.err and "facts.jsonl:31" in said.err
 
 
 def test_a_folder_that_holds_a_run(emendo_command, model: Path, facts: Path, tmp_path: Path) -> None:

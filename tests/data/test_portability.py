@@ -80,8 +80,15 @@ def write(path: Path, *objects: object) -> Path:
 
 
 def rewrite(**more: object) -> dict[str, object]:
-    fields = {"prompt": "{} is a citizen of", "subject": "Ada", "relation_id": "P27"}
-    return {**fields, "target_new": {"str": "Peru"}, "target_true": {"str": "Chile"}, **more}
+    return {
+        "prompt": "{} is a citizen of",
+        "relation_id": "P27",
+        "target_new": {"str": "Peru", "id": "Q419"},
+        "target_true": {"str": "Chile", "id": "Q298"},
+        "subject": "Ada",
+        "question": "Which country is Ada a citizen of?",
+        **more,
+    }
 
 
 def mquake(*rewrites: object, hops: int = 2) -> dict[str, object]:
@@ -90,8 +97,12 @@ def mquake(*rewrites: object, hops: int = 2) -> dict[str, object]:
         "requested_rewrite": list(rewrites),
         "questions": ["What is the capital of Ada's country?", "Where is it?"],
         "answer": "Santiago",
+        "answer_alias": ["Santiago de Chile"],
         "new_answer": "Lima",
-        "new_single_hops": [{"question": "?"}] * hops,
+        "new_answer_alias": [],
+        "single_hops": [{"question": "?", "cloze": "_", "answer": "Chile", "answer_alias": []}] * hops,
+        "new_single_hops": [{"question": "?", "cloze": "_", "answer": "Peru", "answer_alias": []}] * hops,
+        "orig": {"triples": [["Q1", "P27", "Q298"]], "new_triples": [["Q1", "P27", "Q419"]]},
     }
 
 
@@ -99,7 +110,8 @@ def mquake(*rewrites: object, hops: int = 2) -> dict[str, object]:
 def test_mquake(hops: int, kind: str, tmp_path: Path) -> None:
     (record,) = read_records(write(tmp_path / "m.json", mquake(rewrite(), hops=hops)))
     assert (record.prompt, record.target, record.answer) == ("Ada is a citizen of", "Peru", "Chile")
-    assert (record.subject, record.id) == ("Ada", "7")
+    assert (record.subject, record.relation, record.id) == ("Ada", "P27", "7")
+    assert record.paraphrases == ("Which country is Ada a citizen of?",)
     assert record.consequences == (
         Consequence(kind, "What is the capital of Ada's country?", "Lima"),  # type: ignore[arg-type]
         Consequence(kind, "Where is it?", "Lima"),  # type: ignore[arg-type]
@@ -110,7 +122,13 @@ def test_mquake_with_several_edits_is_no_record(tmp_path: Path) -> None:
     path = write(tmp_path / "m.json", mquake(rewrite(), rewrite()), mquake(rewrite()))
     with pytest.raises(DataError, match="one edit, found 2 of them"):
         read_records(path)
-    assert len(read_records(path, skip_bad=True)) == 1
+    found = read_records(path, skip_bad=True)
+    assert len(found) == 1
+    assert found.reasons == {"several edits at once": 1}
+    path = write(path, mquake(rewrite()), mquake(), mquake(rewrite(), rewrite()), mquake(rewrite(subject=5)))
+    found = read_records(path, skip_bad=True)
+    assert found.reasons == {"malformed": 2, "several edits at once": 1}
+    assert "m.json:1 (item 3): field 'requested_rewrite'" in str(found.skipped[1])
     with pytest.raises(DataError, match="target_new"):
         read_records(write(path, mquake(rewrite(target_new="Peru"))))
 
@@ -125,7 +143,13 @@ def ripple(sentence: object = "The name of the spouse of Ada is Bob.") -> dict[s
 
     return {
         "example_type": "popular",
-        "edit": {"prompt": sentence, "original_fact": {"prompt": "The name of the spouse of Ada is Carl."}},
+        "edit": {
+            "prompt": sentence,
+            "subject_id": "Q1",
+            "relation": "SPOUSE",
+            "target_id": "Q2",
+            "original_fact": {"prompt": "The name of the spouse of Ada is Carl.", "relation": "SPOUSE"},
+        },
         "Relation_Specificity": tests(("The name of the father of Ada is", ["Dan"])),
         "Logical_Generalization": tests(("The name of the spouse of Bob is", ["Ada", "A. B."])),
         "Subject_Aliasing": tests(("The name of the spouse of Ada B. is", ["Bob"])),
@@ -142,6 +166,7 @@ def test_ripple(tmp_path: Path) -> None:
         "Bob",
         "Carl",
     )
+    assert record.relation == "SPOUSE"
     assert record.unrelated == (
         Probe("The name of the father of Ada is", "Dan"),
         Probe("The name of a child of Ada is", "Eve"),
@@ -153,10 +178,40 @@ def test_ripple(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("relation", "prompt", "target", "old"),
+    [
+        ("FOLLOWS", "Part 2 follows", "Part 0", "Part 1"),
+        ("FOLLOWED_BY", "May is followed by", "July", None),
+        ("SIBLING", "The names of the siblings of Ada are", "Bob", None),
+        ("CAST_MEMBER", "The names of the cast members of It is so are", "Ada", "Bob"),
+        ("AUTHOR", "The name of the author of What is this? is", "Ada", None),
+        ("ANTHEM", "The name of the anthem of X is", "All is well", "Oh X"),
+        ("MEMBER_OF_SPORTS_TEAM", "The name of the sports team which Ada is a member of is", "B F.C.", ""),
+        ("A_NEW_ONE", "The gender of Ada is", "female", None),
+    ],
+)
+def test_where_a_sentence_of_ripple_is_cut(
+    relation: str, prompt: str, target: str, old: str | None, tmp_path: Path
+) -> None:
+    edit: dict[str, object] = {"prompt": f"{prompt} {target}.", "relation": relation}
+    if old is not None:  # the files have an empty object where it is not known
+        edit["original_fact"] = {"prompt": f"{prompt} {old}."}
+    (record,) = read_records(write(tmp_path / "r.json", {**ripple(), "edit": edit}))
+    assert (record.prompt, record.target, record.answer) == (prompt, target, old or None)
+
+
 @pytest.mark.parametrize("sentence", ["Bob", 5, None, ""])
-def test_a_sentence_without_a_target_is_a_problem(sentence: object, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"field 'edit'.*The capital of X is Y"):
+def test_no_sentence_is_a_problem(sentence: object, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="field 'edit': expected a sentence with is in it, such as 'X is Y'"):
         read_records(write(tmp_path / "r.json", ripple(sentence)))
+
+
+def test_a_sentence_without_a_target_is_left_out_for_that_reason(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.json", ripple(), ripple("The name of the spouse of Ada is ."))
+    with pytest.raises(DataError, match="expected a target at the end"):
+        read_records(path)
+    assert read_records(path, skip_bad=True).reasons == {"without a target": 1}
 
 
 def test_malformed_tests_are_a_problem(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_first_record_tells_the_layout_even_when_it_is_bad(
 def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *[{"prompt": " ", "target": i} for i in range(7)], GOOD)
     text = message(path)
-    assert text.startswith(f"{path}: 14 problem(s) in 7 record(s)\n")
+    assert text.startswith(f"{path}: 14 problem(s) in 7 record(s) (7 malformed)\n")
     assert text.count("expected") == 10
     assert text.endswith("and 4 more")
     assert f"{path}:5: field 'target': expected a non-empty text, found the number 4" in text

@@ -131,7 +131,8 @@ def read(
         source, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=need_paraphrase
     )
     if bad := records.skipped:
-        note(f"{source}: records with {len(bad)} problem(s) were left out, the first: {bad[0]}")
+        why = ", ".join(f"{count} {reason}" for reason, count in records.reasons.items())
+        note(f"{source}: {sum(records.reasons.values())} records were left out ({why}), the first: {bad[0]}")
     return records
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emendo.data import atlas, counterfact, mquake, native, ripple, zsre
-from emendo.data.schema import Fields, Probe, Problem, Record, RecordSet, describe
+from emendo.data.schema import Fields, Probe, Problem, Record, RecordSet, count_reasons, describe
 from emendo.errors import DataError, StorageError
 
 __all__ = ["Probe", "Problem", "Record", "RecordSet", "read_records", "write_records"]
@@ -105,16 +105,16 @@ def _read_file(path: Path, limit: int | None, need_paraphrase: bool) -> tuple[li
     records: list[Record] = []
     problems: list[Problem] = []
     layout: _Layout | None = None
-    for line, raw in _raw_records(path, _read_text(path), problems):
+    for item, (line, raw) in enumerate(_raw_records(path, _read_text(path), problems), start=1):
         if not isinstance(raw, dict):
-            problems.append(Problem(str(path), line, "", "a JSON object", describe(raw)))
+            problems.append(Problem(str(path), line, "", "a JSON object", describe(raw), item=item))
             continue
         layout = layout or _find_layout(path, line, raw)
         fields = Fields(raw)
         record = layout.to_record(fields)
         if need_paraphrase and not record.paraphrases and not fields.notes:
             fields.note(layout.paraphrase, "at least one paraphrase", "none")
-        problems.extend(Problem(str(path), line, *note) for note in fields.notes)
+        problems.extend(Problem(str(path), line, *note, item) for note in fields.notes)
         if not fields.notes:
             records.append(record)
         if limit is not None and len(records) == limit:
@@ -202,8 +202,9 @@ def _broken(path: Path, text: str, position: int, expected: str) -> DataError:
 
 def _summary(path: Path, problems: list[Problem]) -> str:
     """All problems of a file in one message."""
-    bad = len({problem.line for problem in problems})
-    lines = [f"{path}: {len(problems)} problem(s) in {bad} record(s)"]
+    reasons = count_reasons(problems)
+    why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    lines = [f"{path}: {len(problems)} problem(s) in {sum(reasons.values())} record(s) ({why})"]
     lines += [f"  {problem}" for problem in problems[:_SHOWN]]
     if len(problems) > _SHOWN:
         lines.append(f"  and {len(problems) - _SHOWN} more")

@@ -1,13 +1,15 @@
 """RippleEdits (Cohen et al. 2024): one edit with queries on what it implies.
 
-Keys: `example_type, edit {prompt, original_fact {prompt}, ...}` and six lists of tests, each with `test_queries
-[{prompt, answers [{value, aliases}]}]`. The edit's prompt is a whole sentence, "The name of the spouse of X is Y."; the
-text after its last " is " is the target. The first answer of a query is the one that is asked for; queries without an
-answer are left out.
+Keys: `example_type, edit {prompt, relation, original_fact {prompt}, ...}` and six lists of tests, each with
+`test_queries [{prompt, answers [{value, aliases}]}]`. The edit's prompt is a whole sentence, "The name of the spouse
+of X is Y."; what the phrase of its relation ends with ("is", "are", "follows", "is followed by") ends the prompt, and
+the target follows. Where that stands more than once, the sentence of the original fact decides, else the last one
+counts. The first answer of a query is the one that is asked for; queries without an answer are left out.
 
 `Subject_Aliasing` becomes aliases, `Logical_Generalization` reversed relations, both `Compositionality` lists one-hop
 consequences; `Relation_Specificity` (other facts of the subject) and `Forgetfulness` (other answers of a relation that
-has several) shall not change and become unrelated prompts.
+has several) shall not change and become unrelated prompts. Every query is asked by itself: conditions
+(`condition_queries`: what the clean model must know) and alternatives (`test_condition`) are not read.
 """
 
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from emendo.data.schema import Consequence, ConsequenceKind, Fields, Probe, Reco
 
 KEYS = frozenset({"Subject_Aliasing", "Relation_Specificity", "Compositionality_I", "Compositionality_II"})
 PARAPHRASE = "edit"
+NO_TARGET = "without a target"
 _KINDS: dict[str, ConsequenceKind] = {
     "Subject_Aliasing": "alias",
     "Logical_Generalization": "reversed",
@@ -24,20 +27,28 @@ _KINDS: dict[str, ConsequenceKind] = {
     "Compositionality_II": "one_hop",
 }
 _KEPT = ("Relation_Specificity", "Forgetfulness")
+_ENDS = {"FOLLOWS": "follows", "FOLLOWED_BY": "is followed by", "SIBLING": "are", "CAST_MEMBER": "are"}
+"""What a relation's phrase ends with; all others end with "is"."""
 
 
 def to_record(fields: Fields) -> Record:
     """Maps a RippleEdits object to a record."""
     edit = fields.raw.get("edit")
-    sentence = edit.get("prompt") if isinstance(edit, dict) else edit
-    prompt, target = _split(sentence)
-    if not prompt or not target:
-        fields.note("edit", "an object with a 'prompt' such as 'The capital of X is Y.'", describe(sentence))
-    original = edit.get("original_fact") if isinstance(edit, dict) else None
-    answer = _split(original.get("prompt"))[1] if isinstance(original, dict) else ""
+    raw: dict[str, Any] = edit if isinstance(edit, dict) else {"prompt": edit}
+    original = raw.get("original_fact")
+    before = original.get("prompt") if isinstance(original, dict) else None
+    relation = raw["relation"] if isinstance(raw.get("relation"), str) else None
+    end = f" {_ENDS.get(relation or '', 'is')} "
+    prompt, target = _split(raw.get("prompt"), end, before)
+    if not prompt:
+        fields.note("edit", f"a sentence with{end}in it, such as 'X{end}Y'", describe(raw.get("prompt")))
+    elif not target:
+        fields.note("edit", "a target at the end of the sentence", describe(raw["prompt"]), NO_TARGET)
+    answer = _split(before, end, raw.get("prompt"))[1]
     return Record(
         prompt=prompt,
         target=target,
+        relation=relation,
         unrelated=tuple(Probe(*query) for key in _KEPT for query in _queries(fields, key)),
         answer=answer or None,
         consequences=tuple(
@@ -46,12 +57,17 @@ def to_record(fields: Fields) -> Record:
     )
 
 
-def _split(sentence: object) -> tuple[str, str]:
-    """A sentence as prompt and answer, cut after its last "is"."""
-    if not isinstance(sentence, str) or " is " not in sentence:
+def _split(sentence: object, end: str, other: object) -> tuple[str, str]:
+    """A sentence as prompt and answer, cut after the last place of ``end`` up to which another one is the same."""
+    if not isinstance(sentence, str):
         return "", ""
-    before, _, after = sentence.strip().removesuffix(".").rpartition(" is ")
-    return f"{before} is", after.strip()
+    text = sentence.strip().removesuffix(".")
+    cuts = [at + len(end) for at in range(len(text)) if text.startswith(end, at)]
+    alike = [cut for cut in cuts if isinstance(other, str) and other.lstrip().startswith(text[:cut])]
+    if not cuts:
+        return "", ""
+    cut = (alike or cuts)[-1]
+    return text[:cut].rstrip(), text[cut:].strip()
 
 
 def _queries(fields: Fields, key: str) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """What a record is, what a problem in a file is, and how typed fields are taken out of raw JSON."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args, overload
 
@@ -12,6 +13,8 @@ class Probe:
     prompt: str
     answer: str
 
+
+MALFORMED = "malformed"
 
 ConsequenceKind = Literal["reversed", "one_hop", "two_hop", "alias"]
 CONSEQUENCES: tuple[ConsequenceKind, ...] = get_args(ConsequenceKind)
@@ -47,17 +50,24 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong in a file; `field` is empty when the whole line is wrong."""
+    """One thing in a file that is no record, or not one as it should be; `field` is empty when it is the whole line.
+
+    `reason` is why in a word or two: ``malformed``, or why a well-formed case cannot be a record. `item` is which value
+    of the file it belongs to, from 1; 0 where that is a line that cannot be parsed.
+    """
 
     file: str
     line: int
     field: str
     expected: str
     found: str
+    reason: str = MALFORMED
+    item: int = 0
 
     def __str__(self) -> str:
         where = f"field '{self.field}': " if self.field else ""
-        return f"{self.file}:{self.line}: {where}expected {self.expected}, found {self.found}"
+        item = f" (item {self.item})" if self.item > self.line else ""  # of an array that stands on one line
+        return f"{self.file}:{self.line}{item}: {where}expected {self.expected}, found {self.found}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,11 @@ class RecordSet(Sequence[Record]):
     records: tuple[Record, ...]
     skipped: tuple[Problem, ...]
     source: str
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Why records were left out, each reason with the number of records; one with several counts by its first."""
+        return count_reasons(self.skipped)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -84,16 +99,24 @@ class RecordSet(Sequence[Record]):
         return self.records[index]
 
 
+def count_reasons(problems: Iterable[Problem]) -> dict[str, int]:
+    """The number of records by the first problem's reason of each."""
+    first: dict[tuple[int, int], str] = {}
+    for problem in problems:
+        first.setdefault((problem.line, problem.item), problem.reason)
+    return dict(Counter(first.values()))
+
+
 @dataclass(slots=True)
 class Fields:
     """Takes typed fields out of one raw record and keeps a note of each field that is wrong.
 
-    The notes are `(field, expected, found)`. A method hands back an empty value for a wrong field, so
+    The notes are `(field, expected, found, reason)`. A method hands back an empty value for a wrong field, so
     that one pass finds every problem of a record.
     """
 
     raw: Mapping[str, object]
-    notes: list[tuple[str, str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str, str, str]] = field(default_factory=list)
 
     def text(self, key: str) -> str:
         """A required text."""
@@ -147,9 +170,9 @@ class Fields:
             return str(value)
         return self.optional(key)
 
-    def note(self, key: str, expected: str, found: str) -> None:
+    def note(self, key: str, expected: str, found: str, reason: str = MALFORMED) -> None:
         """Keeps a problem of this record."""
-        self.notes.append((key, expected, found))
+        self.notes.append((key, expected, found, reason))
 
     def _list(self, key: str, expected: str) -> list[object]:
         value = self.raw.get(key)
