@@ -95,6 +95,8 @@ def test_plain_prompts_are_read_as_before() -> None:
 def test_what_cannot_be() -> None:
     with pytest.raises(ModelError, match="tiny-llama has no chat template"):
         replace(build_lm("llama"), chat=True)
+    with pytest.raises(ModelError, match="tiny-llama does not take a user's turn and an answer: no turns"):
+        chat_lm("{{ raise_exception('no turns') }}")
     lm = build_lm("t5")
     lm.tokenizer.chat_template = TURNS
     with pytest.raises(ModelError, match="for a decoder"):

@@ -45,7 +45,7 @@ def chat_framing(tokenizer: Any, name: str) -> Framing:
         name: of the model, for the error.
 
     Raises:
-        ModelError: the tokenizer has no chat template.
+        ModelError: the tokenizer has no chat template, or one that does not take a user's turn and an answer.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(
@@ -58,7 +58,13 @@ def chat_framing(tokenizer: Any, name: str) -> Framing:
         text: str = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
         return text
 
-    return Framing("a user's turn in the tokenizer's chat template", frame, _gap(tokenizer, frame), False)
+    try:
+        gap = _gap(tokenizer, frame)
+    except Exception as error:  # a template is a program, and may raise what it likes
+        raise ModelError(
+            f"The chat template of {name} does not take a user's turn and an answer: {error}"
+        ) from error
+    return Framing("a user's turn in the tokenizer's chat template", frame, gap, False)
 
 
 def _gap(tokenizer: Any, frame: Callable[[str], str]) -> str:
