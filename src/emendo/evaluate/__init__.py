@@ -1,7 +1,8 @@
 """Measuring editors, and showing what an edit did."""
 
 from emendo.evaluate.compare import Answer, Question, Row, before_after, questions
-from emendo.evaluate.results import Evaluation, Outcome, Result
+from emendo.evaluate.evaluation import Evaluation
+from emendo.evaluate.results import Outcome, Result
 from emendo.evaluate.run import evaluate
 
 __all__ = [

@@ -8,7 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from emendo.errors import RequestError
-from emendo.evaluate.results import Evaluation, Result, finite, plain
+from emendo.evaluate.evaluation import Evaluation
+from emendo.evaluate.results import Result, finite, plain
 from emendo.evaluate.scores import figures
 
 

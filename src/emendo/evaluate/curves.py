@@ -19,7 +19,7 @@ from emendo.evaluate.drawing import (
     panels,
     render,
 )
-from emendo.evaluate.results import Evaluation
+from emendo.evaluate.evaluation import Evaluation
 
 _FLOOR = 1e-6
 """The smallest KL that is told apart, in nats."""

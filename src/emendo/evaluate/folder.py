@@ -34,7 +34,8 @@ from emendo.editors.base import Editor
 from emendo.errors import StorageError
 from emendo.evaluate.answers import read_answers, write_answers
 from emendo.evaluate.checkpoints import Checkpoint, Sequential
-from emendo.evaluate.results import Evaluation, Result
+from emendo.evaluate.evaluation import Evaluation
+from emendo.evaluate.results import Result
 from emendo.files import new_file, read_json, write_json
 
 FORMAT = 1
@@ -133,7 +134,7 @@ class RunFolder:
         return len([*(self.folder / "parts").glob("*.edits.parquet")])
 
     def read(self, number: int, records: Sequence[Record]) -> tuple[Result, ...] | None:
-        """A part; see :class:`emendo.evaluate.run.Parts`."""
+        """A part; see :class:`emendo.evaluate.ways.Parts`."""
         found = read_answers(self.folder / "parts", f"{number:05d}.", self.records)
         return None if found is None else tuple(result for _, result in found)
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from emendo.editors.base import Editor
 from emendo.evaluate.cases import EXTRA_TOKENS, TOKEN_STEP
+from emendo.evaluate.damage import Damage
+from emendo.evaluate.ways import Ways
 from emendo.models import LM
-
-if TYPE_CHECKING:
-    from emendo.evaluate.damage import Damage
-    from emendo.evaluate.run import Ways
 
 
 def words(lm: LM, editor: Editor, ways: Ways, damage: Damage | None) -> Mapping[str, Any]:

@@ -10,8 +10,8 @@ from emendo.edit import AnyEdit
 from emendo.evaluate import curves, plots, sections
 from emendo.evaluate.checkpoints import Sequential
 from emendo.evaluate.compare import Row
+from emendo.evaluate.evaluation import Evaluation
 from emendo.evaluate.page import inline, number, render_page
-from emendo.evaluate.results import Evaluation
 from emendo.files import new_file
 
 

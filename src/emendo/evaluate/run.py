@@ -8,11 +8,11 @@ goes on, or that several processes share, gives the same figures to the last bit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from statistics import fmean, median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -24,61 +24,20 @@ from emendo.evaluate.asking import Asked, made
 from emendo.evaluate.batches import Continuations, Lazy, trunk_batches
 from emendo.evaluate.cases import tokenise
 from emendo.evaluate.damage import Damage
+from emendo.evaluate.evaluation import Evaluation
 from emendo.evaluate.forced import force
 from emendo.evaluate.free import speak
 from emendo.evaluate.harness import Harness, unmeasured
 from emendo.evaluate.protocol import cost, words
-from emendo.evaluate.results import Evaluation, Result
+from emendo.evaluate.results import Result
+from emendo.evaluate.ways import Parts, Progress, Ways
 from emendo.models import LM
 from emendo.sites import find_sites
 from emendo.store import TrunkStore
 from emendo.trunk import Trunk
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
 SINGLE_EDITS = 20
 """Edits that are made alone, for their time."""
-
-
-class Parts(Protocol):
-    """Where the results of a run are kept, part by part."""
-
-    def read(self, number: int, records: Sequence[Record]) -> tuple[Result, ...] | None:
-        """The results of a part; None where it has not been written."""
-
-    def write(self, number: int, results: Sequence[Result]) -> None:
-        """Keep the results of a part."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ways:
-    """How an evaluation is done.
-
-    Attributes:
-        generated: score free greedy generation too.
-        batch: how many facts are edited at once, each for itself.
-        new_tokens: how many tokens are generated; by default the answer's tokens and 4 more, rounded up to a multiple
-            of 8, for each prompt, so that no figure depends on what else is in the batch.
-        together: how many facts make one edit.
-        told: ask the prompts where nothing shall change also with the edited fact before them.
-        share: which part of the work this process does, and of how many.
-
-    Raises:
-        RequestError: a number that makes no sense.
-    """
-
-    generated: bool = True
-    batch: int = 25
-    new_tokens: int | None = None
-    together: int = 1
-    told: bool = True
-    share: tuple[int, int] = (0, 1)
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "new_tokens", "together"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise RequestError(f"{name}={value}: give a whole number from 1 up.")
 
 
 def evaluate(

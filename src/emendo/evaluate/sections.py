@@ -8,8 +8,9 @@ from typing import Any
 
 from emendo.evaluate import curves, plots
 from emendo.evaluate.checkpoints import Sequential
+from emendo.evaluate.evaluation import Evaluation
 from emendo.evaluate.page import inline
-from emendo.evaluate.results import Evaluation, Outcome, Result
+from emendo.evaluate.results import Outcome, Result
 from emendo.evaluate.score_list import GROUPS
 from emendo.evaluate.scores import BY_NAME
 from emendo.evaluate.summary import ABOUT

@@ -30,7 +30,7 @@ from emendo.evaluate.forced import force
 from emendo.evaluate.free import speak
 from emendo.evaluate.harness import Harness, unmeasured
 from emendo.evaluate.results import Result
-from emendo.evaluate.run import Parts, Progress
+from emendo.evaluate.ways import Parts, Progress
 from emendo.lowrank import LowRank, applied
 from emendo.models import LM
 from emendo.sites import find_sites

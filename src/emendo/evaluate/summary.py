@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from emendo.evaluate.checkpoints import Sequential
-from emendo.evaluate.results import Evaluation
+from emendo.evaluate.evaluation import Evaluation
 from emendo.evaluate.score_list import GROUPS, SCORES
 from emendo.evaluate.scores import HARMONIC_ABOUT
 

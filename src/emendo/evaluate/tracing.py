@@ -9,10 +9,11 @@ from statistics import fmean
 from typing import Any
 
 from emendo.errors import RequestError
+from emendo.evaluate.evaluation import Evaluation
 from emendo.evaluate.intervals import Paired, paired
 from emendo.evaluate.metrics import first_line
 from emendo.evaluate.results import SCORES as HEADLINES
-from emendo.evaluate.results import Evaluation, Outcome, Result
+from emendo.evaluate.results import Outcome, Result
 from emendo.evaluate.score_list import SCORES
 from emendo.evaluate.scores import BY_NAME, values_of
 
