@@ -48,6 +48,7 @@ def test_edit_json(emendo_command: Emendo, trained: Path, tmp_path: Path) -> Non
             "prompt",
             "target",
             "out",
+            "chat",
             "target_before",
             "target_after",
             "reached",
