@@ -157,6 +157,7 @@ def main() -> None:
     options.add_argument("--data", required=True)
     options.add_argument("--limit", type=int, default=60)
     options.add_argument("--sizes", type=float, nargs="+", default=[0.01, 1.0])
+    options.add_argument("--only", nargs="+", help="some of: oracle, in-context, random")
     given = options.parse_args()
     lm, chosen = emendo.load(given.model), read_records(given.data).records[: given.limit]
     editors: dict[str, Editor] = {
@@ -166,6 +167,8 @@ def main() -> None:
     }
     runs: dict[str, Evaluation] = {}
     for name, editor in editors.items():
+        if given.only and name.partition(",")[0] not in given.only:
+            continue
         runs[name] = evaluate(lm, editor, chosen)
         sys.stderr.write(
             f"{name}: {runs[name].seconds_per_edit:.2f} s for an edit\n{table({name: runs[name]})}\n"
