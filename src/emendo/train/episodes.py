@@ -19,7 +19,7 @@ from emendo.outer import Episode
 from emendo.texts import Text
 from emendo.train.config import TrainConfig
 
-GROUP = 8
+GROUP = 4
 """Steps that are looked ahead at together (see :mod:`emendo.train.ahead`)."""
 WINDOW = 512
 """Records whose texts are put through the trunk together, and among whose siblings the first epoch chooses."""
