@@ -35,9 +35,9 @@ FILES = {
 @pytest.fixture(autouse=True, scope="module")
 def few_to_validate_on() -> Iterator[None]:
     """The demo chooses its editor on a hundred facts; here on eight, to be quick."""
-    real = loop._validation_batches
+    real = loop.held_out
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_validation_batches", lambda lm, records, config: real(lm, records[:8], config))
+        patch.setattr(loop, "held_out", lambda lm, records, config: real(lm, records[:8], config))
         yield
 
 

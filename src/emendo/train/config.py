@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from emendo.errors import RequestError
@@ -91,3 +92,13 @@ class TrainConfig:
     def weights(self) -> Weights:
         """The weights of the losses."""
         return Weights(self.c_edit, self.prompt_share)
+
+    def done(self, step: int, seconds: float) -> float:
+        """Share of the run that is over after so many steps and seconds, by whichever limit is nearer."""
+        share = step / self.steps
+        return share if self.minutes is None else max(share, seconds / (self.minutes * 60))
+
+    def rate(self, step: int, seconds: float) -> float:
+        """Share of the peak learning rate: a linear rise, then a cosine down to 2%."""
+        rise = min(1.0, (step + 1) / max(1, self.warmup))
+        return rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.done(step, seconds)))))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +22,14 @@ from emendo.train import checkpoint
 from emendo.train.ahead import Ahead, look_ahead
 from emendo.train.config import TrainConfig
 from emendo.train.episodes import GROUP, Episodes
+from emendo.train.interrupt import interruptible
 from emendo.train.progress import Quiet
 from emendo.train.step import training_step, validation_step
+from emendo.train.validation import MARGIN, figures, harmonic_mean, held_out, mean
 from emendo.trunk import Trunk
 
 _BAD_IN_A_ROW = 5
 _REPORT_EVERY = 10
-_MARGIN = 0.02
-"""Scores on a hundred facts that differ by less are alike; of alike editors the later one is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +100,7 @@ class _Run:
         self.editor, self.config, self.out = editor, config, out
         self.progress = progress or Quiet()
         self.episodes = Episodes(lm, records, config, passages)
-        self.held_out = _validation_batches(lm, validation, config)
+        self.held_out = held_out(lm, validation, config)
         trunk = Trunk(lm.model, editor.sites)
         folder = cache_folder() / "trunk" / f"{lm.fingerprint}-{trunk.block}" if out is not None else None
         self.store = TrunkStore(trunk, folder)
@@ -122,7 +119,7 @@ class _Run:
         started = time.monotonic() - self.state.seconds
         saved = time.monotonic()
         stopped = "finished"
-        with self.progress, _interruptible(self.progress.note) as interrupted:
+        with self.progress, interruptible(self.progress.note) as interrupted:
             while self.state.step < self.config.steps:
                 self.state.seconds = time.monotonic() - started
                 if interrupted():
@@ -171,7 +168,7 @@ class _Run:
             self._skip()
         else:
             self.state.bad_in_a_row = 0
-            rate = self._rate()
+            rate = self.config.rate(self.state.step, self.state.seconds)
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * rate
             self.optimizer.step()
@@ -198,14 +195,6 @@ class _Run:
             self._group = group
         return self._looked[place]
 
-    def _rate(self) -> float:
-        """Share of the peak learning rate: a linear rise, then a cosine down to 2%."""
-        done = self.state.step / self.config.steps
-        if self.config.minutes is not None:
-            done = max(done, self.state.seconds / (self.config.minutes * 60))
-        rise = min(1.0, (self.state.step + 1) / max(1, self.config.warmup))
-        return rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
     def _ensure(self, episodes: Sequence[Episode]) -> None:
         missing = self.store.missing(text for episode in episodes for text in episode.texts())
         done = 0
@@ -227,17 +216,15 @@ class _Run:
             )
 
     def _report(self) -> None:
-        means = _figures(_mean(self.recent))
-        done = max(1e-9, self.state.step / self.config.steps)
-        if self.config.minutes is not None:
-            done = max(done, self.state.seconds / (self.config.minutes * 60))
-        figures = {
+        means = figures(mean(self.recent))
+        done = max(1e-9, self.config.done(self.state.step, self.state.seconds))
+        shown = {
             **means,
             "episodes/s": self.state.step * self.config.batch / max(1e-9, self.state.seconds),
             "time left": self.state.seconds * (1 - done) / done,
         }
         self.state.history.append({"step": self.state.step, **means})
-        self.progress.step(self.state.step, self.config.steps, figures)
+        self.progress.step(self.state.step, self.config.steps, shown)
 
     def _validate(self) -> None:
         """Keep the best editor, and count the validations since then."""
@@ -249,23 +236,23 @@ class _Run:
         steps = [
             validation_step(self.editor, self.store, batch, weights, together) for batch in self.held_out
         ]
-        outcomes = [outcome for outcome in steps if outcome is not None]
+        outcomes = [found for found in steps if found is not None]
         if not outcomes:
             return
-        mean = _mean(outcomes)
-        means = _figures(mean)
+        outcome = mean(outcomes)
+        means = figures(outcome)
         score = harmonic_mean(means["success"], means["generalisation"], means["locality"])
-        better = score >= self.state.best - _MARGIN and (score > 0 or means["loss"] < self.state.best_loss)
+        better = score >= self.state.best - MARGIN and (score > 0 or means["loss"] < self.state.best_loss)
         if better:
             self.state.best = max(score, self.state.best)
             self.state.best_loss, self.state.stale = means["loss"], 0
             self.best = {name: tensor.detach().clone() for name, tensor in self.editor.state_dict().items()}
         else:
             self.state.stale += 1
-        figures = {**means, "score": score, "kept": float(better)}
-        self.editor.validated(mean)
+        row = {**means, "score": score, "kept": float(better)}
+        self.editor.validated(outcome)
         self.state.history.append(
-            {"step": self.state.step, **{f"validation {name}": value for name, value in figures.items()}}
+            {"step": self.state.step, **{f"validation {name}": value for name, value in row.items()}}
         )
         self.progress.validation(self.state.step, means, better)
 
@@ -292,58 +279,3 @@ def _settings(editor: GradientEditor, config: TrainConfig, records: Sequence[Rec
         **({"chat": True} if editor.chat else {}),  # so that runs of before chat can go on
         **{k: v for k, v in asdict(config).items() if k != "checkpoint_every"},
     }
-
-
-def _validation_batches(lm: LM, records: Sequence[Record], config: TrainConfig) -> list[list[Episode]]:
-    records = records[: config.validate_on]
-    size = min(config.batch, len(records) // config.together * config.together)
-    if not size:
-        return []
-    plain = TrainConfig(
-        batch=size, together=config.together, near=max(1, config.near), sibling=0, seed=config.seed
-    )
-    episodes = Episodes(lm, records, plain)
-    return [episodes.batch(step) for step in range(math.ceil(len(records) / size))]
-
-
-def harmonic_mean(*values: float) -> float:
-    """The harmonic mean: the score that the best editor is chosen by, low as soon as one of the three is.
-
-    Of editors whose scores are alike the later one is kept. The loss would choose worse: its mean KL hangs on a few
-    locality texts whose answer flips (docs/log.md).
-    """
-    return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0
-
-
-def _mean(outcomes: Sequence[Outcome] | deque[Outcome]) -> Outcome:
-    rows = [asdict(outcome) for outcome in outcomes]
-    return Outcome(**{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]})
-
-
-def _figures(outcome: Outcome) -> dict[str, float]:
-    """An outcome under the short names of reports."""
-    short = {"edit_loss": "edit", "locality_loss": "KL"}
-    return {short.get(name, name): value for name, value in asdict(outcome).items()}
-
-
-@contextmanager
-def _interruptible(tell: Callable[[str], None]) -> Iterator[Any]:
-    """Ctrl-C asks the loop to stop after its step; a second one stops at once. Elsewhere signals stay as they are."""
-    asked = False
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        tell("Stopping after this step. Ctrl-C again stops at once; then only the last checkpoint is kept.")
-
-    try:
-        before = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not the main thread
-        yield lambda: asked
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
