@@ -1,4 +1,4 @@
-"""How long until held-out facts are edited well: emendo and the textbook, each for ``--minutes``.
+"""How long until held-out facts are edited well: emendo for ``--minutes``, the textbook for as long or shorter.
 
 Both learn from the same records and are judged on the same held-out ones, teacher forced; the time for judging does
 not count, the trunk's does. What a run did not reach within its minutes is given as "not reached". Where emendo did and
@@ -76,33 +76,37 @@ class Race:
         drawn = Episodes(lm, found[:count], held)
         self.held_out = [drawn.batch(step) for step in range(math.ceil(count / options.batch))]
 
-    def rate(self, elapsed: float, step: int) -> float:
-        """Share of the peak learning rate: a rise, then a cosine over the minutes."""
-        done = min(1.0, elapsed / (self.options.minutes * 60))
+    def rate(self, done: float, step: int) -> float:
+        """Share of the peak learning rate: a rise, then a cosine; ``done`` is the share of the time that has passed."""
         return min(1.0, (step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
 
     def run(
-        self, editor: nn.Module, groups: list[dict[str, Any]], steps: Callable[[int], None], mend: Mend
+        self,
+        editor: nn.Module,
+        groups: list[dict[str, Any]],
+        steps: Callable[[int], None],
+        mend: Mend,
+        minutes: float,
     ) -> list[Point]:
-        """Train for the minutes, judging now and then."""
+        """Train for so many minutes, judging now and then."""
         optimizer = torch.optim.Adam(groups, fused=True)
         peaks = [group["lr"] for group in optimizer.param_groups]
         store = TrunkStore(Trunk(self.lm.model, self.sites))
-        elapsed, step, points, due = 0.0, 0, [], 0.0
-        while elapsed < self.options.minutes * 60:
+        elapsed, step, points, due, seconds = 0.0, 0, [], 0.0, minutes * 60
+        while elapsed < seconds:
             before = time.perf_counter()
             optimizer.zero_grad()
             steps(step)
             nn.utils.clip_grad_norm_(editor.parameters(), 1.0)
             for group, top in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = top * self.rate(elapsed, step)
+                group["lr"] = top * self.rate(min(1.0, elapsed / seconds), step)
             optimizer.step()
             elapsed, step = elapsed + time.perf_counter() - before, step + 1
             if elapsed >= due:
                 if mend is not editor:
                     mend.load_state_dict(editor.state_dict())
                 points.append(judged(mend, store, self.held_out, (elapsed, step * self.options.batch)))
-                due = elapsed + self.options.minutes * 60 / self.options.points
+                due = elapsed + seconds / self.options.points
         mend.load_state_dict(editor.state_dict())
         points.append(judged(mend, store, self.held_out, (elapsed, step * self.options.batch)))
         return points
@@ -127,7 +131,7 @@ class Race:
             batch, ahead = looked[number]
             training_step(editor.train(), store, batch, self.config.weights, ahead)
 
-        return self.run(editor, editor.parameter_groups(self.config.lr), step, editor)
+        return self.run(editor, editor.parameter_groups(self.config.lr), step, editor, self.options.minutes)
 
     def textbook(self) -> list[Point]:
         """The textbook, with the learning rate of its own that it is given."""
@@ -145,7 +149,8 @@ class Race:
             editor.train().training_step(self.episodes.batch(number), self.config.c_edit)
 
         mend = Mend(self.sites, MendConfig(rank=self.options.textbook_rank)).eval()
-        return self.run(editor, groups, step, mend)
+        minutes = self.options.textbook_minutes or self.options.minutes
+        return self.run(editor, groups, step, mend, minutes)
 
 
 def reached(points: Sequence[Point], bar: tuple[float, float, float]) -> Point | None:
@@ -188,7 +193,10 @@ def show(curves: dict[str, list[Point]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__)
-    made.add_argument("--minutes", type=float, default=15.0, help="of training, for each of the two")
+    made.add_argument("--minutes", type=float, default=15.0, help="of training")
+    made.add_argument(
+        "--textbook-minutes", type=float, default=None, help="the textbook's, where they differ"
+    )
     made.add_argument("--records", type=int, default=9900)
     made.add_argument("--held-out", type=int, default=200)
     made.add_argument("--points", type=int, default=20, help="of each curve")
