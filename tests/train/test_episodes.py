@@ -129,6 +129,19 @@ def test_the_mix_is_as_asked(lm: LM) -> None:
     assert locality[3] in episodes.passages
 
 
+def test_passages_are_cut_at_many_lengths_and_keep_their_last_tokens(lm: LM) -> None:
+    long = " ".join(["one two three four five six seven eight nine ten"] * 8)
+    texts = [f"{i} {long}" for i in range(60)]
+    config = TrainConfig(batch=1, near=0, sibling=0, text=1)
+    found = Episodes(lm, records(2), config, texts).passages
+    lengths = {len(text.ids) for text in found}
+    assert min(lengths) >= 8
+    assert max(lengths) <= 32
+    assert len(lengths) > 10
+    assert {len(text.labels) for text in found} <= {4, 5, 6}
+    assert found == Episodes(lm, records(2), config, texts).passages
+
+
 def test_a_record_without_what_was_asked_still_has_a_locality_text(lm: LM) -> None:
     bare = [replace(r, neighbours=(), unrelated=()) for r in records(3)]
     for episode in Episodes(lm, bare, TrainConfig(batch=3, near=1, sibling=0)).batch(0):

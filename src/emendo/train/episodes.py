@@ -167,7 +167,14 @@ def _encode(lm: LM, records: Sequence[Record]) -> list[_Encoded]:
     ]
 
 
-def _passage(lm: LM, text: str, tokens: int = 24) -> Text | None:
-    """The first tokens of a passage; all but the first third are positions to keep."""
-    ids = lm.tokenizer(text, truncation=True, max_length=tokens)["input_ids"]
-    return Text(tuple(ids), max(1, len(ids) // 3)) if len(ids) >= 6 else None
+_CUT = (8, 32)
+"""A passage is cut to so many tokens, at least and at most."""
+_KEPT = 6
+"""Its last so many tokens are those whose prediction must stay."""
+
+
+def _passage(lm: LM, text: str) -> Text | None:
+    """The beginning of a passage, cut at another length for each, so that every position is kept by some of them."""
+    limit = random.Random(text).randint(*_CUT)
+    ids = lm.tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+    return Text(tuple(ids), len(ids) - min(_KEPT, len(ids) // 2)) if len(ids) >= 4 else None
