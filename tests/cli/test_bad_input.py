@@ -101,7 +101,6 @@ TRAIN: list[tuple[list[str], str]] = [
     (["--steps", "0"], "--steps must be at least 1"),
     (["--minutes", "-1"], "--minutes must be above 0"),
     (["--limit", "0"], "--limit must be at least 1"),
-    (["--text-examples", "2"], "--text-examples needs a file"),
     (["--text", "/none.txt"], "--text /none.txt cannot be read"),
     (["--dtype", "int4"], "dtype 'int4' is not one of float32, bfloat16, float16"),
     (["--device", "toaster"], "--device toaster cannot be used"),

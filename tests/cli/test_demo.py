@@ -82,6 +82,7 @@ def test_the_demo(finished: tuple[Path, Answer]) -> None:
     assert "Australia" in html and "<svg" in html and 'src="http' not in html
     figures = json.loads((out / "evaluation.json").read_text())["figures"]
     assert figures["records"] == 3 and figures["generated"] is not None
+    assert figures["damage"]["perplexity"]["edits"] == 3 and "perplexity of plain text" in said.out
 
 
 def test_repeated_it_trains_and_measures_nothing_again(

@@ -145,4 +145,7 @@ def test_damage_is_looked_for_unless_it_is_not_wanted(
     seen = emendo_command("evaluate", *wanted, "--limit", 1, "--text", text, "--json").json["damage"]
     assert {"perplexity", "ability", "ability_grammar"} <= seen.keys()
     assert seen["perplexity"]["clean"] > 1
+    printed = emendo_command("evaluate", *wanted, "--limit", 1).out
+    assert "perplexity of plain text" in printed and "questions of other kinds" in printed
+    assert "elsewhere" not in emendo_command("evaluate", *options, "--limit", 1).out
     assert "--text" in emendo_command("evaluate", *options, "--text", text, code=2).err

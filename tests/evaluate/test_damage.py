@@ -94,6 +94,7 @@ def test_damage_equals_plain_passes() -> None:
     values = [result.damage["perplexity"] for result in found.results]
     assert plain["perplexity"]["mean"] == pytest.approx(fmean(values))
     assert (plain["perplexity"]["max"], plain["perplexity"]["edits"]) == (max(values), 4)
+    assert plain["perplexity"]["median"] == sum(sorted(values)[1:3]) / 2
     assert plain["ability"]["edits"] == 2
 
 

@@ -179,10 +179,10 @@ def test_what_cannot_be_learnt_is_refused(lm: LM) -> None:
     lonely = [replace(records(1)[0], neighbours=(), unrelated=())]
     with pytest.raises(TrainingError, match="locality needs another text"):
         Episodes(lm, lonely, TrainConfig())
-    with pytest.raises(TrainingError, match="no plain text"):
-        Episodes(lm, records(3), TrainConfig(text=1))
-    with pytest.raises(TrainingError, match="text locality is for decoders"):
-        Episodes(build_lm("bart"), records(3), TrainConfig(text=1), ["a passage of some length"])
+    with pytest.raises(TrainingError, match="no passage of at least 4 tokens"):
+        Episodes(lm, records(3), TrainConfig(), ["x", "y"])
+    with pytest.raises(TrainingError, match="does not go on from plain text"):
+        Episodes(build_lm("bart"), records(3), TrainConfig(), ["a passage of some length"])
     long = [replace(records(1)[0], target="word " * 100), *records(3)]
     with pytest.raises(RequestError, match="context is 96"):
         Episodes(lm, long, TrainConfig())

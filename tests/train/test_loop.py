@@ -269,7 +269,7 @@ def test_an_editor_of_another_model_is_refused(lm: LM) -> None:
         ({"minutes": 0.0}, "--minutes must be above 0"),
         ({"warmup": -1}, "--warmup cannot be negative"),
         ({"near": -1}, "cannot be negative"),
-        ({"near": 0, "sibling": 0}, "At least one locality example"),
+        ({"near": 0, "sibling": 0, "text": 0}, "At least one locality example"),
     ],
 )
 def test_settings_that_make_no_sense(setting: dict[str, Any], message: str) -> None:

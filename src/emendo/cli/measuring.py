@@ -16,9 +16,11 @@ from emendo.cli.making import UNRELATED, make_edit
 from emendo.cli.runs import Run, digest
 from emendo.cli.show import before_after, scores
 from emendo.data import Probe, Record
+from emendo.data.abilities import PASSAGES
 from emendo.edit import AnyEdit, Edit, Request
 from emendo.editors import Editor
 from emendo.evaluate import Evaluation, Question, Row, evaluate, questions
+from emendo.evaluate.damage import Damage
 from emendo.evaluate.report import write_report
 from emendo.files import new_file, read_json, write_json
 from emendo.models import LM
@@ -28,6 +30,7 @@ EXAMPLE = "country_capital/Australia"
 NEIGHBOURS = ("country_capital/Germany", "country_capital/Thailand", "country_capital/Ireland")
 """Facts of the same kind and split that must stay."""
 
+_PASSAGES = 2  # plain texts whose perplexity is taken after every edit
 _EACH = 2  # rewordings, near neighbours and unrelated prompts of each fact that is measured
 
 
@@ -75,7 +78,8 @@ def show_scores(
         return
     note(f"Measuring {len(records)} edits.")
     with working() as work:
-        evaluation = evaluate(lm, editor, records, progress=work)
+        damage = Damage(PASSAGES[:_PASSAGES]) if lm.kind == "causal" else None
+        evaluation = evaluate(lm, editor, records, damage=damage, progress=work)
     scores(evaluation.as_dict())
     _report(page, run, lm, evaluation, edit, rows)
     with new_file(kept) as temporary:  # last: what it stands for is all there

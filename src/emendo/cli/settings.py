@@ -38,7 +38,7 @@ class RunSettings:
         validation: an absolute path; None holds out a part of ``data``.
         limit: use the first so many records.
         skip_bad: leave malformed records out.
-        text: a plain text file for the locality loss.
+        text: a plain text file for the locality loss; None leaves a decoder to write its own.
         dtype: of the model.
         device: of the model.
         editor: the method's name.
@@ -76,9 +76,8 @@ class RunSettings:
             raise RequestError(f"--limit must be at least 1, not {got['limit']}.")
         names = {field.name for field in fields(TrainConfig)} - {"text"}
         training = {name: value for name, value in got.items() if name in names}
-        training["text"] = got.get(_TEXT_EXAMPLES, 1 if "text" in got else 0)
-        if training["text"] and "text" not in got:
-            raise RequestError("--text-examples needs a file to take them from: --text FILE.")
+        if _TEXT_EXAMPLES in got:
+            training["text"] = got[_TEXT_EXAMPLES]
         pairs = [*(got.get("settings") or []), *([f"rank={got['rank']}"] if "rank" in got else [])]
         return cls(
             model=_place(got["model"], *BUILT_IN),

@@ -83,7 +83,33 @@ def scores(figures: Mapping[str, Any]) -> None:
     output().print(
         f"[dim]in brackets the 95% interval; {figures['seconds_per_edit']:.2f} s for an edit[/dim]"
     )
+    _damage(figures.get("damage") or {})
     harness(figures.get("lm_eval"))
+
+
+_DAMAGE = {
+    "perplexity": ("perplexity of plain text", "max"),
+    "ability": ("questions of other kinds answered", "min"),
+}
+"""Damage that is printed: its heading, and which extreme is the worst."""
+
+
+def _damage(figures: Mapping[str, Any]) -> None:
+    """What the edits did away from their facts; nothing where nobody looked."""
+    if not any(name in figures for name in _DAMAGE):
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for heading in ("elsewhere", "clean model", "after an edit (median)", "after the worst"):
+        table.add_column(heading, justify="left" if heading == "elsewhere" else "right")
+    for name, (heading, worst) in _DAMAGE.items():
+        if name in figures:
+            seen = figures[name]
+            table.add_row(heading, *(_plain(seen[key]) for key in ("clean", "median", worst)))
+    output().print(table)
+
+
+def _plain(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.4g}"
 
 
 def harness(found: Mapping[str, Any] | None) -> None:

@@ -51,7 +51,7 @@ Unrelated = Annotated[int | None, _number("--unrelated", "Unrelated facts per ed
 TextExamples = Annotated[
     int | None,
     _number(
-        "--text-examples", "Passages of --text per edit that must stay.  [default: 1 with --text, else 0]"
+        "--text-examples", "Passages of running text per edit that must stay; only decoders have them.", 1
     ),
 ]
 Clip = Annotated[float | None, _number("--clip", "Largest norm of the gradient.", 1.0, metavar="X")]
@@ -84,7 +84,8 @@ Text = Annotated[
     typer.Option(
         "--text",
         metavar="FILE",
-        help="Plain text, a paragraph a line, on which the model must stay as it is.",
+        help="Plain text, a paragraph a line, on which the model must stay as it is.  [default: what a decoder writes "
+        "by itself]",
     ),
 ]
 Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="Use the first N records only.")]

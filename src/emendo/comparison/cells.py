@@ -78,8 +78,9 @@ class Cell:
         return kind(**{**drawn, **self.settings})
 
     def train_config(self) -> TrainConfig:
-        """The settings of its training, defaults included."""
-        return TrainConfig(**{**self.training, "together": self.trained_for or self.k, "seed": self.seed})
+        """The settings of its training, defaults included; as in the paper only the task says what must stay."""
+        own = {"together": self.trained_for or self.k, "seed": self.seed}
+        return TrainConfig(**{"text": 0, **self.training, **own})
 
     @property
     def trained(self) -> bool:

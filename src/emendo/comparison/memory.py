@@ -83,7 +83,7 @@ def _measure(memory: Memory, model: str | Path, records: Sequence[Record], threa
     kind = editor_class(memory.editor)
     editor = kind(find_sites(lm.model), kind.Config(**memory.settings))
     assert isinstance(editor, GradientEditor)
-    train(lm, editor, records, (), TrainConfig(steps=memory.steps, batch=memory.batch))
+    train(lm, editor, records, (), TrainConfig(steps=memory.steps, batch=memory.batch, text=0))
     return {
         "memory": highest_resident() - bare,
         "memory_of_model": sum(p.numel() * p.element_size() for p in lm.model.parameters()) / 2**20,

@@ -23,6 +23,7 @@ from emendo.errors import DataError
 from emendo.lm import LM
 from emendo.models import cache_folder
 from emendo.train.progress import Quiet
+from emendo.writing import sampled
 
 _SEED = 0
 _TOKENS = 10  # of a continuation
@@ -127,20 +128,10 @@ def sample(lm: LM, prompts: Sequence[str]) -> Iterator[Record]:
             padding=True,
             padding_side="left",
         ).to(lm.device)
-        out = lm.model.generate(
-            **halves,
-            min_new_tokens=_TOKENS,
-            max_new_tokens=_TOKENS,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            suppress_tokens=barred,
-            begin_suppress_tokens=barred_first,
-            pad_token_id=lm.tokenizer.pad_token_id,
-        )
-        sampled = out[:, halves["input_ids"].shape[1] :].tolist()
-        pairs = [(p, lm.tokenizer.decode(ids).strip(), ids) for p, ids in zip(part, sampled, strict=True)]
+        rows = sampled(lm, halves, _TOKENS, suppress_tokens=barred, begin_suppress_tokens=barred_first)
+        pairs = [
+            (p, lm.tokenizer.decode(ids).strip(), ids) for p, ids in zip(part, rows.tolist(), strict=True)
+        ]
         pairs = [(prompt, target, ids) for prompt, target, ids in pairs if target]
         texts = to_texts(lm, [(prompt, target) for prompt, target, _ in pairs])
         clean = [text.labels == tuple(ids) for text, (_, _, ids) in zip(texts, pairs, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, get_args
 
 from emendo.evaluate.intervals import Interval, score_interval
@@ -84,7 +84,7 @@ class Evaluation:
         return {name: fmean(r.norms[name] for r in self.results if name in r.norms) for name in names}
 
     def damage(self) -> dict[str, dict[str, float | None]]:
-        """By name: the clean model's value, and over the edits the mean with its interval and the extremes."""
+        """By name: the clean model's value; of the edits the mean with its interval, median and extremes."""
         edits = {result.edit: result.damage for result in self.results}  # those of one edit have the same
         found = {}
         for name in dict.fromkeys(name for values in edits.values() for name in values):
@@ -93,6 +93,7 @@ class Evaluation:
             found[name] = {
                 "clean": finite(self.clean.get(name)),
                 **mean,
+                "median": finite(median(values)),
                 "min": finite(min(values)),
                 "max": finite(max(values)),
                 "edits": len(values),

@@ -79,9 +79,9 @@ def _maybe(cell: Mapping[str, Any] | None) -> str:
 def _damage(damage: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not damage:
         return []
-    head = ("what", "clean", "after an edit, mean", "lowest", "highest", "edits")
+    head = ("what", "clean", "after an edit, mean", "median", "lowest", "highest", "edits")
     rows = (
-        (name, _number(d["clean"]), _interval(d), _number(d["min"]), _number(d["max"]), str(d["edits"]))
+        (name, _number(d["clean"]), _interval(d), *(_number(d[k]) for k in ("median", "min", "max", "edits")))
         for name, d in damage.items()
     )
     return ["## damage", "", *_table(head, rows), ""]

@@ -28,7 +28,8 @@ class TrainConfig:
         near: locality examples per edit that the record itself gives (its neighbours).
         sibling: locality examples per edit taken from other records of the same relation.
         unrelated: locality examples per edit taken from the record's unrelated probes or any other record.
-        text: locality examples per edit taken from plain text, if there is any.
+        text: locality examples per edit taken from running text, where the model is a decoder: from the passages that
+            are given, else from what the model writes by itself.
         clip: largest norm of the whole gradient.
         seed: of the editor's start and of the order of the records.
         validate_every: steps between validations.
@@ -50,7 +51,7 @@ class TrainConfig:
     near: int = 1
     sibling: int = 1
     unrelated: int = 0
-    text: int = 0
+    text: int = 1
     clip: float = 1.0
     seed: int = 0
     validate_every: int = 250

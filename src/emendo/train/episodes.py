@@ -41,7 +41,7 @@ class Episodes:
         lm: gives the tokenizer and the context length.
         records: what to learn from.
         config: batch size, locality mix and seed.
-        passages: plain text for ``config.text``, one passage a string.
+        passages: running text for ``config.text``, one passage a string; without any, none is drawn.
 
     Raises:
         TrainingError: there are no records, or a kind of locality example is asked for that nothing can give.
@@ -55,14 +55,14 @@ class Episodes:
             raise TrainingError("There are no records to train on.")
         self.config = config
         self.items = _encode(lm, [_shortened(record, config.variety) for record in records])
-        if config.text and lm.kind != "causal":
+        if passages and lm.kind != "causal":
             raise TrainingError(
-                "text locality is for decoders: other models do not go on from plain text. Use --text 0."
+                f"{lm.name} does not go on from plain text, so there is nothing in it to keep: leave --text out."
             )
         found = [_passage(lm, text) for text in passages] if config.text else []
         self.passages = [passage for passage in found if passage is not None]
-        if config.text and not self.passages:
-            raise TrainingError("text locality was asked for, but there is no plain text to take it from.")
+        if found and not self.passages:
+            raise TrainingError("The plain text has no passage of at least 4 tokens.")
         if len(self.items) < 2 and not (self.items[0].neighbours or self.items[0].unrelated):
             raise TrainingError("One record without neighbours is not enough: locality needs another text.")
         self._orders: dict[int, list[int]] = {}

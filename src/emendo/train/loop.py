@@ -27,7 +27,10 @@ from emendo.train.progress import Quiet
 from emendo.train.step import training_step, validation_step
 from emendo.train.validation import MARGIN, figures, harmonic_mean, held_out, mean
 from emendo.trunk import Trunk
+from emendo.writing import own_passages
 
+_OWN = 512
+"""Passages that a decoder writes to be kept, at most."""
 _BAD_IN_A_ROW = 5
 _REPORT_EVERY = 10
 
@@ -73,7 +76,8 @@ def train(
         config: settings.
         out: folder for checkpoints; without it nothing is written and nothing can be resumed.
         resume: go on from the checkpoint in ``out``; the losses are those of an uninterrupted run.
-        passages: plain text for the locality loss.
+        passages: running text for ``config.text``; without any, a decoder writes it itself
+            (:func:`emendo.writing.own_passages`).
         progress: hears how it goes.
 
     Raises:
@@ -99,7 +103,8 @@ class _Run:
         editor.belong(lm)
         self.editor, self.config, self.out = editor, config, out
         self.progress = progress or Quiet()
-        self.episodes = Episodes(lm, records, config, passages)
+        self.began = time.monotonic()
+        self.episodes = Episodes(lm, records, config, passages or self._own(lm))
         self.held_out = held_out(lm, validation, config)
         trunk = Trunk(lm.model, editor.sites)
         folder = cache_folder() / "trunk" / f"{lm.fingerprint}-{trunk.block}" if out is not None else None
@@ -113,10 +118,18 @@ class _Run:
         self._looked: list[tuple[list[Episode], Ahead]] = []
         self.recent: deque[Outcome] = deque(maxlen=50)
 
+    def _own(self, lm: LM) -> list[str]:
+        """What the model writes by itself, as much as the run can use."""
+        config = self.config
+        if lm.kind != "causal" or not config.text:
+            return []
+        folder = cache_folder() / "written" if self.out is not None else None
+        return own_passages(lm, min(_OWN, config.steps * config.batch * config.text), folder)
+
     def go(self, resume: bool) -> TrainResult:
         if resume:
             self._resume()
-        started = time.monotonic() - self.state.seconds
+        started = self.began - self.state.seconds
         saved = time.monotonic()
         stopped = "finished"
         with self.progress, interruptible(self.progress.note) as interrupted:
