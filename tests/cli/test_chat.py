@@ -100,7 +100,16 @@ def test_the_guard_asks_an_edit_as_it_was_made(
     emendo_command("edit", *options, "--chat", PROMPT, "Old Town", "--out", tmp_path / "edit")
     emendo_command("apply", tmp_path / "edit", "--ledger", tmp_path / "ledger", "--force")
     assert emendo_command("doctor", "--model", instruct, "--json").json["retention"] == 1
+    shown = ("show", 1, "--model", instruct)
+    assert "in the tokenizer's chat template" in emendo_command(*shown).out
+    assert emendo_command(*shown, "--json").json["edit"]["chat"] is True
     lm, edit = load(instruct), read_edit(tmp_path / "edit")
+    asked = ("generate", "--model", instruct, "--json", PROMPT)
+    for flag, chat in (((), True), (("--no-chat",), False)):
+        said = emendo_command(*asked, *flag).json
+        assert said["before"] == lm.reading(chat=chat).generate(PROMPT, 20)
+        with edit.applied(lm):
+            assert said["after"] == lm.reading(chat=chat).generate(PROMPT, 20)
     with edit.applied(lm):
         assert not reached(lm, [(PROMPT, "Old Town")])[0]
         assert reached(lm.reading(chat=True), [(PROMPT, "Old Town")])[0]

@@ -70,8 +70,8 @@ def run(
     if not changes:
         keep.find_ledger(name, ledger)  # before the model is loaded for nothing
     if editor is None:
-        chat = any(change.origin.chat for change in changes) if chat is None else chat
-        lm = host = load_model(name, dtype, device, chat=chat)
+        asked = any(change.origin.chat for change in changes) if chat is None else chat
+        lm = host = load_model(name, dtype, device, chat=asked)
     else:
         lm, maker = load_editor(str(editor), name, dtype, device, chat=chat)
         host = maker.host(lm)
@@ -80,7 +80,10 @@ def run(
         for change in changes:
             edited = stack.enter_context(change.applied(edited))
         if not changes:
-            stack.enter_context(keep.open_workspace(host, ledger).applied())
+            work = keep.open_workspace(host, ledger)
+            if chat is None and any(work.edit(id).origin.chat for id in work.ledger.head.active):
+                lm = edited = lm.reading(chat=True)
+            stack.enter_context(work.applied())
         after = edited.generate(prompt, tokens)
     before = lm.generate(prompt, tokens)
     if as_json:

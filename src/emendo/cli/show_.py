@@ -35,7 +35,7 @@ def run(
     entry = book.entry(id)
     steps = [step for step in reversed(book.log()) if id in step.edits]
     if as_json:
-        values = {**as_values(entry), "active": id in book.head.active}
+        values = {**as_values(entry), "active": id in book.head.active, "chat": _chat(book, entry)}
         emit({"edit": values, "operations": [as_values(step) for step in steps]})
         return
     console = output()
@@ -58,6 +58,8 @@ def _facts(book: Ledger, entry: Entry) -> Table:
     table.add_row("edit", f"{entry.id} ({state})")
     for request in entry.requests:
         table.add_row("asked", f"{escape(request['prompt'])} [bold]{escape(request['target'])}[/bold]")
+    if _chat(book, entry):
+        table.add_row("how", "in the tokenizer's chat template")
     rank = "" if entry.rank is None else f", rank {entry.rank}"
     table.add_row("made by", f"{escape(entry.editor)}, emendo {entry.version}, {entry.made}{rank}")
     numbers = [str(other.id) for other in book.entries() if other.digest in entry.upon]
@@ -67,6 +69,13 @@ def _facts(book: Ledger, entry: Entry) -> Table:
         )
     table.add_row("size", f"{entry.bytes / 1024:,.0f} KB, sha256 {entry.digest[:16]}…")
     return table
+
+
+def _chat(book: Ledger, entry: Entry) -> bool:
+    """Whether the edit was made from prompts in the chat template."""
+    from emendo.edit import Edit
+
+    return Edit.from_bytes(book.load(entry.id)).origin.chat
 
 
 def _health(health: Mapping[str, Any]) -> Table:
