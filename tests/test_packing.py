@@ -38,11 +38,14 @@ def _changes(sites: tuple[Site, ...], edits: int = 2, rank: int = 3) -> dict[str
     }
 
 
+@pytest.mark.parametrize("own", [(1, 0, 0, 1), (0, 0, 0, 0)], ids=["two edits", "one edit"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_edited_texts_have_the_logits_and_gradients_of_a_padded_batch(kind: str) -> None:
+def test_edited_texts_have_the_logits_and_gradients_of_a_padded_batch(
+    kind: str, own: tuple[int, ...]
+) -> None:
     lm, sites, store, texts = _setting(kind)
-    changes = _changes(sites)
-    edit = torch.tensor([1, 0, 0, 1])
+    changes = _changes(sites, len(set(own)))
+    edit = torch.tensor(own)
     with unchanged(lm.model):
         _, found = store.packed(texts, lambda packing: edited(lm.model, changes, edit, packing))
         with applied(lm.model, {name: change.take(edit) for name, change in changes.items()}):

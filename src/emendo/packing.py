@@ -11,15 +11,16 @@ activations and dropout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from emendo.lowrank import LowRank, applied
+from emendo.lowrank import LowRank
 from emendo.rowwise import put, take
 from emendo.sites import Site, is_matrix
 
@@ -117,20 +118,20 @@ def edited(model: nn.Module, deltas: Mapping[str, LowRank], edit: Tensor, packin
         edit: ``[texts]`` the edit that each text stands under.
         packing: of the batch.
     """
-    whole = {
-        name: delta.take(edit.to(delta.left.device))
-        for name, delta in deltas.items()
-        if name not in packing.sites
-    }
-    slots: dict[int, _Slots] = {}
+    slots: dict[tuple[int, int], _Slots] = {}
+
+    def place(rows: Rows | None, count: int) -> _Slots:
+        """Of so many rows; without a packing every text has as many."""
+        key = (id(rows), count)
+        if key not in slots:
+            own = edit.repeat_interleave(count // len(edit)) if rows is None else edit[rows.owner]
+            slots[key] = _Slots(own, len(next(iter(deltas.values())).left))
+        return slots[key]
+
     with ExitStack() as stack:
-        stack.enter_context(applied(model, whole))
         for name, delta in deltas.items():
-            if (rows := packing.sites.get(name)) is not None:
-                if id(rows) not in slots:
-                    slots[id(rows)] = _Slots(edit[rows.owner], len(delta.left))
-                hook = _RowAdder(delta, slots[id(rows)])
-                stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+            hook = _RowAdder(delta, partial(place, packing.sites.get(name)))
+            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield
 
 
@@ -149,13 +150,17 @@ class _Slots:
 class _RowAdder:
     """The forward hook that adds to each row the change of its edit."""
 
-    def __init__(self, delta: LowRank, slots: _Slots) -> None:
+    def __init__(self, delta: LowRank, slots: Callable[[int], _Slots]) -> None:
         self.right, self.left, self.slots = delta.right.mT, delta.left.mT, slots
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x, slots = args[0].squeeze(0), self.slots
+        x = args[0].flatten(0, -2)
         if self.right.dtype != x.dtype or self.right.device != x.device:
             self.left, self.right = self.left.to(x), self.right.to(x)
+        if len(self.right) == 1:  # every row stands under the same edit
+            return output + ((x @ self.right[0]) @ self.left[0]).view(output.shape)
+        slots = self.slots(len(x))
         place = slots.place.to(x.device)
         padded = put(x, place, slots.edits * slots.most).view(slots.edits, slots.most, -1)
-        return output + take(((padded @ self.right) @ self.left).flatten(0, 1), place)
+        added = take(((padded @ self.right) @ self.left).flatten(0, 1), place)
+        return output + added.view(output.shape)
