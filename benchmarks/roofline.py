@@ -71,13 +71,13 @@ def phases(lm: LM, ours: Ours) -> dict[str, tuple[Callable[[], Any], float]]:
     ahead = look_ahead(ours.editor, ours.store, ours.batches)
 
     def outer() -> None:
-        for batch, known, deltas in zip(ours.batches, ahead, made, strict=True):
+        for batch, deltas in zip(ours.batches, made, strict=True):
             leaves = {name: LowRank(*map(_leaf, (d.left, d.right))) for name, d in deltas.items()}
-            judge(ours.store, leaves, batch, known.reference, ours.weights, backward=True)
+            judge(ours.store, leaves, batch, ours.weights, backward=True)
 
     def editor() -> None:
-        for known in ahead:
-            deltas = ours.editor(known.factors)
+        for factors in ahead:
+            deltas = ours.editor(factors)
             ends = [end for delta in deltas.values() for end in (delta.left, delta.right)]
             torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
 
@@ -90,14 +90,11 @@ def phases(lm: LM, ours: Ours) -> dict[str, tuple[Callable[[], Any], float]]:
             ours.optimizer.step()
 
     with torch.no_grad():
-        made = [ours.editor(known.factors) for known in ahead]
+        made = [ours.editor(factors) for factors in ahead]
     editor()
     return {
         "trunk (cold only)": (trunk, sum(below)),
-        "looking ahead: factors and references": (
-            lambda: look_ahead(ours.editor, ours.store, ours.batches),
-            3 * suffix,
-        ),
+        "looking ahead: factors": (lambda: look_ahead(ours.editor, ours.store, ours.batches), 2 * suffix),
         "outer losses, forward and backward": (outer, 2 * suffix * GROUP),
         "editor, forward and backward": (editor, 3 * own * GROUP),
         "clip and Adam": (optimizer, 7 * own * GROUP),

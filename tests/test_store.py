@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import build_lm, plain_logits, records, records_for
+from cases import build_lm, build_model, plain_logits, random_texts, records, records_for, unchanged
 from emendo.data.batch import encode, to_texts
+from emendo.lowrank import LowRank
 from emendo.models import LM
+from emendo.packing import edited
 from emendo.sites import find_sites
 from emendo.store import TrunkStore
 from emendo.texts import Text, TokenBatch, collate
@@ -91,7 +93,7 @@ def test_every_text_is_computed_once(tiny_llama: LM, computed: list[int]) -> Non
 def test_long_work_is_cut_into_batches_of_similar_length(
     tiny_llama: LM, computed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emendo.store._BATCH_TOKENS", 40)
+    monkeypatch.setattr("emendo.kept._BATCH_TOKENS", 40)
     texts = facts(tiny_llama, 20)
     small, whole = TrunkStore(trunk_of(tiny_llama), dtype=torch.float32), TrunkStore(trunk_of(tiny_llama))
     small.ensure(texts)
@@ -172,6 +174,105 @@ def test_what_is_damaged_is_computed_anew(
     assert healed.ensure(texts) == 5
     assert torch.equal(healed.gather(texts), wanted)
     assert TrunkStore(trunk, tmp_path).ensure(texts) == 0
+
+
+def answers(store: TrunkStore, texts: list[Text]) -> Tensor:
+    """The unedited model's logits, asked for beside another text's."""
+    with torch.no_grad():
+        batch, logits = store.packed(texts[:1], unedited=texts)
+    return logits[len(batch.labels) :]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "t5", "bart", "bert"])
+def test_unedited_answers_are_those_of_the_whole_model(kind: str) -> None:
+    """Also with all that follows the vocabulary projection: a softcap, a bias of the logits."""
+    model = build_model(kind, torch.float64)
+    if kind == "bart":
+        model.final_logits_bias.normal_()
+    assert kind != "gemma2" or model.config.final_logit_softcapping
+    store = TrunkStore(Trunk(model, find_sites(model, last=2)), dtype=torch.float64)
+    texts = random_texts(kind, 9, 12, 7, 11)
+    store.ensure(texts)
+    with unchanged(model):
+        assert store.ensure_unedited(texts[1:]) == 3
+        found = answers(store, texts)
+        expected = torch.cat([plain_logits(model, collate([text])) for text in texts])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert store.ensure_unedited(texts) == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
+def test_unedited_answers_stay_beside_an_edit_and_get_no_gradient(kind: str) -> None:
+    model = build_model(kind, torch.float64)
+    sites = find_sites(model, last=2)
+    store = TrunkStore(Trunk(model, sites), dtype=torch.float64)
+    texts = random_texts(kind, 9, 12, 7)
+    store.ensure(texts)
+    change = {
+        site.name: LowRank(
+            torch.randn(1, site.d_out, 1).double().requires_grad_(), torch.randn(1, 1, site.d_in).double()
+        )
+        for site in sites
+    }
+    rows = torch.zeros(len(texts), dtype=torch.long)
+    batch, logits = store.packed(texts, lambda packing: edited(model, change, rows, packing), texts)
+    edits, kept = logits.split(len(batch.labels))
+    torch.testing.assert_close(kept, plain_logits(model, batch), rtol=1e-10, atol=1e-12)
+    assert (edits - kept).abs().max() > 1e-3
+    leaves = [delta.left for delta in change.values()]
+    assert not any(g.any() for g in torch.autograd.grad(kept.sum(), leaves, retain_graph=True))
+    assert all(g.any() for g in torch.autograd.grad(edits.square().sum(), leaves))
+
+
+def test_unedited_answers_do_not_depend_on_what_they_were_asked_with(tiny_llama: LM) -> None:
+    texts = facts(tiny_llama, 12)
+    together, alone = (TrunkStore(trunk_of(tiny_llama), dtype=torch.float32) for _ in range(2))
+    together.ensure(texts)
+    together.ensure_unedited(texts)
+    for text in texts:
+        alone.ensure([text])
+        assert alone.ensure_unedited([text]) == 1
+    torch.testing.assert_close(answers(together, texts), answers(alone, texts), rtol=1e-4, atol=1e-5)
+
+
+def test_answers_are_known_by_what_is_read_and_where_they_start() -> None:
+    lm = build_lm("t5")
+    store = TrunkStore(Trunk(lm.model, find_sites(lm.model)))
+    first = Text((0, 5, 6, 7), 2, (8, 9))
+    same, others = (
+        Text((0, 5, 6, 9), 2, (8, 9)),
+        [
+            Text((0, 5, 6, 7), 1, (8, 9)),
+            Text((0, 5, 9, 7), 2, (8, 9)),
+            Text((0, 5, 6, 7), 2, (8,)),
+            Text((9, 0, 5, 6, 7), 2, (8,)),
+        ],
+    )
+    store.ensure([first, *others])
+    assert store.ensure_unedited([first]) == 1
+    assert store.ensure_unedited([same]) == 0
+    assert store.ensure_unedited([*others, *others]) == 4
+
+
+def test_unedited_answers_outlive_the_store_and_are_made_anew_where_damaged(
+    tiny_llama: LM, tmp_path: Path
+) -> None:
+    texts, trunk = facts(tiny_llama, 10), trunk_of(tiny_llama)
+    store = TrunkStore(trunk, tmp_path)
+    store.ensure(texts)
+    assert [store.ensure_unedited(part) for part in (texts[:6], texts[4:])] == [6, 4]
+    wanted = answers(store, texts)
+    del store
+    again = TrunkStore(trunk, tmp_path)
+    assert again.ensure(texts) == again.ensure_unedited(texts) == 0
+    assert torch.equal(answers(again, texts), wanted)
+    del again
+    halve(max(tmp_path.glob("unedited/*.bin"), key=lambda file: file.stat().st_size))
+    healed = TrunkStore(trunk, tmp_path)
+    assert healed.ensure(texts) == 0
+    assert healed.ensure_unedited(texts) == 6
+    assert torch.equal(answers(healed, texts), wanted)
+    assert TrunkStore(trunk, tmp_path).ensure_unedited(texts) == 0
 
 
 def test_rows_of_another_dtype_are_not_misread(tiny_llama: LM, tmp_path: Path) -> None:

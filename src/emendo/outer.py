@@ -97,9 +97,12 @@ class Passes(Protocol):
         """The texts as one batch, and the logits at its label positions."""
 
     def packed(
-        self, texts: Sequence[Text], under: Callable[[Packing], AbstractContextManager[None]]
+        self,
+        texts: Sequence[Text],
+        under: Callable[[Packing], AbstractContextManager[None]],
+        unedited: Sequence[Text] = (),
     ) -> tuple[TokenBatch, Tensor]:
-        """The same, run in a context made for the rows that the MLPs see."""
+        """The same, run in a context made for the rows that the MLPs see; then the logits of others without an edit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,6 @@ def judge(
     passes: Passes,
     deltas: Mapping[str, LowRank],
     episodes: Sequence[Episode],
-    reference: Mapping[Text, Tensor],
     weights: Weights,
     *,
     together: int = 1,
@@ -153,7 +155,6 @@ def judge(
         passes: how texts go through the model.
         deltas: by site, one change for every ``together`` episodes.
         episodes: what the changes were made from.
-        reference: locality text -> the unedited model's logits ``[labels, vocabulary]``.
         weights: of the losses.
         together: how many consecutive episodes share one change.
         backward: back-propagate the mean loss, micro-batch by micro-batch, to whatever the changes and the model have
@@ -165,7 +166,7 @@ def judge(
     correct = [0.0, 0.0, 0.0]
     for part in _even_buckets(outer):
         part.sort(key=lambda item: item.kind)
-        value, right = _bucket(passes, deltas, part, reference, together, edit_loss)
+        value, right = _bucket(passes, deltas, part, together, edit_loss)
         kinds = torch.tensor([item.kind for item in part])
         shares = value.new_tensor([item.weight for item in part])
         if backward:
@@ -191,7 +192,6 @@ def _bucket(
     passes: Passes,
     deltas: Mapping[str, LowRank],
     part: list[_Outer],
-    reference: Mapping[Text, Tensor],
     together: int,
     edit_loss: TokenLoss,
 ) -> tuple[Tensor, Tensor]:
@@ -203,16 +203,17 @@ def _bucket(
     split = sum(item.kind < 2 for item in part)
     rows = torch.tensor([item.episode // together for item in part])
     texts = [item.text for item in part]
-    batch, logits = passes.packed(texts, lambda packing: edited(passes.model, deltas, rows, packing))
+    batch, logits = passes.packed(
+        texts, lambda packing: edited(passes.model, deltas, rows, packing), texts[split:]
+    )
     owner, labels = batch.owner.to(logits.device), batch.labels.to(logits.device)
     cut = int((batch.owner < split).sum())
-    ours, theirs = logits.split([cut, len(logits) - cut])
+    ours, theirs, before = logits.split([cut, len(labels) - cut, len(logits) - len(labels)])
     values, expected = [edit_loss(ours, labels[:cut])], [labels[:cut]]
     if split < len(part):
-        before = torch.cat([reference[item.text] for item in part[split:]])
         values.append(token_kl(before, theirs))
         expected.append(before.argmax(-1))
-    right = (logits.detach().argmax(-1) == torch.cat(expected)).float()
+    right = (logits[: len(labels)].detach().argmax(-1) == torch.cat(expected)).float()
     loss = per_example(torch.cat(values), owner, len(part))
     return loss, per_example(right, owner, len(part)).eq(1).float().cpu()
 

@@ -1,48 +1,48 @@
-"""Trunk outputs, computed once for each text and kept.
+"""What a model's frozen part gives for each text, computed once and kept: trunk outputs, and unedited answers.
 
-The store is a file of hidden-state rows (bfloat16 by default, memory-mapped) and an index from a text's tokens to
-its rows. It belongs to one model and one split; another model's store is another folder.
+The store belongs to one model and one split; another model's store is another folder.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from emendo.files import new_file
+from emendo.kept import Kept
 from emendo.packing import Packing
-from emendo.texts import Text, TokenBatch, collate, length_buckets
+from emendo.texts import Text, TokenBatch, collate
 from emendo.trunk import Trunk
-
-_BATCH_TOKENS = 512
 
 
 class TrunkStore:
     """Keeps ``hidden [tokens, width]`` for every text asked for.
 
+    For texts whose answers must stay it keeps also what the vocabulary projection of the unedited model sees,
+    ``[labels, width]`` in float32 at least; the logits would take a vocabulary's room.
+
     Args:
         trunk: what computes it.
         folder: where to keep it between runs; None keeps it in memory only.
-        dtype: of what is kept. bfloat16 halves the memory; float32 loses nothing.
+        dtype: of the trunk's outputs. bfloat16 halves the memory; float32 loses nothing.
     """
 
     def __init__(self, trunk: Trunk, folder: Path | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.trunk, self.folder, self.dtype = trunk, folder, dtype
-        self._chunks: list[Tensor] = []  # each [rows, width]
-        self._index: dict[bytes, tuple[int, int]] = {}  # key -> (chunk, first row)
-        if folder is not None and folder.is_dir():
-            for file in sorted(folder.glob("*.npz")):
-                self._read(file)
+        self.trunk, self.dtype = trunk, dtype
+        self.kept = Kept(lambda text: text.trunk, lambda text: len(text.trunk), dtype, folder)
+        self._unedited = Kept(
+            _reads,
+            lambda text: len(text.labels),
+            torch.promote_types(next(trunk.model.parameters()).dtype, torch.float32),
+            folder and folder / "unedited",
+        )
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.kept)
 
     @property
     def model(self) -> nn.Module:
@@ -55,31 +55,38 @@ class TrunkStore:
         return batch, self.trunk.logits(batch, self.gather(texts))
 
     def packed(
-        self, texts: Sequence[Text], under: Callable[[Packing], AbstractContextManager[None]] | None = None
+        self,
+        texts: Sequence[Text],
+        under: Callable[[Packing], AbstractContextManager[None]] | None = None,
+        unedited: Sequence[Text] = (),
     ) -> tuple[TokenBatch, Tensor]:
         """The same as :meth:`logits`, without the rows that do not matter (:mod:`emendo.packing`).
 
         Args:
             texts: the texts.
             under: gives the context in which the model runs.
+            unedited: texts whose logits at the labels, as the model gives them outside of that context, follow those of
+                the texts.
         """
+        self.ensure_unedited(unedited)
+        beside = torch.cat([self._unedited[text] for text in unedited]) if unedited else None
         batch = collate(texts)
         packing = self.trunk.packing(batch)
         with under(packing) if under is not None else nullcontext():
-            return batch, self.trunk.logits(batch, self.gather(texts), packing)
+            return batch, self.trunk.logits(batch, self.gather(texts), packing, beside)
 
     def over(self, trunk: Trunk) -> TrunkStore:
         """The same kept outputs under another model that shares the frozen part."""
         other = TrunkStore(trunk, dtype=self.dtype)
-        other._chunks, other._index = self._chunks, self._index
+        other.kept = self.kept
         return other
 
     def missing(self, texts: Iterable[Text]) -> list[Text]:
-        """The texts not yet kept, each once."""
-        return list({key: text for text in texts if (key := _key(text)) not in self._index}.values())
+        """The texts whose trunk output is not yet kept, each once."""
+        return self.kept.missing(texts)
 
     def ensure(self, texts: Iterable[Text], progress: Callable[[int], None] | None = None) -> int:
-        """Compute what is missing, in batches of similar length.
+        """Compute the trunk outputs that are missing, in batches of similar length.
 
         Args:
             texts: what shall be in the store.
@@ -88,71 +95,33 @@ class TrunkStore:
         Returns:
             How many texts were computed.
         """
-        todo = self.missing(texts)
-        if not todo:
-            return 0
-        rows, keys, first = [], [], []
-        at = 0
-        for part in length_buckets(todo, lambda text: len(text.trunk), _BATCH_TOKENS):
+
+        def run(part: Sequence[Text]) -> Tensor:
             batch = collate(part)
-            hidden = self.trunk.run(batch).to("cpu", self.dtype)
-            rows.append(hidden[batch.trunk_mask.bool()])
-            for text in part:
-                keys.append(_key(text))
-                first.append(at)
-                at += len(text.trunk)
-            if progress is not None:
-                progress(len(part))
-        self._add(torch.cat(rows), keys, first)
-        return len(todo)
+            return self.trunk.run(batch).cpu()[batch.trunk_mask.bool()]
+
+        return self.kept.ensure(texts, run, progress)
 
     def gather(self, texts: Sequence[Text]) -> Tensor:
         """Hidden states ``[texts, tokens, width]``, padded on the right with zeros, as :func:`collate` pads."""
-        length = max(len(text.trunk) for text in texts)
-        width = self._chunks[0].shape[-1]
-        out = torch.zeros(len(texts), length, width, dtype=self.dtype)
-        for row, text in zip(out, texts, strict=True):
-            chunk, first = self._index[_key(text)]
-            count = len(text.trunk)
-            row[:count] = self._chunks[chunk][first : first + count]
-        return out
+        return pad_sequence([self.kept[text] for text in texts], batch_first=True)
 
-    def _add(self, rows: Tensor, keys: list[bytes], first: list[int]) -> None:
-        if self.folder is not None:
-            name = hashlib.blake2b(b"".join(keys), digest_size=8).hexdigest()
-            data, index = self.folder / f"{name}.bin", self.folder / f"{name}.npz"
-            with new_file(data) as temporary:
-                rows.contiguous().view(torch.uint8).numpy().tofile(temporary)
-            with new_file(index) as temporary, temporary.open("wb") as handle:
-                np.savez(
-                    handle,
-                    keys=np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1),
-                    first=np.asarray(first),
-                    shape=np.asarray(rows.shape),
-                )
-            self._read(index)
-        else:
-            self._keep(rows, keys, first)
+    def ensure_unedited(self, texts: Iterable[Text]) -> int:
+        """Compute what the vocabulary projection sees at the labels of those texts that lack it.
 
-    def _read(self, index: Path) -> None:
-        """Take in one file; one that is damaged or of another dtype is as good as absent: it is made anew."""
-        data = index.with_suffix(".bin")
-        try:
-            with index.open("rb") as handle, np.load(handle) as file:
-                keys, first, (count, width) = file["keys"], file["first"], file["shape"].tolist()
-            whole = data.stat().st_size == count * width * self.dtype.itemsize
-        except (OSError, EOFError, KeyError, ValueError, BadZipFile):
-            return
-        if whole:
-            rows = torch.from_file(str(data), shared=False, size=count * width, dtype=self.dtype)
-            self._keep(rows.view(count, width), [key.tobytes() for key in keys], first.tolist())
+        Args:
+            texts: some whose trunk output is kept.
 
-    def _keep(self, rows: Tensor, keys: list[bytes], first: list[int]) -> None:
-        chunk = len(self._chunks)
-        self._chunks.append(rows)
-        self._index.update((key, (chunk, at)) for key, at in zip(keys, first, strict=True))
+        Returns:
+            How many texts were computed.
+        """
+
+        def run(part: Sequence[Text]) -> Tensor:
+            return self.trunk.rows(collate(part), self.gather(part))
+
+        return self._unedited.ensure(texts, run)
 
 
-def _key(text: Text) -> bytes:
-    """16 bytes that stand for what the model reads of the text."""
-    return hashlib.blake2b(np.asarray(text.trunk, np.int32).tobytes(), digest_size=16).digest()
+def _reads(text: Text) -> tuple[int, ...]:
+    """What the rows at a text's labels depend on: its last token is only predicted."""
+    return (text.start, len(text.source), *text.source, *text.inputs)

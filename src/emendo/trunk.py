@@ -4,7 +4,8 @@ Everything below that block is frozen and its output depends on the text alone, 
 (:meth:`Trunk.run`) and every later pass starts from what it gave (:meth:`Trunk.logits`). No per-model code:
 a forward pre-hook takes the hidden state and stops the pass; to resume, the blocks below are stand-ins that
 hand their input on, and a pre-hook feeds the kept hidden state to the first edited block. The list keeps its
-length, so layer indices, masks and rotary tables stay right.
+length, so layer indices, masks and rotary tables stay right. What a pass without an edit gives the vocabulary
+projection (:meth:`Trunk.rows`) can be kept too, and goes through the projection with a later pass.
 
 How far the trunk reaches depends on the kind of model:
 
@@ -27,35 +28,8 @@ from torch import Tensor, nn
 from emendo.errors import ModelError
 from emendo.packing import Packing, Rows, packable, packed
 from emendo.sites import Site, find_stacks, kind_of
+from emendo.standins import Pass, given, lent_bias
 from emendo.texts import TokenBatch
-
-
-class _Stop(Exception):  # noqa: N818 - control flow, not an error
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
-
-
-class _Pass(nn.Module):
-    """Stands for a block below the trunk's top: hands its input on, answers for the block's attributes."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "block", block)  # not registered as a child: it must not show up as one
-        object.__setattr__(self, "biased", _bias_table(block) is not None)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "block"), name)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states, None, None) if self.biased else hidden_states
-
-
-def _bias_table(block: nn.Module) -> nn.Module | None:
-    """The self-attention of a block of T5's kind, whose blocks hand a relative position bias on to each other."""
-    return next((m for m in block.modules() if hasattr(m, "has_relative_attention_bias")), None)
 
 
 class Trunk:
@@ -101,11 +75,11 @@ class Trunk:
         encoder gives.
         """
         if self.kind != "seq2seq":
-            return self._until(self.model, self._inputs(batch))
+            return given(self._first, lambda: self.model(**self._inputs(batch)))
         encoder = self.model.get_encoder()  # type: ignore[operator]
         inputs = {name: self._inputs(batch)[name] for name in ("input_ids", "attention_mask")}
         if f"{self.block}" in self.model.get_submodule(self.stack)._modules:
-            return self._until(encoder, inputs)
+            return given(self._first, lambda: encoder(**inputs))
         hidden: Tensor = encoder(**inputs).last_hidden_state
         return hidden
 
@@ -124,8 +98,24 @@ class Trunk:
                 found[site.name] = rows[which]
         return Packing({self._packable[name]: own for name, own in found.items()}, found)
 
+    @torch.no_grad()
+    def rows(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
+        """What the vocabulary projection sees at the label positions, ``[n, width]``, resumed from the trunk's output.
+
+        For a classifier, which has no such projection, its logits ``[n, classes]``.
+        """
+        packing, head = self.packing(batch), self.model.get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            return self.logits(batch, hidden, packing)
+        seen = given(head, lambda: self.logits(batch, hidden, packing))
+        return seen.flatten(0, 1).index_select(0, batch.positions.to(seen.device))
+
     def logits(
-        self, batch: TokenBatch, hidden: Tensor | None = None, packing: Packing | None = None
+        self,
+        batch: TokenBatch,
+        hidden: Tensor | None = None,
+        packing: Packing | None = None,
+        beside: Tensor | None = None,
     ) -> Tensor:
         """Logits at the label positions only, resumed from the trunk's output.
 
@@ -133,45 +123,34 @@ class Trunk:
             batch: the texts.
             hidden: ``[texts, tokens, width]`` from :meth:`run`; None runs the whole model.
             packing: of :meth:`packing`, to leave out the rows that do not matter.
+            beside: rows of :meth:`rows` whose logits are asked for too.
 
         Returns:
             ``[n, vocabulary]``, one row for each of the batch's labels (classes in place of the vocabulary for a
-            classifier).
+            classifier), and after them one for each of ``beside``.
         """
         if packing is not None:
             with packed(self.model, packing):
-                return self.logits(batch, hidden)
+                return self.logits(batch, hidden, beside=beside)
         inputs = self._inputs(batch)
         if hidden is None:
-            return label_logits(self.model, inputs, batch.positions)
+            return label_logits(self.model, inputs, batch.positions, beside)
         if f"{self.block}" not in self.model.get_submodule(self.stack)._modules:
             rest = {name: value for name, value in inputs.items() if name != "input_ids"}
             kept = hidden.to(next(self.model.parameters()))
-            return label_logits(self.model, {**rest, "encoder_outputs": (kept,)}, batch.positions)
+            return label_logits(self.model, {**rest, "encoder_outputs": (kept,)}, batch.positions, beside)
         with self._resuming(hidden):
-            return label_logits(self.model, inputs, batch.positions)
+            return label_logits(self.model, inputs, batch.positions, beside)
 
     def _inputs(self, batch: TokenBatch) -> dict[str, Any]:
         return model_inputs(self.model, batch, positions=self._takes_positions)
 
+    @property
+    def _first(self) -> nn.Module:
+        return self.model.get_submodule(f"{self.stack}.{self.block}")
+
     def _reads_source(self, site: Site) -> bool:
         return self.kind == "seq2seq" and site.stack == self.stack
-
-    def _until(self, module: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Run a module until the first edited block."""
-
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Stop(args[0] if args else kwargs["hidden_states"])
-
-        first = self.model.get_submodule(f"{self.stack}.{self.block}")
-        handle = first.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            module(**inputs)
-        except _Stop as stopped:
-            return stopped.hidden
-        finally:
-            handle.remove()
-        raise ModelError(f"{type(self.model).__name__} never ran its block {self.stack}.{self.block}.")
 
     @contextmanager
     def _resuming(self, hidden: Tensor) -> Iterator[None]:
@@ -182,14 +161,14 @@ class Trunk:
 
         blocks = self.model.get_submodule(self.stack)
         below = {str(i): blocks._modules[str(i)] for i in range(self.block)}
-        first = blocks.get_submodule(str(self.block))
+        first = self._first
         with ExitStack() as stack:
             stack.callback(first.register_forward_pre_hook(feed, with_kwargs=True).remove)
             stack.callback(blocks._modules.update, below)
             if below:
-                stack.enter_context(_lent_bias(blocks.get_submodule("0"), first))
+                stack.enter_context(lent_bias(blocks.get_submodule("0"), first))
             for key, block in below.items():
-                blocks._modules[key] = _Pass(block)  # type: ignore[arg-type]
+                blocks._modules[key] = Pass(block)  # type: ignore[arg-type]
             yield
 
 
@@ -200,22 +179,6 @@ def _rows(batch: TokenBatch, which: str) -> Rows:
     mask = batch.trunk_mask if which == "source" else batch.attention_mask
     index = mask.flatten().nonzero().squeeze(1)
     return Rows(index, index // mask.shape[1])
-
-
-@contextmanager
-def _lent_bias(owner: nn.Module, borrower: nn.Module) -> Iterator[None]:
-    """T5's first block owns the table of relative positions; lend it to the block from which a pass resumes."""
-    source, target = _bias_table(owner), _bias_table(borrower)
-    if source is None or target is None or target.has_relative_attention_bias:
-        yield
-        return
-    target.relative_attention_bias = source.relative_attention_bias
-    target.has_relative_attention_bias = True  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del target.relative_attention_bias
-        target.has_relative_attention_bias = False  # type: ignore[assignment]
 
 
 def model_inputs(model: nn.Module, batch: TokenBatch, *, positions: bool = False) -> dict[str, Any]:
@@ -256,22 +219,32 @@ def model_inputs(model: nn.Module, batch: TokenBatch, *, positions: bool = False
     return inputs
 
 
-def label_logits(model: nn.Module, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+def label_logits(
+    model: nn.Module, inputs: dict[str, Any], positions: Tensor, beside: Tensor | None = None
+) -> Tensor:
     """Run a model and keep the logits ``[n, vocabulary]`` at ``positions [n]`` of the flattened batch.
 
     The vocabulary projection sees those positions only. A classifier gives one row of logits for each text; one with a
     single logit z gives (0, z), so that the second class has the probability sigmoid(z).
+
+    Args:
+        model: a model of any kind.
+        inputs: of its forward.
+        positions: where the labels are predicted.
+        beside: ``[m, width]`` that the vocabulary projection sees after the others, for ``m`` more rows of logits; a
+            classifier's logits themselves.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
         scores: Tensor = model(**inputs).logits
         if scores.shape[-1] == 1:
             scores = torch.cat([torch.zeros_like(scores), scores], -1)
-        return scores.index_select(0, (positions // inputs["input_ids"].shape[1]).to(scores.device))
+        owners = (positions // inputs["input_ids"].shape[1]).to(scores.device)
+        return _with(scores.index_select(0, owners), beside)
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         rows = args[0].flatten(0, 1).index_select(0, positions.to(args[0].device))
-        return (rows.unsqueeze(0),)
+        return (_with(rows, beside).unsqueeze(0),)
 
     handle = head.register_forward_pre_hook(gather)
     try:
@@ -279,3 +252,7 @@ def label_logits(model: nn.Module, inputs: dict[str, Any], positions: Tensor) ->
         return logits
     finally:
         handle.remove()
+
+
+def _with(rows: Tensor, beside: Tensor | None) -> Tensor:
+    return rows if beside is None else torch.cat([rows, beside.to(rows)])

@@ -46,7 +46,7 @@ from emendo.errors import RequestError
 from emendo.losses import per_example, token_kl, token_margin, token_nll
 from emendo.lowrank import LowRank, applied
 from emendo.models import LM
-from emendo.outer import BUCKET_TOKENS, Episode, Outcome, Passes, TokenLoss, Weights, judge, through
+from emendo.outer import BUCKET_TOKENS, Episode, Outcome, TokenLoss, Weights, judge, through
 from emendo.packing import Packing
 from emendo.sites import Site
 from emendo.store import TrunkStore
@@ -192,7 +192,6 @@ class Enn(GradientEditor):
         store: TrunkStore,
         episodes: Sequence[Episode],
         factors: Mapping[str, Factors],
-        reference: Mapping[Text, Tensor],
         weights: Weights,
         *,
         together: int = 1,
@@ -204,41 +203,43 @@ class Enn(GradientEditor):
         from the original is the base loss.
         """
         trunk, texts = self.twin.trunk(store.model), [episode.edit for episode in episodes]
-        passes: Passes = store.over(trunk) if self.shares_trunk else _Whole(trunk)
+        passes = _Trained(trunk, store.over(trunk) if self.shares_trunk else None)
         hidden = store.gather(texts) if self.shares_trunk else None
         deltas = self._steps(trunk, texts, hidden, create_graph=backward and not self.config.first_order)
         if not all(bool(d.left.isfinite().all()) and bool(d.right.isfinite().all()) for d in deltas.values()):
             return None
         if together > 1:
             deltas = {name: delta.group(together) for name, delta in deltas.items()}
-        base, unedited = self._base(passes, episodes, reference, backward=backward)
+        base = self._base(store, passes, episodes, backward=backward)
 
         def judged(changes: Mapping[str, LowRank]) -> Outcome:
-            rest = (episodes, unedited, weights)
+            rest = (episodes, weights)
             return judge(passes, changes, *rest, together=together, backward=backward, edit_loss=self._loss)
 
         outcome = through(deltas, judged) if backward else judged(deltas)
         return replace(outcome, loss=outcome.loss + self.config.c_base * base)
 
     def _base(
-        self, passes: Passes, episodes: Sequence[Episode], reference: Mapping[Text, Tensor], *, backward: bool
-    ) -> tuple[float, dict[Text, Tensor]]:
-        """KL(original || trained) on the locality texts, and the trained model's logits ``[labels, vocabulary]``."""
+        self, store: TrunkStore, passes: _Trained, episodes: Sequence[Episode], *, backward: bool
+    ) -> float:
+        """KL(original || trained) on the locality texts; what the trained model gives there is then known."""
         shares: dict[Text, float] = {}
         for episode in episodes:
             for text in episode.locality:
                 shares[text] = shares.get(text, 0.0) + 1 / (len(episode.locality) * len(episodes))
-        total, unedited = 0.0, dict[Text, Tensor]()
+        total = 0.0
         for part in length_buckets(list(shares), lambda text: text.size, BUCKET_TOKENS):
             batch, logits = passes.logits(part)
-            values = token_kl(torch.cat([reference[text] for text in part]), logits)
+            with torch.no_grad():
+                original = store.packed(part)[1]
+            values = token_kl(original, logits)
             kl = per_example(values, batch.owner.to(values.device), len(part))
             loss = kl @ kl.new_tensor([shares[text] for text in part])
             if backward and self.config.c_base:
                 (self.config.c_base * loss).backward()
             total += float(loss.detach())
-            unedited |= zip(part, logits.detach().split([len(text.labels) for text in part]), strict=True)
-        return total, unedited
+            passes.known |= zip(part, logits.detach().split([len(text.labels) for text in part]), strict=True)
+        return total
 
     @property
     def _loss(self) -> TokenLoss:
@@ -261,18 +262,33 @@ class Enn(GradientEditor):
         return deltas
 
 
-class _Whole:
-    """Texts through the whole of a model, of which no part is kept."""
+class _Trained:
+    """Texts through the trained model; what it gives without an edit is ``known``, by text ``[labels, vocabulary]``.
 
-    def __init__(self, trunk: Trunk) -> None:
-        self.trunk, self.model = trunk, trunk.model
+    Args:
+        trunk: the trained model.
+        store: what is kept of it; None where no part of it is.
+    """
+
+    def __init__(self, trunk: Trunk, store: TrunkStore | None) -> None:
+        self.trunk, self.store, self.model = trunk, store, trunk.model
+        self.known: dict[Text, Tensor] = {}
 
     def logits(self, texts: Sequence[Text]) -> tuple[TokenBatch, Tensor]:
+        if self.store is not None:
+            return self.store.logits(texts)
         batch = collate(texts)
         return batch, self.trunk.logits(batch)
 
     def packed(
-        self, texts: Sequence[Text], under: Callable[[Packing], AbstractContextManager[None]]
+        self,
+        texts: Sequence[Text],
+        under: Callable[[Packing], AbstractContextManager[None]],
+        unedited: Sequence[Text] = (),
     ) -> tuple[TokenBatch, Tensor]:
-        with under(Packing()):
-            return self.logits(texts)
+        if self.store is not None:
+            batch, logits = self.store.packed(texts, under)
+        else:
+            with under(Packing()):
+                batch, logits = self.logits(texts)
+        return batch, torch.cat([logits, *(self.known[text] for text in unedited)])

@@ -112,7 +112,6 @@ class GradientEditor(Editor):
         store: TrunkStore,
         episodes: Sequence[Episode],
         factors: Mapping[str, Factors],
-        reference: Mapping[Text, Tensor],
         weights: Weights,
         *,
         together: int = 1,
@@ -121,10 +120,9 @@ class GradientEditor(Editor):
         """Make the edits of some episodes and judge them; with ``backward`` also add to the parameters' gradients.
 
         Args:
-            store: the trunk's output of every text, and the way on from there.
+            store: the trunk's output of every text, and the way on from there; the unedited model's answers.
             episodes: what to edit and to judge by.
             factors: of the episodes' edits; empty where :attr:`looks_ahead` is False.
-            reference: locality text -> the unedited model's logits ``[labels, vocabulary]``.
             weights: of the losses.
             together: how many consecutive episodes are put into one edit.
             backward: whether this is a training step.
@@ -137,7 +135,7 @@ class GradientEditor(Editor):
         deltas = self(factors)
         if together > 1:
             deltas = {name: delta.group(together) for name, delta in deltas.items()}
-        rest = (episodes, reference, weights)
+        rest = (episodes, weights)
         if not backward:
             return judge(store, deltas, *rest, together=together)
         return through(deltas, lambda leaves: judge(store, leaves, *rest, together=together, backward=True))

@@ -1,17 +1,15 @@
 """What the next steps need that does not depend on the editor, computed for several steps at once.
 
-The factors of the edits and the unedited model's logits on the locality texts are the same whatever the editor has
+The factors of the edits and the unedited model's answers on the locality texts are the same whatever the editor has
 learnt, so they are taken for a group of steps together: texts of similar length share a batch, which halves the
-padding and keeps the matrix products large.
+padding and keeps the matrix products large. The answers stay in the store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from emendo.capture import Factors
 from emendo.editors.gradient import GradientEditor
@@ -19,42 +17,27 @@ from emendo.outer import BUCKET_TOKENS, Episode
 from emendo.store import TrunkStore
 from emendo.texts import Text, length_buckets
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Ahead:
-    """What one batch of episodes needs.
-
-    Attributes:
-        factors: by site, the rows of the batch's edits.
-        reference: locality text -> the unedited model's logits ``[labels, vocabulary]``.
-    """
-
-    factors: Mapping[str, Factors]
-    reference: Mapping[Text, Tensor]
+Ahead = dict[str, Factors]
+"""By site, the rows of the edits of one batch of episodes."""
 
 
 def look_ahead(
     editor: GradientEditor, store: TrunkStore, batches: Sequence[Sequence[Episode]]
 ) -> list[Ahead]:
-    """Factors and reference logits for several batches of episodes.
+    """Factors for several batches of episodes; the store learns what the unedited model answers to their texts.
 
     Args:
         editor: says where to capture; nothing else of it matters.
         store: holds the trunk's output of every text.
         batches: the episodes of the next steps.
     """
-    edits = [[episode.edit for episode in batch] for batch in batches]
-    factors = _factors(editor, store, edits) if editor.looks_ahead else [{} for _ in batches]
-    reference = _reference(store, {text for batch in batches for e in batch for text in e.locality})
-    return [
-        Ahead(rows, {text: reference[text] for episode in batch for text in episode.locality})
-        for rows, batch in zip(factors, batches, strict=True)
-    ]
+    if not editor.looks_ahead:
+        return [{} for _ in batches]
+    store.ensure_unedited(text for batch in batches for episode in batch for text in episode.locality)
+    return _factors(editor, store, [[episode.edit for episode in batch] for batch in batches])
 
 
-def _factors(
-    editor: GradientEditor, store: TrunkStore, batches: Sequence[Sequence[Text]]
-) -> list[dict[str, Factors]]:
+def _factors(editor: GradientEditor, store: TrunkStore, batches: Sequence[Sequence[Text]]) -> list[Ahead]:
     """Capture in batches of similar length, then hand each batch its own rows, in its own order."""
     texts = [text for batch in batches for text in batch]
     found: dict[str, list[Factors]] = {}
@@ -74,13 +57,3 @@ def _factors(
             own = slice(cuts[i], cuts[i + 1])
             rows_of[name] = Factors(u[own], delta[own], owner[own] - bounds[i], len(batches[i]))
     return split
-
-
-@torch.no_grad()
-def _reference(store: TrunkStore, texts: set[Text]) -> dict[Text, Tensor]:
-    logits: dict[Text, Tensor] = {}
-    ordered = sorted(texts, key=lambda text: text.ids)  # a set has no order of its own
-    for part in length_buckets(ordered, lambda text: text.size, BUCKET_TOKENS):
-        rows = store.packed(part)[1]
-        logits |= zip(part, rows.split([len(text.labels) for text in part]), strict=True)
-    return logits

@@ -41,9 +41,7 @@ def training_step(
     """
     if ahead is None:
         (ahead,) = look_ahead(editor, store, [episodes])
-    outcome = editor.judged(
-        store, episodes, ahead.factors, ahead.reference, weights, together=together, backward=True
-    )
+    outcome = editor.judged(store, episodes, ahead, weights, together=together, backward=True)
     if outcome is None or outcome.loss != outcome.loss or abs(outcome.loss) == float("inf"):
         return None
     return outcome
@@ -62,6 +60,6 @@ def validation_step(
     editor.eval()
     try:
         (ahead,) = look_ahead(editor, store, [episodes])
-        return editor.judged(store, episodes, ahead.factors, ahead.reference, weights, together=together)
+        return editor.judged(store, episodes, ahead, weights, together=together)
     finally:
         editor.train(training)

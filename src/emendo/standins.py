@@ -1,0 +1,70 @@
+"""Passes through a part of a model: ended before a module, or with stand-ins for blocks that need not run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from emendo.errors import ModelError
+
+
+class _Stop(Exception):  # noqa: N818 - control flow, not an error
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+def given(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """What a module is given in a pass, which ends there."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Stop(args[0] if args else kwargs["hidden_states"])
+
+    with module.register_forward_pre_hook(stop, with_kwargs=True):
+        try:
+            run()
+        except _Stop as stopped:
+            return stopped.hidden
+    raise ModelError(f"The model never ran its {type(module).__name__}.")
+
+
+class Pass(nn.Module):
+    """Stands for a block below the trunk's top: hands its input on, answers for the block's attributes."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "block", block)  # not registered as a child: it must not show up as one
+        object.__setattr__(self, "biased", _bias_table(block) is not None)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What came in, in the form that the block gives."""
+        return (hidden_states, None, None) if self.biased else hidden_states
+
+
+@contextmanager
+def lent_bias(owner: nn.Module, borrower: nn.Module) -> Iterator[None]:
+    """T5's first block owns the table of relative positions; lend it to the block from which a pass resumes."""
+    source, target = _bias_table(owner), _bias_table(borrower)
+    if source is None or target is None or target.has_relative_attention_bias:
+        yield
+        return
+    target.relative_attention_bias = source.relative_attention_bias
+    target.has_relative_attention_bias = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del target.relative_attention_bias
+        target.has_relative_attention_bias = False  # type: ignore[assignment]
+
+
+def _bias_table(block: nn.Module) -> nn.Module | None:
+    """The self-attention of a block of T5's kind, whose blocks hand a relative position bias on to each other."""
+    return next((m for m in block.modules() if hasattr(m, "has_relative_attention_bias")), None)
