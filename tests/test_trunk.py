@@ -151,6 +151,7 @@ def test_only_the_blocks_that_are_needed_run(
         one.register_forward_hook(lambda *_, i=i: ran.append(i))
     hidden = trunk.run(batch)
     assert ran == below
+    logits(trunk, batch, hidden)  # looks once what a block gives
     ran.clear()
     logits(trunk, batch, hidden)
     assert ran == above
@@ -244,3 +245,17 @@ def test_models_that_cannot_be_split_or_scored_are_refused(tiny_llama: LM) -> No
     several.num_labels = 2
     with pytest.raises(ModelError, match="2 stacks of blocks: eyes, ears"):
         Trunk(several, find_sites(several))
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "gpt2", "t5", "llama"])
+def test_a_deep_trunk_is_resumed_from(kind: str) -> None:
+    """Stand-ins give what the blocks give: GPT-Neo's a tuple, of which a tensor would lose one dimension a block."""
+    deep = {"t5": {"num_layers": 8}, "gpt2": {"n_layer": 8}, "llama": {"num_hidden_layers": 8}}.get(
+        kind, {"num_layers": 8, "attention_types": [[["global", "local"], 4]]}
+    )
+    model = build_model(kind, **deep)
+    batch = collate(random_texts(kind, 14, 5, 9))
+    trunk = Trunk(model, find_sites(model, blocks=[6]))
+    assert trunk.block == 6
+    with unchanged(model):
+        assert torch.equal(logits(trunk, batch, trunk.run(batch)), logits(trunk, batch))

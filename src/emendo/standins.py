@@ -12,8 +12,8 @@ from emendo.errors import ModelError
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 def given(module: nn.Module, run: Callable[[], object]) -> Tensor:
@@ -26,17 +26,36 @@ def given(module: nn.Module, run: Callable[[], object]) -> Tensor:
         try:
             run()
         except _Stop as stopped:
-            return stopped.hidden
+            return stopped.value  # type: ignore[no-any-return]
+    raise ModelError(f"The model never ran its {type(module).__name__}.")
+
+
+def values(module: nn.Module, run: Callable[[], object]) -> int:
+    """How many values a module gives in a tuple, 0 for one that is in none, in a pass which ends there."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        raise _Stop(len(output) if isinstance(output, tuple) else 0)
+
+    with module.register_forward_hook(stop):
+        try:
+            run()
+        except _Stop as stopped:
+            return stopped.value  # type: ignore[no-any-return]
     raise ModelError(f"The model never ran its {type(module).__name__}.")
 
 
 class Pass(nn.Module):
-    """Stands for a block below the trunk's top: hands its input on, answers for the block's attributes."""
+    """Stands for a block below the trunk's top: hands its input on, answers for the block's attributes.
 
-    def __init__(self, block: nn.Module) -> None:
+    Args:
+        block: what it stands for.
+        values: how many values that gives in a tuple, the hidden state first; 0 where it gives that alone.
+    """
+
+    def __init__(self, block: nn.Module, values: int) -> None:
         super().__init__()
         object.__setattr__(self, "block", block)  # not registered as a child: it must not show up as one
-        object.__setattr__(self, "biased", _bias_table(block) is not None)
+        object.__setattr__(self, "values", values)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -46,7 +65,7 @@ class Pass(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What came in, in the form that the block gives."""
-        return (hidden_states, None, None) if self.biased else hidden_states
+        return (hidden_states, *(None,) * (self.values - 1)) if self.values else hidden_states
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ from torch import Tensor, nn
 from emendo.errors import ModelError
 from emendo.packing import Packing, Rows, packable, packed
 from emendo.sites import Site, find_stacks, kind_of
-from emendo.standins import Pass, given, lent_bias
-from emendo.texts import TokenBatch
+from emendo.standins import Pass, given, lent_bias, values
+from emendo.texts import Text, TokenBatch, collate
 
 
 class Trunk:
@@ -152,6 +153,13 @@ class Trunk:
     def _reads_source(self, site: Site) -> bool:
         return self.kind == "seq2seq" and site.stack == self.stack
 
+    @cached_property
+    @torch.no_grad()
+    def _values(self) -> int:
+        """How many values a block gives in a tuple, 0 where it gives the hidden state alone: seen on one token."""
+        batch = collate([Text((0, 0), 1, (0,) if self.kind == "seq2seq" else ())])
+        return values(self.model.get_submodule(f"{self.stack}.0"), lambda: self.model(**self._inputs(batch)))
+
     @contextmanager
     def _resuming(self, hidden: Tensor) -> Iterator[None]:
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -160,15 +168,14 @@ class Trunk:
             return args, {**kwargs, "hidden_states": hidden.to(kwargs["hidden_states"])}
 
         blocks = self.model.get_submodule(self.stack)
-        below = {str(i): blocks._modules[str(i)] for i in range(self.block)}
+        below = {str(i): blocks.get_submodule(str(i)) for i in range(self.block)}
         first = self._first
         with ExitStack() as stack:
             stack.callback(first.register_forward_pre_hook(feed, with_kwargs=True).remove)
             stack.callback(blocks._modules.update, below)
             if below:
                 stack.enter_context(lent_bias(blocks.get_submodule("0"), first))
-            for key, block in below.items():
-                blocks._modules[key] = Pass(block)  # type: ignore[arg-type]
+                blocks._modules |= {key: Pass(block, self._values) for key, block in below.items()}
             yield
 
 

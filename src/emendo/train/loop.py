@@ -201,7 +201,9 @@ class _Run:
             window = self.episodes.window(group * GROUP)
             if window is not None:
                 self._ensure(window)
-            self._looked = []  # the last group's logits go before this one's come
+                if self.editor.looks_ahead:  # in one file, and not in one for every group
+                    self.store.ensure_unedited(text for episode in window for text in episode.locality)
+            self._looked = []  # the last group's factors go before this one's come
             batches = [self.episodes.batch(group * GROUP + i) for i in range(GROUP)]
             self._ensure([episode for batch in batches for episode in batch])
             self._looked = list(zip(batches, look_ahead(self.editor, self.store, batches), strict=True))
