@@ -35,7 +35,8 @@ class RunningStats(nn.Module):
         if len(rows) == 0:
             return
         mean = rows.mean(0)
-        m2 = (rows - mean).square().sum(0)
+        apart = rows - mean
+        m2 = apart.mul_(apart).sum(0)
         total = self.count + len(rows)
         shift = mean - self.mean
         self.mean += shift * (len(rows) / total).to(shift.dtype)
@@ -48,28 +49,24 @@ class RunningStats(nn.Module):
             return torch.ones_like(self.mean)
         return (self.m2 / (self.count - 1).to(self.m2.dtype)).sqrt()
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """``(rows - mean) / (std + 1e-7)``."""
-        return (rows - self.mean) / (self.std() + 1e-7)
+    def forward(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """``(rows - mean) / (std + 1e-7)``; ``out`` may be the rows themselves."""
+        return torch.sub(rows, self.mean, out=out).div_(self.std() + 1e-7)
 
 
-def joined(factors: Sequence[Factors]) -> tuple[Tensor, Tensor, list[int]]:
-    """The rows ``[n, d_in]`` and ``[n, d_out]`` of matrices of one shape, one after the other, and how many of each."""
-    return (
-        torch.cat([f.u for f in factors]),
-        torch.cat([f.delta for f in factors]),
-        [len(f.u) for f in factors],
-    )
+def joined(factors: Sequence[Factors]) -> tuple[Tensor, list[int]]:
+    """Rows ``[n, d_in + d_out]``, u and delta, of matrices of one shape, and how many are of each matrix."""
+    return torch.cat([torch.cat([f.u, f.delta], -1) for f in factors]), [len(f.u) for f in factors]
 
 
-def normalise(
-    u: Tensor, delta: Tensor, u_stats: RunningStats, delta_stats: RunningStats
-) -> tuple[Tensor, Tensor]:
-    """Rows in units of their statistics, which in training mode see them first."""
-    if u_stats.training:
-        u_stats.update(u)
-        delta_stats.update(delta)
-    return u_stats(u), delta_stats(delta)
+def normalise_(rows: Tensor, u_stats: RunningStats, delta_stats: RunningStats) -> None:
+    """Rows of :func:`joined` in units of their statistics, in place; in training mode these see them first."""
+    for part, stats in zip(
+        rows.split([len(u_stats.mean), len(delta_stats.mean)], -1), (u_stats, delta_stats), strict=True
+    ):
+        if stats.training:
+            stats.update(part)
+        stats(part, out=part)
 
 
 class LowRankBlock(nn.Module):
@@ -123,32 +120,41 @@ class _Block(torch.autograd.Function):
         identity: bool,
     ) -> Tensor:
         inner = x @ v.T
-        pre = torch.addmm(bias, inner, u.T)
+        pre = inner @ u.T  # without the bias, which goes into the shift
         if scale is None or shift is None:
-            y = pre
+            y = pre + bias
         else:
-            parts = zip(shift, pre.split(sizes), scale, strict=True)
-            y = torch.cat([torch.addcmul(*part) for part in parts])
-        passed = y >= 0
-        ctx.save_for_backward(x, v, u, scale, inner, pre, passed)
+            y = torch.empty_like(pre)
+            moved = torch.addcmul(shift, bias, scale)
+            for part in zip(moved, pre.split(sizes), scale, y.split(sizes), strict=True):
+                torch.addcmul(*part[:3], out=part[3])
+        passed = torch.ge(
+            y, 0, out=torch.empty_like(y)
+        )  # as numbers: a product with booleans takes four times as long
+        ctx.save_for_backward(x, v, u, bias, scale, inner, pre, passed)
         ctx.sizes, ctx.identity = sizes, identity
-        y = y.clamp(min=0) if y is pre else y.clamp_(min=0)
+        y.clamp_(min=0)
         return y.add_(x) if identity else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, v, u, scale, inner, pre, passed = ctx.saved_tensors
+        x, v, u, bias, scale, inner, pre, passed = ctx.saved_tensors
         own = gradient * passed
         to_scale = to_shift = None
-        if scale is not None:
+        if scale is None:
+            to_bias = own.sum(0)
+        else:
             parts = list(zip(own.split(ctx.sizes), pre.split(ctx.sizes), scale, strict=True))
             to_shift = torch.stack([part.sum(0) for part, _, _ in parts])
-            to_scale = torch.stack([(part * value).sum(0) for part, value, _ in parts])
+            to_scale = torch.stack([(part * value).sum(0) for part, value, _ in parts]).addcmul_(
+                to_shift, bias
+            )
+            to_bias = (to_shift * scale).sum(0)
             for part, _, factor in parts:
                 part.mul_(factor)
         back = own @ u
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = torch.addmm(gradient, back, v) if ctx.identity else back @ v
-        return to_x, back.T @ x, own.T @ inner, own.sum(0), to_scale, to_shift, None, None
+        return to_x, back.T @ x, own.T @ inner, to_bias, to_scale, to_shift, None, None

@@ -43,7 +43,7 @@ from emendo.capture import Factors
 from emendo.editors.gradient import GradientEditor
 from emendo.errors import RequestError
 from emendo.lowrank import LowRank
-from emendo.nets import LowRankBlock, RunningStats, joined, normalise
+from emendo.nets import LowRankBlock, RunningStats, joined, normalise_
 from emendo.sites import Site, group_sites
 
 _FACTORS = ("both", "u", "delta", "smaller")
@@ -92,7 +92,7 @@ class _Network(nn.Module):
         smaller = "u" if d_in <= d_out else "delta"
         self.uses = smaller if config.factors == "smaller" else config.factors
         width = {"both": d_in + d_out, "u": d_in, "delta": d_out}[self.uses]
-        self.normalise = config.norm
+        self.shape, self.normalise = shape, config.norm
         self.u_stats, self.delta_stats = RunningStats(d_in), RunningStats(d_out)
         self.blocks = nn.ModuleList(
             LowRankBlock(width, config.rank, modes, identity=config.identity) for _ in range(config.blocks)
@@ -100,17 +100,16 @@ class _Network(nn.Module):
 
     def forward(self, factors: list[Factors]) -> list[tuple[Tensor, Tensor]]:
         """``(u~, delta~)`` for the rows of each matrix, in the order of its mode."""
-        u, delta, sizes = joined(factors)
+        rows, sizes = joined(factors)
         if self.normalise:
-            u, delta = normalise(u, delta, self.u_stats, self.delta_stats)
+            normalise_(rows, self.u_stats, self.delta_stats)
+        if self.uses == "both":
+            rows = self._blocks(rows, sizes)
+        u, delta = rows.split(self.shape, -1)
         if self.uses == "u":
             u = self._blocks(u, sizes)
         elif self.uses == "delta":
             delta = self._blocks(delta, sizes)
-        else:
-            u, delta = self._blocks(torch.cat([u, delta], -1), sizes).split(
-                [u.shape[-1], delta.shape[-1]], -1
-            )
         return list(zip(u.split(sizes), delta.split(sizes), strict=True))
 
     def _blocks(self, rows: Tensor, sizes: list[int]) -> Tensor:

@@ -29,7 +29,7 @@ from emendo.capture import Factors
 from emendo.editors.gradient import GradientEditor
 from emendo.errors import RequestError
 from emendo.lowrank import LowRank
-from emendo.nets import RunningStats, joined, normalise
+from emendo.nets import RunningStats, joined, normalise_
 from emendo.sites import Site, group_sites
 
 
@@ -67,9 +67,10 @@ class _Curvature(nn.Module):
 
     def forward(self, factors: list[Factors]) -> list[tuple[Tensor, Tensor]]:
         """``(M_in u, M_out delta)`` for the rows of each edited matrix."""
-        u, delta, sizes = joined(factors)
+        rows, sizes = joined(factors)
         if self.norm:
-            u, delta = normalise(u, delta, self.u_stats, self.delta_stats)
+            normalise_(rows, self.u_stats, self.delta_stats)
+        u, delta = rows.split([len(self.m_in), len(self.m_out)], -1)
         mapped = (u @ self.m_in.T).split(sizes), (delta @ self.m_out.T).split(sizes)
         return list(zip(*mapped, strict=True))
 

@@ -28,7 +28,7 @@ from emendo.editors.gradient import GradientEditor
 from emendo.errors import RequestError
 from emendo.lowrank import LowRank
 from emendo.models import LM
-from emendo.nets import RunningStats, normalise
+from emendo.nets import RunningStats, joined, normalise_
 from emendo.sites import Site
 
 
@@ -62,9 +62,10 @@ class _Steps(nn.Module):
 
     def forward(self, rows: Factors) -> LowRank:
         """The changes ``[examples, d_out, d_in]`` of all examples."""
-        u, delta = rows.u, rows.delta
+        both, _ = joined([rows])
         if self.norm:
-            u, delta = normalise(u, delta, self.u_stats, self.delta_stats)
+            normalise_(both, self.u_stats, self.delta_stats)
+        u, delta = both.split([rows.u.shape[-1], rows.delta.shape[-1]], -1)
         return LowRank.of_dense(-self.alpha * rows.lowrank(delta, u).dense())
 
 
