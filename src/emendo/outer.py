@@ -24,7 +24,7 @@ from emendo.lowrank import LowRank
 from emendo.packing import Packing, edited
 from emendo.texts import Text, TokenBatch, length_buckets
 
-BUCKET_TOKENS = 512
+BUCKET_TOKENS = 768
 """Padded tokens of one pass through the edited blocks."""
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
