@@ -69,7 +69,7 @@ class Race:
         found = list(read_records(options.data, split=split, skip_bad=True).records)
         random.Random(0).shuffle(found)
         self.lm, self.options, self.sites = lm, options, find_sites(lm.model)
-        self.config = TrainConfig(batch=options.batch)
+        self.config = TrainConfig(batch=options.batch, variety=options.variety)
         held = TrainConfig(batch=options.batch, sibling=0)
         count = options.held_out
         self.episodes = Episodes(lm, found[count : count + options.records], self.config)
@@ -198,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--textbook-minutes", type=float, default=None, help="the textbook's, where they differ"
     )
     made.add_argument("--records", type=int, default=9900)
+    made.add_argument("--variety", type=int, default=TrainConfig().variety, help="rewordings of a record")
     made.add_argument("--held-out", type=int, default=200)
     made.add_argument("--points", type=int, default=20, help="of each curve")
     made.add_argument("--batch", type=int, default=8)

@@ -249,16 +249,46 @@ def label_logits(
         owners = (positions // inputs["input_ids"].shape[1]).to(scores.device)
         return _with(scores.index_select(0, owners), beside)
 
+    ours: list[Tensor] = []
+
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         rows = args[0].flatten(0, 1).index_select(0, positions.to(args[0].device))
-        return (_with(rows, beside).unsqueeze(0),)
+        if not alone:
+            return (_with(rows, beside).unsqueeze(0),)
+        ours.append(rows)
+        return (_with(rows, beside).detach().unsqueeze(0),)
 
-    handle = head.register_forward_pre_hook(gather)
+    def graph(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        found: Tensor = _OfFirst.apply(ours.pop(), output, module.weight)
+        return found
+
+    # what stands beside needs no gradient, but would take its share of the backward product
+    alone = beside is not None and type(head) is nn.Linear and not head.weight.requires_grad
+    handles = [head.register_forward_pre_hook(gather)]
+    if alone:
+        handles.append(head.register_forward_hook(graph))
     try:
         logits: Tensor = model(**inputs).logits.squeeze(0)
         return logits
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+class _OfFirst(torch.autograd.Function):
+    """``output [1, n + m, d_out]`` of a matrix as a function of its first rows ``[n, d_in]`` alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, output: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.mark_dirty(output)
+        ctx.count = len(rows)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradient[0, : ctx.count] @ weight, None, None
 
 
 def _with(rows: Tensor, beside: Tensor | None) -> Tensor:
