@@ -181,6 +181,21 @@ def compose(edits: Sequence[Edit]) -> Edit:
         RequestError: no edit at all.
         MismatchError: the edits were made for different models.
     """
+    origin = common_origin(edits, "composed", {})
+    parts: dict[str, list[LowRank]] = {}
+    for edit in edits:
+        for name, delta in edit.deltas.items():
+            parts.setdefault(name, []).append(delta)
+    return Edit({name: LowRank.concatenate(deltas) for name, deltas in parts.items()}, origin)
+
+
+def common_origin(edits: Sequence[Edit], editor: str, settings: Mapping[str, Any]) -> Origin:
+    """Where one edit comes from that several were made into.
+
+    Raises:
+        RequestError: no edit at all.
+        MismatchError: the edits were made for different models.
+    """
     if not edits:
         raise RequestError("There is nothing to compose: give at least one edit.")
     first = edits[0].origin
@@ -190,20 +205,15 @@ def compose(edits: Sequence[Edit]) -> Edit:
                 f"Edits of different models cannot be composed: {first.model!r} ({first.fingerprint}) and "
                 f"{edit.origin.model!r} ({edit.origin.fingerprint})."
             )
-    parts: dict[str, list[LowRank]] = {}
-    for edit in edits:
-        for name, delta in edit.deltas.items():
-            parts.setdefault(name, []).append(delta)
-    origin = Origin(
+    return Origin(
         fingerprint=first.fingerprint,
         model=first.model,
-        editor="composed",
-        settings={"of": [edit.digest for edit in edits]},
+        editor=editor,
+        settings={"of": [edit.digest for edit in edits], **settings},
         requests=tuple(request for edit in edits for request in edit.origin.requests),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         chat=all(edit.origin.chat for edit in edits),
     )
-    return Edit({name: LowRank.concatenate(deltas) for name, deltas in parts.items()}, origin)
 
 
 @dataclass(frozen=True, slots=True)

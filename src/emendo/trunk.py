@@ -84,19 +84,23 @@ class Trunk:
         hidden: Tensor = encoder(**inputs).last_hidden_state
         return hidden
 
-    def packing(self, batch: TokenBatch) -> Packing:
-        """Which rows of a batch the edited blocks' MLPs need to see: the texts', and in the end the labels' alone."""
-        if self._packable is None:
-            self._packable = packable(self.model, self._sites)
+    def matter(self, batch: TokenBatch) -> dict[str, Rows]:
+        """By site, the rows that what is said depends on: the texts', and in a decoder's last MLP the labels' alone."""
         rows: dict[str, Rows] = {}
         found = {}
         for site in self._sites:
-            if site.name in self._packable:
-                last = self.kind == "causal" and site.block == self._depths[site.stack] - 1
-                which = "labels" if last else "source" if self._reads_source(site) else "texts"
-                if which not in rows:
-                    rows[which] = _rows(batch, which)
-                found[site.name] = rows[which]
+            last = self.kind == "causal" and site.block == self._depths[site.stack] - 1 and not site.attention
+            which = "labels" if last else "source" if self._reads_source(site) else "texts"
+            if which not in rows:
+                rows[which] = _rows(batch, which)
+            found[site.name] = rows[which]
+        return found
+
+    def packing(self, batch: TokenBatch) -> Packing:
+        """Which rows of a batch the edited blocks' MLPs need to see."""
+        if self._packable is None:
+            self._packable = packable(self.model, self._sites)
+        found = {name: own for name, own in self.matter(batch).items() if name in self._packable}
         return Packing({self._packable[name]: own for name, own in found.items()}, found)
 
     @torch.no_grad()

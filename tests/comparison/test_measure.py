@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cases import build_lm, plain_logits, records_for, unchanged
 from emendo.comparison.figures import PROTOCOL, figures
-from emendo.comparison.measure import PASSAGES, measure, passage_texts
+from emendo.comparison.measure import PASSAGE_TOKENS, PASSAGES, measure
 from emendo.data import Record
-from emendo.data.batch import to_texts
+from emendo.data.batch import passage_texts, to_texts
 from emendo.edit import Request
 from emendo.editors import Editor
 from emendo.editors.enn import Enn, EnnConfig
@@ -142,7 +142,7 @@ def test_figures_of_passages(make: Any) -> None:
     lm = build_lm("llama")
     editor, facts = make(lm), [Record(r.prompt, r.target) for r in records_for(lm, 3)]
     found = figures(measure(lm, editor, facts, PROSE))
-    slow, texts = Slow(lm, editor), passage_texts(lm, PROSE)
+    slow, texts = Slow(lm, editor), passage_texts(lm, PROSE, PASSAGE_TOKENS)
     assert [len(text.labels) for text in texts] == [
         len(lm.tokenizer(text).input_ids) - 1 for text in PROSE if text != "x"
     ]

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from emendo.data.batch import to_texts
+from emendo.data.batch import passage_texts, to_texts
 from emendo.data.schema import Record
 from emendo.edit import Request
 from emendo.editors import Editor
@@ -138,25 +138,11 @@ def _items(lm: LM, records: Sequence[Record], passages: Sequence[str], k: int) -
         flat += [(fact, "far", probe.prompt, probe.answer) for probe in record.unrelated]
     texts = to_texts(lm, [(prompt, answer) for *_, prompt, answer in flat])
     items = [_Item(fact, fact // k, kind, text) for (fact, kind, *_), text in zip(flat, texts, strict=True)]
-    found = passage_texts(lm, passages)
+    found = passage_texts(lm, passages, PASSAGE_TOKENS)
     for fact in range(len(records) if found else 0):
         chosen = {(PASSAGES * fact + i) % len(found) for i in range(PASSAGES)}
         items += [_Item(fact, fact // k, "passage", found[i]) for i in sorted(chosen)]
     return items
-
-
-def passage_texts(lm: LM, passages: Sequence[str]) -> list[Text]:
-    """Passages with all their tokens but the first as answer; one of a single token has none and is left out.
-
-    Raises:
-        RequestError: the model does not continue texts.
-    """
-    if not passages:
-        return []
-    if lm.kind != "causal":
-        raise RequestError(f"{lm.name} continues no texts, so it has no perplexity on passages; give none.")
-    coded = lm.tokenizer(list(passages), truncation=True, max_length=PASSAGE_TOKENS)["input_ids"]
-    return [Text(tuple(ids), 1) for ids in coded if len(ids) > 1]
 
 
 def _parts(items: Sequence[_Item]) -> Iterator[list[_Item]]:

@@ -32,6 +32,26 @@ def to_texts(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[Text]:
             return _with_classes(lm, pairs)
 
 
+def passage_texts(lm: LM, passages: Sequence[str], tokens: int) -> list[Text]:
+    """Running text with all its tokens but the first as answer; a passage of a single token has none and is left out.
+
+    Args:
+        lm: a decoder.
+        passages: the texts.
+        tokens: the most tokens of a passage; what is longer is cut.
+
+    Raises:
+        RequestError: the model continues no texts.
+    """
+    if not passages:
+        return []
+    if lm.kind != "causal":
+        raise RequestError(f"{lm.name} continues no texts, so it has no perplexity on passages; give none.")
+    length = tokens if lm.context is None else min(tokens, lm.context)
+    coded = lm.tokenizer(list(passages), truncation=True, max_length=length)["input_ids"]
+    return [Text(tuple(ids), 1) for ids in coded if len(ids) > 1]
+
+
 def _sources_and_answers(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[Text]:
     """The prompt for the encoder; for the decoder what it begins with and the answer with its end.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from emendo.data.abilities import Choice
-from emendo.data.batch import to_texts
+from emendo.data.batch import passage_texts, to_texts
 from emendo.errors import RequestError
 from emendo.evaluate.asking import FORCED_TOKENS, Asked
 from emendo.evaluate.metrics import mean_nll, ngram_entropy, repetition
@@ -63,7 +63,7 @@ class Damage:
             raise RequestError(
                 f"{lm.name} continues no texts; perplexity and abilities are for decoders: leave damage out."
             )
-        self._texts = passage_texts(lm, self.passages)
+        self._texts = passage_texts(lm, self.passages, PASSAGE_TOKENS)
         pairs = [(item.prompt, option) for item in self.items for option in item.options]
         self._options = to_texts(lm, pairs)
         store.ensure([*self._texts, *self._options])
@@ -152,15 +152,6 @@ class Damage:
             right.setdefault(item.family, []).append(best == item.right and math.isfinite(own[best]))
         found = {f"ability_{family}": fmean(values) for family, values in right.items()}
         return found | ({"ability": fmean(found.values())} if found else {})
-
-
-def passage_texts(lm: LM, passages: Sequence[str]) -> list[Text]:
-    """Passages with all their tokens but the first as answer; one of a single token has none and is left out."""
-    if not passages:
-        return []
-    length = PASSAGE_TOKENS if lm.context is None else min(PASSAGE_TOKENS, lm.context)
-    coded = lm.tokenizer(list(passages), truncation=True, max_length=length)["input_ids"]
-    return [Text(tuple(ids), 1) for ids in coded if len(ids) > 1]
 
 
 def _sum(logits: Tensor, text: Text) -> float:
