@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from emendo.edit import Edit, Request
     from emendo.editors import Editor
     from emendo.errors import EmendoError
-    from emendo.fuse import fuse
+    from emendo.fusing import fuse
     from emendo.models import LM, load
     from emendo.sites import find_sites
 
@@ -23,7 +23,7 @@ _WHERE = {
     "LM": "emendo.models",
     "load": "emendo.models",
     "find_sites": "emendo.sites",
-    "fuse": "emendo.fuse",
+    "fuse": "emendo.fusing",
     "Edit": "emendo.edit",
     "Request": "emendo.edit",
     "Editor": "emendo.editors",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cli.samples import Emendo
-from emendo import Edit, Editor, load
+from emendo import Edit, Editor, fuse, load
 from emendo.data import read_records
 from emendo.evaluate import evaluate
 
@@ -165,3 +165,66 @@ def test_sites_for_people(emendo_command: Emendo, model: Path) -> None:
 @pytest.mark.parametrize("flag", [["--dtype", "bfloat16"], ["--device", "cpu"]])
 def test_number_format_and_device(emendo_command: Emendo, edit_folder: Path, flag: list[str]) -> None:
     assert "with the edit" in emendo_command("generate", "--edit", edit_folder, PROMPT, *flag).out
+
+
+# -------------------------------------------------------------------------------------------- fuse
+
+
+def test_fuse_puts_edits_into_one(
+    emendo_command: Emendo, trained: Path, model: Path, edit_folder: Path, tmp_path: Path
+) -> None:
+    other, out = tmp_path / "other", tmp_path / "fused"
+    emendo_command("edit", "--editor", trained, "The capital of Gude is", "Lima", "--out", other)
+    said = emendo_command("fuse", edit_folder, other, "--out", out, "--keep", "5")
+    assert f"2 edits in one of rank {Edit.from_pretrained(out).rank}, saved in {out}." in said.out
+    assert "of 2 facts have their answer" in said.out
+    parts = [Edit.from_pretrained(folder) for folder in (edit_folder, other)]
+    expected = fuse(load(model), parts, keep=5.0)
+    for name, delta in Edit.from_pretrained(out).deltas.items():
+        torch.testing.assert_close(delta.left, expected.deltas[name].left)
+    again = emendo_command("fuse", edit_folder, other, "--out", out, "--overwrite", "--json").json
+    assert again["facts"] == 2 and 0 <= again["reached"] <= 2 and 0 <= again["added_up"] <= 2
+
+
+def test_fuse_keeps_the_text_of_a_file(emendo_command: Emendo, edit_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("The river is far from the town, and nobody there has ever seen the sea.\n" * 4)
+    said = emendo_command("fuse", edit_folder, "--out", tmp_path / "a", "--text", text, "--json").json
+    plain = emendo_command("fuse", edit_folder, "--out", tmp_path / "b", "--json").json
+    assert said["facts"] == plain["facts"] == 1
+    found = [Edit.from_pretrained(tmp_path / name) for name in "ab"]
+    assert found[0].digest != found[1].digest
+
+
+def test_fuse_edits_the_facts_of_a_file(
+    emendo_command: Emendo, trained: Path, model: Path, facts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "fused"
+    said = emendo_command(
+        "fuse", "--editor", trained, "--data", facts, "--limit", "3", "--out", out, "--json"
+    ).json
+    assert said["facts"] == 3
+    lm, editor = load(model), Editor.from_pretrained(trained / "editor")
+    told = read_records(facts, limit=3).records
+    parts = [editor.edit(lm, record.prompt, record.target) for record in told]
+    expected = fuse(lm, parts, rewordings=[record.paraphrases for record in told])
+    found = Edit.from_pretrained(out)
+    for name, delta in expected.deltas.items():
+        torch.testing.assert_close(found.deltas[name].dense(), delta.dense(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ([], "Give edits"),
+        (["--data", "atlas"], "--data needs an --editor"),
+        (["--data", "atlas", "--editor", "cache"], "changes no weights"),
+    ],
+)
+def test_fuse_says_what_it_needs(
+    emendo_command: Emendo, model: Path, tmp_path: Path, options: list[str], why: str
+) -> None:
+    limit = ["--limit", "2"] if "--editor" in options else []
+    said = emendo_command("fuse", *options, *limit, "--model", model, "--out", tmp_path / "fused", code=2)
+    assert why in said.err
+    assert not (tmp_path / "fused").exists()

@@ -5,7 +5,7 @@ model that each of them leaves intact. Fusing asks for something else. For each 
 
     min over dW    sum_i ||dW x_i - y_i||^2  +  keep * mean_j ||dW p_j||^2
 
-    x_i     the rows that the edits' prompts and targets send through the matrix
+    x_i     the rows that the edits' prompts and targets, and rewordings where they are given, send through the matrix
     y_i     what the edit of row i adds there when it stands alone, dW_e x_i
     p_j     the rows of running text, which shall stay as they are
 
@@ -41,7 +41,7 @@ from emendo.writing import own_passages
 
 KEEP = 30.0
 """Weight of what must stay; 10 to 100 serve alike (docs/log.md)."""
-_PASSAGES = 512
+_PASSAGES = 256
 _TOKENS = 64  # of a passage, at most
 _TOGETHER = 64  # passages whose rows are held at once
 _BATCH_TOKENS = 512
@@ -53,6 +53,7 @@ def fuse(
     lm: LM,
     edits: Sequence[Edit],
     *,
+    rewordings: Sequence[Sequence[str]] = (),
     keep: float = KEEP,
     passages: Sequence[str] = (),
     folder: Path | None = None,
@@ -62,6 +63,7 @@ def fuse(
     Args:
         lm: the model that they were made for.
         edits: edits that know what they were asked for.
+        rewordings: for each edit, more prompts at which it shall do what it does, with the target of its first request.
         keep: weight of the running text against the rows of the edits.
         passages: running text that shall stay, one passage a string; without any, what the model writes by itself.
         folder: where the model's own passages are kept for the next time.
@@ -72,7 +74,7 @@ def fuse(
 
     Raises:
         RequestError: no edit, one that does not say what it was asked for, a model that is no decoder, a negative
-            weight, or running text without any.
+            weight, rewordings of another number of edits, or running text without any.
         MismatchError: an edit was made for another model.
     """
     origin = common_origin(edits, "fused", {"keep": keep})
@@ -85,13 +87,16 @@ def fuse(
             )
     if lm.kind != "causal":
         raise RequestError(f"Edits are fused in decoders only, and {lm.name} is a {lm.kind}.")
+    if rewordings and len(rewordings) != len(edits):
+        raise RequestError(f"There are {len(edits)} edits, but rewordings of {len(rewordings)}.")
     if not keep >= 0:
         raise RequestError(f"keep must not be negative, but is {keep}.")
     names = {name for edit in edits for name in edit.deltas}
     sites = tuple(site for site in all_sites(lm.model) if site.name in names)
     d_out = {site.name: site.d_out for site in sites}
     store = TrunkStore(Trunk(lm.model, sites), dtype=lm.model.dtype)
-    asked = [_asked(lm, edit) for edit in edits]
+    more = rewordings or [()] * len(edits)
+    asked = [_asked(lm, edit, prompts) for edit, prompts in zip(edits, more, strict=True)]
     texts = [text for own in asked for text in own]
     running = passage_texts(lm, passages or own_passages(lm, _PASSAGES, folder), _TOKENS)
     if not running:
@@ -130,8 +135,11 @@ def fuse(
     )
 
 
-def _asked(lm: LM, edit: Edit) -> list[Text]:
-    return to_texts(lm.reading(chat=edit.origin.chat), [(r.prompt, r.target) for r in edit.origin.requests])
+def _asked(lm: LM, edit: Edit, rewordings: Sequence[str]) -> list[Text]:
+    """What the edit was asked for, and the same in other words."""
+    requests = edit.origin.requests
+    pairs = [(r.prompt, r.target) for r in requests] + [(prompt, requests[0].target) for prompt in rewordings]
+    return to_texts(lm.reading(chat=edit.origin.chat), pairs)
 
 
 def _rows(store: TrunkStore, texts: Sequence[Text]) -> dict[str, Tensor]:

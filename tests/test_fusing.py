@@ -14,7 +14,7 @@ from cases import build_lm, unchanged
 from emendo.data.batch import to_texts
 from emendo.edit import Edit, Origin, Request, compose
 from emendo.errors import MismatchError, RequestError
-from emendo.fuse import fuse
+from emendo.fusing import fuse
 from emendo.lowrank import LowRank
 from emendo.models import LM
 from emendo.sites import Site, find_sites
@@ -165,6 +165,17 @@ def test_a_decoder_keeps_what_it_writes_by_itself() -> None:
     assert [r.prompt for r in fused.origin.requests] == [prompt for prompt, _ in FACTS]
 
 
+def test_rewordings_are_more_texts_of_an_edit(lm: LM) -> None:
+    edits = [one_edit(lm, fact, find_sites(lm.model, last=1)) for fact in FACTS[:2]]
+    reworded = ("What is the capital of Fosoba?", FACTS[0][1])
+    wanted = answers(lm, edits[0], reworded)
+    moved = (wanted - answers(lm, None, reworded)).norm()
+    told = fuse(lm, edits, rewordings=[[reworded[0]], []], keep=0.0, passages=RUNNING)
+    assert (answers(lm, told, reworded) - wanted).norm() < 0.02 * moved
+    untold = fuse(lm, edits, keep=0.0, passages=RUNNING)
+    assert (answers(lm, untold, reworded) - wanted).norm() > 0.1 * moved
+
+
 def test_refuses_what_cannot_be_fused() -> None:
     lm = build_lm("llama", torch.float64)
     edit = one_edit(lm, FACTS[0], find_sites(lm.model))
@@ -174,6 +185,8 @@ def test_refuses_what_cannot_be_fused() -> None:
         fuse(lm, [edit], keep=-1.0)
     with pytest.raises(RequestError, match="no passage of at least two tokens"):
         fuse(lm, [edit], passages=["a"])
+    with pytest.raises(RequestError, match="1 edits, but rewordings of 2"):
+        fuse(lm, [edit], rewordings=[[], []], passages=RUNNING)
     silent = dataclasses.replace(edit, origin=dataclasses.replace(edit.origin, requests=()))
     with pytest.raises(RequestError, match="does not say what it was asked for"):
         fuse(lm, [edit, silent], passages=RUNNING)

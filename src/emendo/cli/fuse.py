@@ -1,0 +1,139 @@
+"""`emendo fuse`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from emendo.cli import options as opt
+from emendo.cli.console import emit, output
+
+if TYPE_CHECKING:
+    from emendo.edit import Edit
+    from emendo.models import LM
+
+HELP = """Put many edits into one that still does what each of them does.
+
+Edits that are applied one upon the other add up, and with them what they share: a handful may ruin a model that each of
+them leaves intact. Fused edits are solved for together instead, so that every fact keeps its answer and running text
+stays as it is. It takes seconds, needs no training, and the order does not matter: to take an edit out again, fuse the
+others. The result is an edit like any other. With --data the edits are made from a file of facts first, each from the
+clean model, and are held to the file's rewordings too.
+
+\b
+Examples:
+  emendo fuse lyon canberra my-third-edit --out all-three
+  emendo fuse edits/* --out all --keep 100
+  emendo fuse --editor runs/mine --data facts.jsonl --out all
+"""
+
+Edits = Annotated[
+    list[Path] | None, typer.Argument(metavar="EDIT...", help="Edits: the --out folders of emendo edit.")
+]
+Maker = Annotated[
+    str | None,
+    typer.Option("--editor", metavar="EDITOR", help="What makes the edits of --data, as in emendo edit."),
+]
+Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Facts to edit: records, or atlas.")]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N of them.")]
+Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where to save the fused edit.")]
+Keep = Annotated[
+    float,
+    typer.Option(
+        "--keep",
+        metavar="X",
+        help="Weight of running text: more keeps the rest better and the facts less well.",
+    ),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Plain text, a paragraph a line, that must stay as it is.  [default: what the model writes by itself]",
+    ),
+]
+
+
+def run(
+    edits: Edits = None,
+    *,
+    out: Out,
+    editor: Maker = None,
+    data: Data = None,
+    limit: Limit = None,
+    keep: Keep = 30.0,
+    text: Text = None,
+    model: opt.SameModel = None,
+    dtype: opt.Dtype = "float32",
+    device: opt.Device = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Fuse edits."""
+    from emendo.cli.loading import passages
+    from emendo.cli.runs import refuse_occupied
+    from emendo.edit import compose
+    from emendo.fusing import fuse
+    from emendo.ledger.guard import reached
+    from emendo.models import cache_folder
+
+    refuse_occupied(out, "edit.json", overwrite=overwrite)
+    running = passages(text)
+    lm, parts, rewordings = _parts(edits or [], editor, data, limit, model, dtype, device)
+    fused = fuse(
+        lm, parts, rewordings=rewordings, keep=keep, passages=running, folder=cache_folder() / "written"
+    )
+    fused.save_pretrained(out, overwrite=overwrite)
+    pairs = [(request.prompt, request.target) for request in fused.origin.requests]
+    found = []
+    for change in (fused, compose(parts)):
+        with change.applied(lm.reading(chat=fused.origin.chat)) as edited:
+            found.append(sum(reached(edited, pairs)))
+    if as_json:
+        emit(
+            {
+                "out": str(out),
+                "rank": fused.rank,
+                "facts": len(pairs),
+                "reached": found[0],
+                "added_up": found[1],
+            }
+        )
+        return
+    output().print(
+        f"{len(parts)} edits in one of rank {fused.rank}, saved in {out}. {found[0]} of {len(pairs)} facts have their "
+        f"answer; {found[1]} where the edits are added up.",
+        soft_wrap=True,
+    )
+
+
+def _parts(
+    folders: list[Path],
+    editor: str | None,
+    data: str | None,
+    limit: int | None,
+    model: str | None,
+    dtype: str,
+    device: str | None,
+) -> tuple[LM, list[Edit], list[tuple[str, ...]]]:
+    """The model, the edits, and the rewordings of each where a file has them."""
+    from emendo.cli.loading import load_editor, load_model, read
+    from emendo.edit import Edit
+    from emendo.errors import RequestError
+
+    if data is None:
+        if not folders or editor is not None or limit is not None:
+            raise RequestError("Give edits, or facts with --data and what edits them with --editor.")
+        parts = [Edit.from_pretrained(folder) for folder in folders]
+        return load_model(model or parts[0].origin.model, dtype, device), parts, []
+    if folders or editor is None:
+        raise RequestError("--data needs an --editor that makes the edits, and takes no EDIT beside it.")
+    records = read(data, split="test" if data == "atlas" else None, limit=limit, need_paraphrase=False)
+    lm, maker = load_editor(editor, model, dtype, device)
+    made = [maker.edit(lm, record.prompt, record.target) for record in records]
+    if not all(isinstance(edit, Edit) for edit in made):
+        raise RequestError(f"{maker.name} changes no weights, so there is nothing to fuse.")
+    return lm, cast("list[Edit]", made), [record.paraphrases for record in records]
