@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cases import build_lm, unchanged
+from emendo.data import atlas
 from emendo.data.batch import to_texts
 from emendo.edit import Edit, Origin, Request, compose
 from emendo.errors import MismatchError, RequestError
@@ -18,6 +19,7 @@ from emendo.fusing import fuse
 from emendo.lowrank import LowRank
 from emendo.models import LM
 from emendo.sites import Site, find_sites
+from emendo.writing import own_passages
 
 FACTS = [
     ("The capital of Fosoba is", "Old Town"),
@@ -150,7 +152,7 @@ def test_neither_order_nor_company_of_copies_matters() -> None:
             torch.testing.assert_close(same.deltas[name].dense(), delta.dense(), rtol=1e-5, atol=1e-8)
 
 
-def test_a_decoder_keeps_what_it_writes_by_itself() -> None:
+def test_without_passages_it_is_what_the_model_writes_and_built_in_facts() -> None:
     lm = build_lm("llama")
     sites = find_sites(lm.model, last=1)
     edits = [
@@ -158,7 +160,9 @@ def test_a_decoder_keeps_what_it_writes_by_itself() -> None:
         for edit in (one_edit(lm, fact, sites) for fact in FACTS)
     ]
     fused = fuse(lm, edits)
-    assert all(torch.equal(a.left, fuse(lm, edits).deltas[n].left) for n, a in fused.deltas.items())
+    told = [f"{fact.prompt} {fact.answer}" for fact in atlas.load("train")[::13]]
+    given = fuse(lm, edits, passages=[*own_passages(lm, 256), *told])
+    assert all(torch.equal(delta.left, given.deltas[name].left) for name, delta in fused.deltas.items())
     assert {delta.left.dtype for delta in fused.deltas.values()} == {torch.float32}
     assert fused.origin.editor == "fused"
     assert fused.origin.settings == {"of": [edit.digest for edit in edits], "keep": 30.0}

@@ -7,7 +7,7 @@ model that each of them leaves intact. Fusing asks for something else. For each 
 
     x_i     the rows that the edits' prompts and targets, and rewordings where they are given, send through the matrix
     y_i     what the edit of row i adds there when it stands alone, dW_e x_i
-    p_j     the rows of running text, which shall stay as they are
+    p_j     the rows of running text and of built-in facts, which shall stay as they are
 
     dW = Y^T X (X^T X + keep * P^T P / n)^-1
 
@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from emendo.data import atlas
 from emendo.data.batch import passage_texts, to_texts
 from emendo.edit import Edit, common_origin
 from emendo.errors import RequestError
@@ -42,6 +43,7 @@ from emendo.writing import own_passages
 KEEP = 30.0
 """Weight of what must stay; 10 to 100 serve alike (docs/log.md)."""
 _PASSAGES = 256
+_FACTS = 500
 _TOKENS = 64  # of a passage, at most
 _TOGETHER = 64  # passages whose rows are held at once
 _BATCH_TOKENS = 512
@@ -65,7 +67,8 @@ def fuse(
         edits: edits that know what they were asked for.
         rewordings: for each edit, more prompts at which it shall do what it does, with the target of its first request.
         keep: weight of the running text against the rows of the edits.
-        passages: running text that shall stay, one passage a string; without any, what the model writes by itself.
+        passages: running text that shall stay, one passage a string; without any, what the model writes by itself, and
+            built-in facts.
         folder: where the model's own passages are kept for the next time.
 
     Returns:
@@ -98,7 +101,7 @@ def fuse(
     more = rewordings or [()] * len(edits)
     asked = [_asked(lm, edit, prompts) for edit, prompts in zip(edits, more, strict=True)]
     texts = [text for own in asked for text in own]
-    running = passage_texts(lm, passages or own_passages(lm, _PASSAGES, folder), _TOKENS)
+    running = passage_texts(lm, passages or _own(lm, folder), _TOKENS)
     if not running:
         raise RequestError("The running text has no passage of at least two tokens.")
     store.ensure([*texts, *running])
@@ -133,6 +136,12 @@ def fuse(
         origin,
         {"fused": {"edits": len(edits), "error": error}},
     )
+
+
+def _own(lm: LM, folder: Path | None) -> list[str]:
+    """What the model writes by itself, and facts told shortly: answers are what an edit moves first."""
+    told = [f"{fact.prompt} {fact.answer}" for fact in atlas.load("train")]
+    return [*own_passages(lm, _PASSAGES, folder), *told[:: max(1, len(told) // _FACTS)]]
 
 
 def _asked(lm: LM, edit: Edit, rewordings: Sequence[str]) -> list[Text]:

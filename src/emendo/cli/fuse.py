@@ -52,7 +52,8 @@ Text = Annotated[
     typer.Option(
         "--text",
         metavar="FILE",
-        help="Plain text, a paragraph a line, that must stay as it is.  [default: what the model writes by itself]",
+        help="Plain text, a paragraph a line, that must stay as it is.  [default: what the model writes by itself, and "
+        "built-in facts]",
     ),
 ]
 
