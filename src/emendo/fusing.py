@@ -96,7 +96,6 @@ def fuse(
         raise RequestError(f"keep must not be negative, but is {keep}.")
     names = {name for edit in edits for name in edit.deltas}
     sites = tuple(site for site in all_sites(lm.model) if site.name in names)
-    d_out = {site.name: site.d_out for site in sites}
     store = TrunkStore(Trunk(lm.model, sites), dtype=lm.model.dtype)
     more = rewordings or [()] * len(edits)
     asked = [_asked(lm, edit, prompts) for edit, prompts in zip(edits, more, strict=True)]
@@ -106,27 +105,15 @@ def fuse(
         raise RequestError("The running text has no passage of at least two tokens.")
     store.ensure([*texts, *running])
 
-    stay: dict[str, Tensor] = {}
-    for start in range(0, len(running), _TOGETHER):
-        for name, p in _rows(store, running[start : start + _TOGETHER]).items():
-            stay[name] = stay.get(name, 0) + p.T @ p
-    count = sum(len(text.inputs) for text in running)
-    wanted: dict[str, list[Tensor]] = {name: [] for name in stay}
-    for edit, own in zip(edits, asked, strict=True):
-        with edit.applied(lm):
-            for name, x in _rows(store, own).items():
-                change = edit.deltas.get(name)
-                wanted[name].append(
-                    x.new_zeros(len(x), d_out[name]) if change is None else change.to(x.device)(x)
-                )
-
+    stay = _second_moments(store, running)
+    wanted = _wanted(lm, store, edits, asked)
     fused: dict[str, LowRank] = {}
     missed = total = 0.0
     for name, moment in stay.items():
         with applied(lm.model, fused):
             x = _rows(store, texts)[name]
-        y = torch.cat(wanted.pop(name))
-        fused[name] = _solved(x, y, keep / count * moment)
+        y = wanted.pop(name)
+        fused[name] = _solved(x, y, keep * moment)
         missed += float((fused[name](x) - y).square().sum())
         total += float(y.square().sum())
     error = (missed / total) ** 0.5 if total else 0.0
@@ -136,6 +123,31 @@ def fuse(
         origin,
         {"fused": {"edits": len(edits), "error": error}},
     )
+
+
+def _second_moments(store: TrunkStore, texts: Sequence[Text]) -> dict[str, Tensor]:
+    """For each matrix, in the order in which they run, the mean of ``p p^T`` over the rows of some texts."""
+    sums: dict[str, Tensor] = {}
+    for start in range(0, len(texts), _TOGETHER):
+        for name, p in _rows(store, texts[start : start + _TOGETHER]).items():
+            sums[name] = sums.get(name, 0) + p.T @ p
+    count = sum(len(text.inputs) for text in texts)
+    return {name: total / count for name, total in sums.items()}
+
+
+def _wanted(
+    lm: LM, store: TrunkStore, edits: Sequence[Edit], asked: Sequence[Sequence[Text]]
+) -> dict[str, Tensor]:
+    """For each matrix, what each edit adds there to the rows of its own texts when it stands alone."""
+    d_out = {name: len(delta.left) for edit in edits for name, delta in edit.deltas.items()}
+    found: dict[str, list[Tensor]] = {}
+    for edit, own in zip(edits, asked, strict=True):
+        with edit.applied(lm):
+            for name, x in _rows(store, own).items():
+                change = edit.deltas.get(name)
+                added = x.new_zeros(len(x), d_out[name]) if change is None else change.to(x.device)(x)
+                found.setdefault(name, []).append(added)
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def _own(lm: LM, folder: Path | None) -> list[str]:
