@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cases import ARCHITECTURES, VOCABULARY, build_model, plain_logits, random_texts, unchanged
-from emendo.capture import Factors, capture, move
+from emendo.capture import Factors, capture, finite, move
 from emendo.errors import ModelError
 from emendo.losses import per_example, token_nll
 from emendo.models import LM
@@ -239,3 +239,14 @@ def test_move() -> None:
     )
     assert moved["a"].u.device == moved["a"].delta.device == moved["a"].owner.device == torch.device("meta")
     assert moved["a"].examples == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_seen_wherever_it_stands(bad: float) -> None:
+    values = [torch.ones(3, 4), torch.full((2,), 3e38)]  # their sum is not finite, each of them is
+    assert finite(values)
+    for place in range(2):
+        broken = [value.clone() for value in values]
+        broken[place].view(-1)[-1] = bad
+        assert not finite(broken)
+    assert not finite([torch.tensor([bad, -bad])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from cases import build_lm, build_model, plain_logits, random_texts, records, records_for, unchanged
 from emendo.data.batch import encode, to_texts
+from emendo.losses import TokenLoss, token_kl, token_margin, token_nll
 from emendo.lowrank import LowRank
 from emendo.models import LM
-from emendo.packing import edited
+from emendo.packing import Packing, edited
 from emendo.sites import find_sites
 from emendo.store import TrunkStore
 from emendo.texts import Text, TokenBatch, collate
@@ -176,56 +178,69 @@ def test_what_is_damaged_is_computed_anew(
     assert TrunkStore(trunk, tmp_path).ensure(texts) == 0
 
 
-def answers(store: TrunkStore, texts: list[Text]) -> Tensor:
-    """The unedited model's logits, asked for beside another text's."""
+def changed(model: Any, scale: float = 1.0) -> dict[str, LowRank]:
+    """One change for all texts at each of the last two blocks' sites, with a gradient."""
+    torch.manual_seed(5)
+    dtype = next(model.parameters()).dtype
+    return {
+        site.name: LowRank(
+            (scale * torch.randn(1, site.d_out, 1)).to(dtype).requires_grad_(),
+            torch.randn(1, 1, site.d_in).to(dtype),
+        )
+        for site in find_sites(model, last=2)
+    }
+
+
+def under(model: Any, change: dict[str, LowRank], texts: list[Text]) -> Callable[[Packing], Any]:
+    return lambda packing: edited(model, change, torch.zeros(len(texts), dtype=torch.long), packing)
+
+
+def drift(store: TrunkStore, texts: list[Text]) -> Tensor:
+    """KL between what the store says the unedited model answers and what an edited one does, label by label."""
     with torch.no_grad():
-        batch, logits = store.packed(texts[:1], unedited=texts)
-    return logits[len(batch.labels) :]
+        return store.compared(texts, len(texts), under(store.model, changed(store.model, 0.1), texts))[1]
 
 
+@pytest.mark.parametrize("token_loss", [token_nll, token_margin])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "t5", "bart", "bert"])
-def test_unedited_answers_are_those_of_the_whole_model(kind: str) -> None:
-    """Also with all that follows the vocabulary projection: a softcap, a bias of the logits."""
+def test_texts_are_compared_as_by_whole_logits(kind: str, token_loss: TokenLoss) -> None:
+    """Also with what follows the vocabulary projection: a softcap, a bias of the logits."""
     model = build_model(kind, torch.float64)
     if kind == "bart":
         model.final_logits_bias.normal_()
-    assert kind != "gemma2" or model.config.final_logit_softcapping
     store = TrunkStore(Trunk(model, find_sites(model, last=2)), dtype=torch.float64)
+    assert (store.trunk.projection is None) == (kind in ("gemma2", "bart", "bert"))
     texts = random_texts(kind, 9, 12, 7, 11)
     store.ensure(texts)
-    with unchanged(model):
-        assert store.ensure_unedited(texts[1:]) == 3
-        found = answers(store, texts)
-        expected = torch.cat([plain_logits(model, collate([text])) for text in texts])
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    assert store.ensure_unedited(texts) == 0
-
-
-@pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
-def test_unedited_answers_stay_beside_an_edit_and_get_no_gradient(kind: str) -> None:
-    model = build_model(kind, torch.float64)
-    sites = find_sites(model, last=2)
-    store = TrunkStore(Trunk(model, sites), dtype=torch.float64)
-    texts = random_texts(kind, 9, 12, 7)
-    store.ensure(texts)
-    change = {
-        site.name: LowRank(
-            torch.randn(1, site.d_out, 1).double().requires_grad_(), torch.randn(1, 1, site.d_in).double()
-        )
-        for site in sites
-    }
-    rows = torch.zeros(len(texts), dtype=torch.long)
-    batch, logits = store.packed(texts, lambda packing: edited(model, change, rows, packing), texts)
-    edits, kept = logits.split(len(batch.labels))
-    torch.testing.assert_close(kept, plain_logits(model, batch), rtol=1e-10, atol=1e-12)
-    assert (edits - kept).abs().max() > 1e-3
+    change = changed(model)
     leaves = [delta.left for delta in change.values()]
-    assert not any(g.any() for g in torch.autograd.grad(kept.sum(), leaves, retain_graph=True))
-    found = torch.autograd.grad(edits.square().sum(), leaves)
-    _, edits = store.packed(texts, lambda packing: edited(model, change, rows, packing))
-    for one, other in zip(found, torch.autograd.grad(edits.square().sum(), leaves), strict=True):
+    with unchanged(model):
+        batch, values, right = store.compared(texts, 2, under(model, change, texts), token_loss)
+        before = plain_logits(model, batch)
+        _, after = store.packed(texts, under(model, change, texts))
+    wanted = int((batch.owner < 2).sum())
+    expected = torch.cat(
+        [token_loss(after[:wanted], batch.labels[:wanted]), token_kl(before[wanted:], after[wanted:])]
+    )
+    assert values[wanted:].min() > 1e-4
+    torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-12)
+    best = torch.cat([batch.labels[:wanted], before[wanted:].argmax(-1)])
+    assert right.equal(after.argmax(-1) == best)
+    found = torch.autograd.grad(values.sum(), leaves)
+    for one, other in zip(found, torch.autograd.grad(expected.sum(), leaves), strict=True):
         assert other.any()
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+
+
+def test_without_texts_that_must_stay_or_that_are_wanted(tiny_llama: LM) -> None:
+    store, texts = TrunkStore(trunk_of(tiny_llama), dtype=torch.float32), facts(tiny_llama, 4)
+    store.ensure(texts)
+    change = changed(tiny_llama.model)
+    both, wanted, kept = (
+        store.compared(part, count, under(tiny_llama.model, change, part))[1]
+        for part, count in ((texts, 2), (texts[:2], 0), (texts[2:], 2))
+    )
+    torch.testing.assert_close(torch.cat([wanted, kept]), both, rtol=1e-4, atol=1e-5)
 
 
 def test_unedited_answers_do_not_depend_on_what_they_were_asked_with(tiny_llama: LM) -> None:
@@ -236,7 +251,7 @@ def test_unedited_answers_do_not_depend_on_what_they_were_asked_with(tiny_llama:
     for text in texts:
         alone.ensure([text])
         assert alone.ensure_unedited([text]) == 1
-    torch.testing.assert_close(answers(together, texts), answers(alone, texts), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(drift(together, texts), drift(alone, texts), rtol=1e-4, atol=1e-5)
 
 
 def test_answers_are_known_by_what_is_read_and_where_they_start() -> None:
@@ -265,17 +280,17 @@ def test_unedited_answers_outlive_the_store_and_are_made_anew_where_damaged(
     store = TrunkStore(trunk, tmp_path)
     store.ensure(texts)
     assert [store.ensure_unedited(part) for part in (texts[:6], texts[4:])] == [6, 4]
-    wanted = answers(store, texts)
+    wanted = drift(store, texts)
     del store
     again = TrunkStore(trunk, tmp_path)
     assert again.ensure(texts) == again.ensure_unedited(texts) == 0
-    assert torch.equal(answers(again, texts), wanted)
+    assert torch.equal(drift(again, texts), wanted)
     del again
-    halve(max(tmp_path.glob("unedited/*.bin"), key=lambda file: file.stat().st_size))
+    halve(max(tmp_path.glob("expected/*.bin"), key=lambda file: file.stat().st_size))
     healed = TrunkStore(trunk, tmp_path)
     assert healed.ensure(texts) == 0
     assert healed.ensure_unedited(texts) == 6
-    assert torch.equal(answers(healed, texts), wanted)
+    assert torch.equal(drift(healed, texts), wanted)
     assert TrunkStore(trunk, tmp_path).ensure_unedited(texts) == 0
 
 

@@ -259,3 +259,11 @@ def test_a_deep_trunk_is_resumed_from(kind: str) -> None:
     assert trunk.block == 6
     with unchanged(model):
         assert torch.equal(logits(trunk, batch, trunk.run(batch)), logits(trunk, batch))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_projection_that_is_trained_is_left_to_autograd(kind: str) -> None:
+    trunk = split(build_model(kind), 1)
+    assert trunk.projection is trunk.model.get_output_embeddings()
+    trunk.projection.requires_grad_(True)
+    assert split(trunk.model, 1).projection is None

@@ -12,7 +12,7 @@ is built: ``u`` and ``delta`` are constants for whatever is trained on them. A m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,14 @@ class Factors:
             put(rows, flat, self.examples * rank).view(self.examples, rank, -1) for rows in (left, right)
         ]
         return LowRank(padded[0].mT, padded[1])
+
+
+def finite(values: Iterable[Tensor]) -> bool:
+    """Whether no number is infinite or NaN; a sum shows that in one pass, unless it overflows itself."""
+    held = list(values)
+    return bool(torch.stack([value.sum() for value in held]).isfinite().all()) or all(
+        bool(value.isfinite().all()) for value in held
+    )
 
 
 def capture(

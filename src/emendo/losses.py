@@ -7,12 +7,16 @@ depend on what else is in the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
+"""Logits ``[n, vocabulary]`` and labels ``[n]`` to a loss for each label, ``[n]``."""
 
 
 def per_example(values: Tensor, owner: Tensor, examples: int) -> Tensor:
@@ -47,6 +51,25 @@ def token_kl(reference: Tensor, logits: Tensor) -> Tensor:
     """
     kl: Tensor = _Divergence.apply(reference.detach(), logits)
     return kl
+
+
+def compared(
+    logits: Tensor, labels: Tensor, before: Tensor, token_loss: TokenLoss = token_nll
+) -> tuple[Tensor, Tensor]:
+    """Losses at labels that are wanted and, after them, at labels whose answers must stay: NLL, then KL.
+
+    Args:
+        logits: ``[n + m, vocabulary]``.
+        labels: ``[n]`` wanted.
+        before: ``[m, vocabulary]`` logits before the edit.
+        token_loss: of the wanted ones, in place of the NLL.
+
+    Returns:
+        Losses ``[n + m]``, and whether the argmax is the expected one, ``[n + m]``.
+    """
+    wanted, kept = logits.split([len(labels), len(before)])
+    values = torch.cat([token_loss(wanted, labels), token_kl(before, kept)])
+    return values, logits.detach().argmax(-1) == torch.cat([labels, before.argmax(-1)])
 
 
 class _Divergence(torch.autograd.Function):

@@ -19,16 +19,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from emendo.losses import per_example, token_kl, token_nll
+from emendo.losses import TokenLoss, per_example, token_nll
 from emendo.lowrank import LowRank
 from emendo.packing import Packing, edited
 from emendo.texts import Text, TokenBatch, length_buckets
 
 BUCKET_TOKENS = 768
 """Padded tokens of one pass through the edited blocks."""
-
-TokenLoss = Callable[[Tensor, Tensor], Tensor]
-"""Logits ``[n, vocabulary]`` and labels ``[n]`` to a loss for each label, ``[n]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +90,24 @@ class Passes(Protocol):
     def model(self) -> nn.Module:
         """The model whose matrices are edited."""
 
-    def logits(self, texts: Sequence[Text]) -> tuple[TokenBatch, Tensor]:
-        """The texts as one batch, and the logits at its label positions."""
-
-    def packed(
+    def compared(
         self,
         texts: Sequence[Text],
+        kept: int,
         under: Callable[[Packing], AbstractContextManager[None]],
-        unedited: Sequence[Text] = (),
-    ) -> tuple[TokenBatch, Tensor]:
-        """The same, run in a context made for the rows that the MLPs see; then the logits of others without an edit."""
+        token_loss: TokenLoss,
+    ) -> tuple[TokenBatch, Tensor, Tensor]:
+        """Texts as one batch, run in a context made for the rows that the MLPs see.
+
+        Args:
+            texts: those whose labels are wanted, then ``kept`` whose answers must be those without the context.
+            kept: how many.
+            under: gives the context.
+            token_loss: the loss of a wanted label; of one that must stay it is KL(without || in the context).
+
+        Returns:
+            The batch, and of each of its labels the loss and whether the argmax is the expected one.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,22 +205,16 @@ def _bucket(
     The loss is NLL for edit prompts and rewordings and KL against the unedited model for locality texts, which
     come last.
     """
-    split = sum(item.kind < 2 for item in part)
     rows = torch.tensor([item.episode // together for item in part])
-    texts = [item.text for item in part]
-    batch, logits = passes.packed(
-        texts, lambda packing: edited(passes.model, deltas, rows, packing), texts[split:]
+    batch, values, right = passes.compared(
+        [item.text for item in part],
+        sum(item.kind == 2 for item in part),
+        lambda packing: edited(passes.model, deltas, rows, packing),
+        edit_loss,
     )
-    owner, labels = batch.owner.to(logits.device), batch.labels.to(logits.device)
-    cut = int((batch.owner < split).sum())
-    ours, theirs, before = logits.split([cut, len(labels) - cut, len(logits) - len(labels)])
-    values, expected = [edit_loss(ours, labels[:cut])], [labels[:cut]]
-    if split < len(part):
-        values.append(token_kl(before, theirs))
-        expected.append(before.argmax(-1))
-    right = (logits[: len(labels)].detach().argmax(-1) == torch.cat(expected)).float()
-    loss = per_example(torch.cat(values), owner, len(part))
-    return loss, per_example(right, owner, len(part)).eq(1).float().cpu()
+    owner = batch.owner.to(values.device)
+    all_right = per_example(right.to(values), owner, len(part)).eq(1)
+    return per_example(values, owner, len(part)), all_right.float().cpu()
 
 
 def through(deltas: Mapping[str, LowRank], judged: Callable[[Mapping[str, LowRank]], Outcome]) -> Outcome:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,16 +15,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from emendo.kept import Kept
+from emendo.losses import TokenLoss, compared, token_nll
 from emendo.packing import Packing
 from emendo.texts import Text, TokenBatch, collate
 from emendo.trunk import Trunk
+from emendo.vocabulary import Expected, divergence
 
 
 class TrunkStore:
     """Keeps ``hidden [tokens, width]`` for every text asked for.
 
-    For texts whose answers must stay it keeps also what the vocabulary projection of the unedited model sees,
-    ``[labels, width]`` in float32 at least; the logits would take a vocabulary's room.
+    For texts whose answers must stay it keeps also what a loss needs of the unedited model's, for each label as much as
+    :class:`~emendo.vocabulary.Expected` holds, or where that does not do, what the vocabulary projection is given. The
+    logits would take a vocabulary's room.
 
     Args:
         trunk: what computes it.
@@ -32,14 +36,15 @@ class TrunkStore:
     """
 
     def __init__(self, trunk: Trunk, folder: Path | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.trunk, self.dtype = trunk, dtype
+        self.trunk, self.dtype, self.folder = trunk, dtype, folder
         self.kept = Kept(lambda text: text.trunk, lambda text: len(text.trunk), dtype, folder)
-        self._unedited = Kept(
-            _reads,
-            lambda text: len(text.labels),
-            torch.promote_types(next(trunk.model.parameters()).dtype, torch.float32),
-            folder and folder / "unedited",
-        )
+
+    @cached_property
+    def _unedited(self) -> Kept:
+        """By what a text's labels read, rows in float32 at least."""
+        dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+        name = "unedited" if self.trunk.projection is None else "expected"
+        return Kept(_reads, lambda text: len(text.labels), dtype, self.folder and self.folder / name)
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -58,22 +63,58 @@ class TrunkStore:
         self,
         texts: Sequence[Text],
         under: Callable[[Packing], AbstractContextManager[None]] | None = None,
-        unedited: Sequence[Text] = (),
+        beside: Tensor | None = None,
     ) -> tuple[TokenBatch, Tensor]:
         """The same as :meth:`logits`, without the rows that do not matter (:mod:`emendo.packing`).
 
         Args:
             texts: the texts.
             under: gives the context in which the model runs.
-            unedited: texts whose logits at the labels, as the model gives them outside of that context, follow those of
-                the texts.
+            beside: see :meth:`emendo.trunk.Trunk.logits`.
         """
-        self.ensure_unedited(unedited)
-        beside = torch.cat([self._unedited[text] for text in unedited]) if unedited else None
         batch = collate(texts)
         packing = self.trunk.packing(batch)
         with under(packing) if under is not None else nullcontext():
             return batch, self.trunk.logits(batch, self.gather(texts), packing, beside)
+
+    def compared(
+        self,
+        texts: Sequence[Text],
+        kept: int,
+        under: Callable[[Packing], AbstractContextManager[None]],
+        token_loss: TokenLoss = token_nll,
+    ) -> tuple[TokenBatch, Tensor, Tensor]:
+        """See :meth:`emendo.outer.Passes.compared`."""
+        batch, unedited = collate(texts), texts[len(texts) - kept :]
+        wanted = int((batch.owner < len(texts) - kept).sum())
+        packing, hidden, head = self.trunk.packing(batch), self.gather(texts), self.trunk.projection
+        labels = batch.labels[:wanted]
+        if head is None or token_loss is not token_nll:
+            beside = self._rows(unedited)
+            with under(packing):
+                logits = self.trunk.logits(batch, hidden, packing, beside)
+            after, before = logits.split([len(batch.labels), len(logits) - len(batch.labels)])
+            return batch, *compared(after, labels.to(logits.device), before, token_loss)
+        expected = Expected.wanted(head, labels)
+        if unedited:
+            self.ensure_unedited(unedited)
+            expected = expected.then(Expected.unpacked(self._of(unedited)))
+        with under(packing):
+            rows = self.trunk.rows(batch, hidden, packing)
+        return batch, *divergence(head, rows, expected)
+
+    def _of(self, texts: Sequence[Text]) -> Tensor:
+        return torch.cat([self._unedited[text] for text in texts])
+
+    @torch.no_grad()
+    def _rows(self, texts: Sequence[Text]) -> Tensor | None:
+        """What the unedited model's vocabulary projection is given for some texts."""
+        if not texts:
+            return None
+        if self.trunk.projection is not None:  # something else is kept
+            return self.trunk.rows(collate(texts), self.gather(texts))
+        self.ensure_unedited(texts)
+        return self._of(texts)
 
     def over(self, trunk: Trunk) -> TrunkStore:
         """The same kept outputs under another model that shares the frozen part."""
@@ -107,7 +148,7 @@ class TrunkStore:
         return pad_sequence([self.kept[text] for text in texts], batch_first=True)
 
     def ensure_unedited(self, texts: Iterable[Text]) -> int:
-        """Compute what the vocabulary projection sees at the labels of those texts that lack it.
+        """Compute what the unedited model answers to those texts of which that is not yet known.
 
         Args:
             texts: some whose trunk output is kept.
@@ -116,8 +157,10 @@ class TrunkStore:
             How many texts were computed.
         """
 
+        @torch.no_grad()
         def run(part: Sequence[Text]) -> Tensor:
-            return self.trunk.rows(collate(part), self.gather(part))
+            head, rows = self.trunk.projection, self.trunk.rows(collate(part), self.gather(part))
+            return rows if head is None else Expected.given(head, rows).packed()
 
         return self._unedited.ensure(texts, run)
 

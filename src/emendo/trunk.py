@@ -4,8 +4,8 @@ Everything below that block is frozen and its output depends on the text alone, 
 (:meth:`Trunk.run`) and every later pass starts from what it gave (:meth:`Trunk.logits`). No per-model code:
 a forward pre-hook takes the hidden state and stops the pass; to resume, the blocks below are stand-ins that
 hand their input on, and a pre-hook feeds the kept hidden state to the first edited block. The list keeps its
-length, so layer indices, masks and rotary tables stay right. What a pass without an edit gives the vocabulary
-projection (:meth:`Trunk.rows`) can be kept too, and goes through the projection with a later pass.
+length, so layer indices, masks and rotary tables stay right. A pass can also end at the vocabulary projection, with
+what that is given (:meth:`Trunk.rows`).
 
 How far the trunk reaches depends on the kind of model:
 
@@ -26,8 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emendo.attention import wide_attention
 from emendo.errors import ModelError
 from emendo.packing import Packing, Rows, packable, packed
+from emendo.rowwise import take
 from emendo.sites import Site, find_stacks, kind_of
 from emendo.standins import Pass, given, lent_bias, values
 from emendo.texts import Text, TokenBatch, collate
@@ -103,17 +105,32 @@ class Trunk:
         found = {name: own for name, own in self.matter(batch).items() if name in self._packable}
         return Packing({self._packable[name]: own for name, own in found.items()}, found)
 
+    @cached_property
     @torch.no_grad()
-    def rows(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
-        """What the vocabulary projection sees at the label positions, ``[n, width]``, resumed from the trunk's output.
+    def projection(self) -> nn.Linear | None:
+        """The vocabulary projection, if it says all: a frozen plain matrix whose output is the logits.
+
+        None for a classifier, and where a softcap or a bias of the logits follows; seen on one text.
+        """
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        if type(head) is not nn.Linear or head.weight.requires_grad:
+            return None
+        batch = collate([Text((1, 2, 3, 4), 1, (1, 2) if self.kind == "seq2seq" else ())])
+        said: list[Tensor] = []
+        with head.register_forward_hook(lambda module, args, output: said.append(output)):
+            logits: Tensor = self.model(**self._inputs(batch)).logits
+        return head if said and logits.any() and logits.equal(said[-1]) else None
+
+    def rows(self, batch: TokenBatch, hidden: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+        """What the vocabulary projection is given at the label positions, ``[n, width]``; arguments as for the logits.
 
         For a classifier, which has no such projection, its logits ``[n, classes]``.
         """
-        packing, head = self.packing(batch), self.model.get_output_embeddings()  # type: ignore[operator]
+        packing, head = packing or self.packing(batch), self.model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             return self.logits(batch, hidden, packing)
         seen = given(head, lambda: self.logits(batch, hidden, packing))
-        return seen.flatten(0, 1).index_select(0, batch.positions.to(seen.device))
+        return take(seen.flatten(0, 1), batch.positions.to(seen.device))
 
     def logits(
         self,
@@ -135,7 +152,7 @@ class Trunk:
             classifier), and after them one for each of ``beside``.
         """
         if packing is not None:
-            with packed(self.model, packing):
+            with packed(self.model, packing), wide_attention(self.model):
                 return self.logits(batch, hidden, beside=beside)
         inputs = self._inputs(batch)
         if hidden is None:
@@ -253,46 +270,13 @@ def label_logits(
         owners = (positions // inputs["input_ids"].shape[1]).to(scores.device)
         return _with(scores.index_select(0, owners), beside)
 
-    ours: list[Tensor] = []
-
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         rows = args[0].flatten(0, 1).index_select(0, positions.to(args[0].device))
-        if not alone:
-            return (_with(rows, beside).unsqueeze(0),)
-        ours.append(rows)
-        return (_with(rows, beside).detach().unsqueeze(0),)
+        return (_with(rows, beside).unsqueeze(0),)
 
-    def graph(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        found: Tensor = _OfFirst.apply(ours.pop(), output, module.weight)
-        return found
-
-    # what stands beside needs no gradient, but would take its share of the backward product
-    alone = beside is not None and type(head) is nn.Linear and not head.weight.requires_grad
-    handles = [head.register_forward_pre_hook(gather)]
-    if alone:
-        handles.append(head.register_forward_hook(graph))
-    try:
+    with head.register_forward_pre_hook(gather):
         logits: Tensor = model(**inputs).logits.squeeze(0)
-        return logits
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _OfFirst(torch.autograd.Function):
-    """``output [1, n + m, d_out]`` of a matrix as a function of its first rows ``[n, d_in]`` alone."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, output: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.mark_dirty(output)
-        ctx.count = len(rows)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return gradient[0, : ctx.count] @ weight, None, None
+    return logits
 
 
 def _with(rows: Tensor, beside: Tensor | None) -> Tensor:

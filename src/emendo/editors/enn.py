@@ -37,16 +37,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from emendo.capture import Factors
+from emendo.capture import Factors, finite
 from emendo.data.batch import to_texts
 from emendo.data.schema import Probe
 from emendo.edit import Request
 from emendo.editors.gradient import GradientEditor, edit_factors
 from emendo.errors import RequestError
-from emendo.losses import per_example, token_kl, token_margin, token_nll
+from emendo.losses import TokenLoss, compared, per_example, token_kl, token_margin, token_nll
 from emendo.lowrank import LowRank, applied
 from emendo.models import LM
-from emendo.outer import BUCKET_TOKENS, Episode, Outcome, TokenLoss, Weights, judge, through
+from emendo.outer import BUCKET_TOKENS, Episode, Outcome, Weights, judge, through
 from emendo.packing import Packing
 from emendo.sites import Site
 from emendo.store import TrunkStore
@@ -206,7 +206,7 @@ class Enn(GradientEditor):
         passes = _Trained(trunk, store.over(trunk) if self.shares_trunk else None)
         hidden = store.gather(texts) if self.shares_trunk else None
         deltas = self._steps(trunk, texts, hidden, create_graph=backward and not self.config.first_order)
-        if not all(bool(d.left.isfinite().all()) and bool(d.right.isfinite().all()) for d in deltas.values()):
+        if not finite(factor for d in deltas.values() for factor in (d.left, d.right)):
             return None
         if together > 1:
             deltas = {name: delta.group(together) for name, delta in deltas.items()}
@@ -280,15 +280,19 @@ class _Trained:
         batch = collate(texts)
         return batch, self.trunk.logits(batch)
 
-    def packed(
+    def compared(
         self,
         texts: Sequence[Text],
+        kept: int,
         under: Callable[[Packing], AbstractContextManager[None]],
-        unedited: Sequence[Text] = (),
-    ) -> tuple[TokenBatch, Tensor]:
+        token_loss: TokenLoss,
+    ) -> tuple[TokenBatch, Tensor, Tensor]:
         if self.store is not None:
             batch, logits = self.store.packed(texts, under)
         else:
             with under(Packing()):
                 batch, logits = self.logits(texts)
-        return batch, torch.cat([logits, *(self.known[text] for text in unedited)])
+        before = [self.known[text] for text in texts[len(texts) - kept :]] or [logits[:0]]
+        whole = torch.cat(before)
+        labels = batch.labels[: len(logits) - len(whole)].to(logits.device)
+        return batch, *compared(logits, labels, whole, token_loss)

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from emendo.capture import Factors, capture, move
+from emendo.capture import Factors, capture, finite, move
 from emendo.edit import Request
 from emendo.editors.base import Editor
-from emendo.losses import per_example, token_nll
+from emendo.losses import TokenLoss, per_example, token_nll
 from emendo.lowrank import LowRank
 from emendo.models import LM
-from emendo.outer import Episode, Outcome, TokenLoss, Weights, judge, through
+from emendo.outer import Episode, Outcome, Weights, judge, through
 from emendo.packing import Packing
 from emendo.sites import Site
 from emendo.store import TrunkStore
 from emendo.texts import Text, TokenBatch, collate, length_buckets
 from emendo.trunk import Trunk
+from emendo.vocabulary import Expected, divergence
 
 _TOKENS = 256
 """Padded tokens of the texts that are edited together: the memory that many requests take hangs on it."""
@@ -130,7 +131,7 @@ class GradientEditor(Editor):
         Returns:
             What the edits did; None where a factor was not finite.
         """
-        if not all(bool(f.u.isfinite().all()) and bool(f.delta.isfinite().all()) for f in factors.values()):
+        if factors and not finite(row for f in factors.values() for row in (f.u, f.delta)):
             return None
         deltas = self(factors)
         if together > 1:
@@ -206,17 +207,24 @@ def edit_factors(
             that each example has for itself.
     """
     batch = collate(texts)
+    packing = trunk.packing(batch) if packed else Packing()
+    # one batch alone costs no more with its logits than finding out that they are not needed
+    plain = hidden is not None and token_loss is token_nll and seen is None and not create_graph
+    head = trunk.projection if plain else None
     if hidden is None and not create_graph:
         hidden = trunk.run(batch)
 
-    packing = trunk.packing(batch) if packed else Packing()
-
     def loss() -> Tensor:
-        logits = trunk.logits(batch, hidden, packing)
-        if seen is not None:
-            seen(logits.detach(), batch)
-        values = token_loss(logits, batch.labels.to(logits.device))
-        return per_example(values, batch.owner.to(logits.device), len(texts))
+        if head is not None:
+            values, _ = divergence(
+                head, trunk.rows(batch, hidden, packing), Expected.wanted(head, batch.labels)
+            )
+        else:
+            logits = trunk.logits(batch, hidden, packing)
+            if seen is not None:
+                seen(logits.detach(), batch)
+            values = token_loss(logits, batch.labels.to(logits.device))
+        return per_example(values, batch.owner.to(values.device), len(texts))
 
     owners = {name: rows.owner for name, rows in packing.sites.items()}
     return capture(trunk.model, sites, loss, create_graph=create_graph, owners=owners)[1]
