@@ -13,7 +13,7 @@ from emendo.models import LM
 from emendo.packing import edited, packable
 from emendo.sites import Site, find_sites
 from emendo.store import TrunkStore
-from emendo.texts import Text
+from emendo.texts import Text, collate
 from emendo.trunk import Trunk
 
 LENGTHS = (9, 12, 7, 11)  # padding no longer than the windows of local attention
@@ -114,3 +114,27 @@ def test_the_last_block_sees_the_labels_alone() -> None:
     for site in sites:
         expected = sum(len(t.labels) if site.block == deepest else len(t.inputs) for t in texts)
         assert seen[site.name] == expected
+
+
+def test_half_precision_sees_a_few_rows_more_and_gives_the_same() -> None:
+    """Rows of padding and of no label go along; no factor comes from them."""
+    model = build_lm("llama", torch.bfloat16).model
+    sites = find_sites(model, last=2)
+    trunk = Trunk(model, sites)
+    texts = [*random_texts("llama", 20, 9, 7), Text((5, 6, 7, 8, 9), 3)]
+    batch = collate(texts)
+    packing, matter = trunk.packing(batch), trunk.matter(batch)
+    for name, rows in packing.sites.items():
+        own = matter[name]
+        assert len(rows.index) % 32 == 0
+        assert len(rows.index) > len(own.index)
+        assert rows.index[: len(own.index)].equal(own.index)
+        assert len(rows.index.unique()) == len(rows.index)
+        assert rows.owner.equal(rows.index // batch.input_ids.shape[1])
+    hidden = trunk.run(batch)
+    found, whole = trunk.logits(batch, hidden, packing), trunk.logits(batch, hidden)
+    torch.testing.assert_close(found, whole, rtol=0.02, atol=0.06)
+    few, all_rows = (edit_factors(trunk, sites, texts, hidden, packed=packed) for packed in (True, False))
+    for site in sites:
+        assert few[site.name].owner.equal(all_rows[site.name].owner)
+        torch.testing.assert_close(few[site.name].u, all_rows[site.name].u, rtol=0.05, atol=0.05)

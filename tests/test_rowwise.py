@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emendo.rowwise import put, take
+from emendo.rowwise import even, put, take
 
 
 @given(st.integers(1, 9), st.data())
@@ -28,3 +29,20 @@ def test_gradients_of_both_orders() -> None:
     for of, value in ((lambda x: take(x, index), rows), (lambda x: put(x, index, 6), short)):
         assert torch.autograd.gradcheck(of, value)
         assert torch.autograd.gradgradcheck(lambda x, of=of: of(x).square(), value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "wanted"),
+    [
+        (torch.bfloat16, "cpu", [0, 32, 32, 64]),
+        (torch.float16, "cpu", [0, 32, 32, 64]),
+        (torch.float32, "cpu", [0, 1, 32, 33]),
+        (torch.float64, "cpu", [0, 1, 32, 33]),
+        (torch.bfloat16, "meta", [0, 1, 32, 33]),
+    ],
+)
+def test_rows_are_filled_up_where_each_number_is_compiled(
+    dtype: torch.dtype, device: str, wanted: list[int]
+) -> None:
+    like = torch.empty(1, dtype=dtype, device=device)
+    assert [even(count, like) for count in (0, 1, 32, 33)] == wanted

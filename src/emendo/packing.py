@@ -148,19 +148,23 @@ class _Slots:
 
 
 class _RowAdder:
-    """The forward hook that adds to each row the change of its edit."""
+    """The forward hook that adds to each row the change of its edit, in the change's own precision."""
 
     def __init__(self, delta: LowRank, slots: Callable[[int], _Slots]) -> None:
         self.right, self.left, self.slots = delta.right.mT, delta.left.mT, slots
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if self.right.device != output.device:
+            self.left, self.right = self.left.to(output.device), self.right.to(output.device)
         x = args[0].flatten(0, -2)
-        if self.right.dtype != x.dtype or self.right.device != x.device:
-            self.left, self.right = self.left.to(x), self.right.to(x)
         if len(self.right) == 1:  # every row stands under the same edit
-            return output + ((x @ self.right[0]) @ self.left[0]).view(output.shape)
-        slots = self.slots(len(x))
-        place = slots.place.to(x.device)
-        padded = put(x, place, slots.edits * slots.most).view(slots.edits, slots.most, -1)
-        added = take(((padded @ self.right) @ self.left).flatten(0, 1), place)
+            added = self._change(x.unsqueeze(0)).squeeze(0)
+        else:
+            slots = self.slots(len(x))
+            place = slots.place.to(x.device)
+            padded = put(x, place, slots.edits * slots.most).view(slots.edits, slots.most, -1)
+            added = take(self._change(padded).flatten(0, 1), place)
         return output + added.view(output.shape)
+
+    def _change(self, x: Tensor) -> Tensor:
+        return ((x.to(self.right.dtype) @ self.right) @ self.left).to(x.dtype)

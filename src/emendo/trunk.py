@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from emendo.attention import wide_attention
 from emendo.errors import ModelError
 from emendo.packing import Packing, Rows, packable, packed
-from emendo.rowwise import take
+from emendo.rowwise import even, take
 from emendo.sites import Site, find_stacks, kind_of
 from emendo.standins import Pass, given, lent_bias, values
 from emendo.texts import Text, TokenBatch, collate
@@ -86,8 +86,13 @@ class Trunk:
         hidden: Tensor = encoder(**inputs).last_hidden_state
         return hidden
 
-    def matter(self, batch: TokenBatch) -> dict[str, Rows]:
-        """By site, the rows that what is said depends on: the texts', and in a decoder's last MLP the labels' alone."""
+    def matter(self, batch: TokenBatch, *, filled: bool = False) -> dict[str, Rows]:
+        """By site, the rows that what is said depends on: the texts', and in a decoder's last MLP the labels' alone.
+
+        Args:
+            batch: the texts.
+            filled: with a few others, for a number of rows that suits the products (:func:`emendo.rowwise.even`).
+        """
         rows: dict[str, Rows] = {}
         found = {}
         for site in self._sites:
@@ -95,6 +100,8 @@ class Trunk:
             which = "labels" if last else "source" if self._reads_source(site) else "texts"
             if which not in rows:
                 rows[which] = _rows(batch, which)
+                if filled:
+                    rows[which] = self._filled(rows[which], batch, which)
             found[site.name] = rows[which]
         return found
 
@@ -102,8 +109,18 @@ class Trunk:
         """Which rows of a batch the edited blocks' MLPs need to see."""
         if self._packable is None:
             self._packable = packable(self.model, self._sites)
-        found = {name: own for name, own in self.matter(batch).items() if name in self._packable}
+        matter = self.matter(batch, filled=True)
+        found = {name: own for name, own in matter.items() if name in self._packable}
         return Packing({self._packable[name]: own for name, own in found.items()}, found)
+
+    def _filled(self, rows: Rows, batch: TokenBatch, which: str) -> Rows:
+        mask = batch.trunk_mask if which == "source" else batch.attention_mask
+        more = even(len(rows.index), next(self.model.parameters())) - len(rows.index)
+        if not more:
+            return rows
+        free = torch.ones(mask.numel(), dtype=torch.bool).index_fill_(0, rows.index, False)
+        others = free.nonzero().squeeze(1)[:more]
+        return Rows(torch.cat([rows.index, others]), torch.cat([rows.owner, others // mask.shape[1]]))
 
     @cached_property
     @torch.no_grad()

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from emendo.rowwise import even
+
 _ROWS = 8  # go through the elementwise passes at a time on a processor, and stay in its cache
 
 
@@ -110,7 +112,7 @@ class _Divergence(torch.autograd.Function):
 
 
 def _logits(head: nn.Linear, rows: Tensor) -> Tensor:
-    logits = F.linear(rows, head.weight, head.bias)
+    logits = F.linear(_filled(rows), head.weight, head.bias)[: len(rows)]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -132,4 +134,9 @@ def _softmax_(logits: Tensor) -> Tensor:
 def _apart(head: nn.Linear, share: Tensor, token: Tensor) -> Tensor:
     """``p W - w_t [n, width]`` in the dtype of ``p [n, vocabulary]``."""
     weight = head.weight.detach()
-    return (share.to(weight) @ weight).to(share).sub_(weight[token])
+    mean = (_filled(share.to(weight)) @ weight)[: len(share)]
+    return mean.to(share).sub_(weight[token])
+
+
+def _filled(rows: Tensor) -> Tensor:
+    return F.pad(rows, (0, 0, 0, even(len(rows), rows) - len(rows)))
