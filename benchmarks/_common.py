@@ -31,6 +31,7 @@ def parser(text: str | None, *, rounds: int = 7) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", default="smollm2-135m", help="as emendo.load takes it")
+    made.add_argument("--dtype", default="float32", help="of the model: float32, bfloat16 or float16")
     made.add_argument("--data", default="atlas", help="a record file; by default the built-in facts")
     made.add_argument("--rounds", type=int, default=rounds, help="interleaved runs of every case")
     made.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -47,7 +48,7 @@ def parser(text: str | None, *, rounds: int = 7) -> argparse.ArgumentParser:
 def load(options: argparse.Namespace) -> LM:
     """The model of the command line, with its thread count set."""
     torch.set_num_threads(options.threads)
-    return models.load(options.model)
+    return models.load(options.model, dtype=options.dtype)
 
 
 def facts(options: argparse.Namespace, count: int) -> list[Record]:
@@ -166,7 +167,7 @@ def peak() -> float:
 def in_child(file: str, options: argparse.Namespace, what: Any) -> dict[str, Any]:
     """Run this benchmark's ``child(options, what)`` in a process of its own; what it printed as JSON."""
     command = [sys.executable, file, "--child", json.dumps(what)]
-    for name in ("model", "data", "rounds", "threads", "clock"):
+    for name in ("model", "dtype", "data", "rounds", "threads", "clock"):
         command += [f"--{name}", str(getattr(options, name))]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
@@ -184,8 +185,9 @@ def machine(options: argparse.Namespace) -> None:
     processor = names[0].split(":")[1].strip() if names else platform.processor()
     print(
         f"{processor}, {os.cpu_count()} cores, {options.threads} threads; load {os.getloadavg()[0]:.1f}; "
-        f"torch {torch.__version__}; {options.model}, {options.data}; {options.rounds} interleaved rounds, "
-        f"median (quartiles) of {'processor' if options.clock == 'cpu' else 'wall-clock'} time",
+        f"torch {torch.__version__}; {options.model} in {options.dtype}, {options.data}; "
+        f"{options.rounds} interleaved rounds, median (quartiles) of "
+        f"{'processor' if options.clock == 'cpu' else 'wall-clock'} time",
         end="\n\n",
         flush=True,
     )

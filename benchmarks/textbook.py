@@ -162,7 +162,7 @@ class Textbook(nn.Module):
         for name, gradient in zip(self.names, gradients, strict=True):
             u, delta = inputs[name], gradient[0]
             used = u.ne(0).any(-1) & delta.ne(0).any(-1)
-            found[name] = (u[used], delta[used])
+            found[name] = (u[used].to(self.alpha.dtype), delta[used].to(self.alpha.dtype))
         return found
 
     def edit(self, text: Text) -> dict[str, Tensor]:
@@ -177,7 +177,8 @@ class Textbook(nn.Module):
         for name, alpha in zip(self.names, self.alpha, strict=True):
             key, mode = self.place[name]
             u, delta = self.nets[key](*factors[name], mode)
-            edited[f"{name}.weight"] = self.weight(name) - alpha * (delta.T @ u)
+            weight = self.weight(name)
+            edited[f"{name}.weight"] = weight - (alpha * (delta.T @ u)).to(weight.dtype)
         return edited
 
     def training_step(

@@ -29,6 +29,7 @@ from _common import (
 from textbook import Textbook
 from torch import nn
 
+from emendo import models
 from emendo.editors.mend import Mend, MendConfig
 from emendo.models import LM
 from emendo.outer import Episode, Weights
@@ -41,6 +42,7 @@ from emendo.train.step import training_step
 from emendo.trunk import Trunk
 
 TEXTBOOK_BATCH = 4
+SHORT = "emendo, without running text, as the textbook"
 
 
 class Ours:
@@ -104,6 +106,10 @@ def cases(lm: LM, options: argparse.Namespace) -> dict[str, tuple[Callable[[], N
         found[f"emendo, warm, batches of {batch}"] = (ours.warm, batch * GROUP)
         if batch == options.batch:
             found[f"emendo, cold, batches of {batch}"] = (ours.cold, batch * GROUP)
+            for dtype in options.others:
+                other = Ours(models.load(options.model, dtype=dtype), batches, options.rank)
+                found[f"emendo, warm, batches of {batch}, {dtype}"] = (other.warm, batch * GROUP)
+                found[f"emendo, cold, batches of {batch}, {dtype}"] = (other.cold, batch * GROUP)
             few = batches[0][:TEXTBOOK_BATCH]
             for rank in options.textbook_ranks:
                 found[f"textbook, rank {rank}"] = (Theirs(lm, few, rank).step, len(few))
@@ -152,7 +158,8 @@ def child(options: argparse.Namespace, what: str) -> dict[str, Any]:
             theirs.step()
     else:
         editor = Mend(find_sites(lm.model), MendConfig())
-        config = TrainConfig(steps=3 * GROUP, batch=8, validate_every=GROUP, validate_on=50)
+        text = 0 if what == SHORT else 1
+        config = TrainConfig(steps=3 * GROUP, batch=8, text=text, validate_every=GROUP, validate_on=50)
         train(lm, editor, records[50:], records[:50], config)
     return {"peak": peak()}
 
@@ -164,13 +171,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--rank", type=int, default=MendConfig().rank)
     made.add_argument("--locality", type=int, default=1, help="locality texts of an episode")
     made.add_argument("--textbook-ranks", type=int, nargs="*", default=[1920])
+    made.add_argument(
+        "--others",
+        nargs="*",
+        default=["bfloat16"],
+        metavar="DTYPE",
+        help="number formats of the model to add",
+    )
     options = made.parse_args(arguments)
     if options.child is not None:
         print(json.dumps(child(options, json.loads(options.child))))
         return
     machine(options)
     measure(load(options), options)
-    rows = [(what, in_child(__file__, options, what)["peak"]) for what in ("model", "emendo", "textbook")]
+    rows = [
+        (what, in_child(__file__, options, what)["peak"]) for what in ("model", "emendo", SHORT, "textbook")
+    ]
+    for dtype in options.others:
+        options.dtype = dtype
+        rows += [
+            (f"{what}, {dtype}", in_child(__file__, options, what)["peak"]) for what in ("model", "emendo")
+        ]
     table("Peak memory of the whole process, MiB", ("what it does", "MiB"), rows)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForMaskedLM
 from transformers.utils import logging as hf_logging
 
@@ -80,6 +81,7 @@ def test_load_in_another_dtype(tmp_path: Path, kind: str, dtype: Any) -> None:
     (record,) = records_for(lm, 1)
     rows = lm.logits(to_texts(lm, [(record.prompt, record.target)]))[0]
     assert rows.dtype == wanted
+    assert lm.dtype == str(wanted).removeprefix("torch.")
     assert rows.isfinite().all()
 
 
@@ -106,7 +108,7 @@ def test_no_such_model(tmp_path: Path) -> None:
 
 
 def test_no_such_dtype(folder: Path) -> None:
-    assert message(folder, dtype="int4") == "dtype 'int4' is not one of float32, bfloat16, float16."
+    assert message(folder, dtype="int4") == "dtype 'int4' is not one of float32, bfloat16, float16, fastest."
 
 
 def test_folder_without_a_tokenizer(tmp_path: Path) -> None:
@@ -182,3 +184,22 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache_folder() == tmp_path / "xdg" / "emendo"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == tmp_path / "home" / ".cache" / "emendo"
+
+
+@pytest.mark.parametrize(("speed", "wanted"), [(3.0, "bfloat16"), (1.5, "float32"), (0.2, "float32")])
+def test_the_fastest_dtype_is_the_one_that_is_measured_as_such(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, speed: float, wanted: str
+) -> None:
+    """A clock that runs as if bfloat16 were so many times as fast as float32."""
+    clock = [0.0]
+    product = torch.Tensor.__matmul__
+
+    def timed(a: Tensor, b: Tensor) -> Tensor:
+        clock[0] += 1 / speed if a.dtype == torch.bfloat16 else 1.0
+        return product(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__matmul__", timed)
+        patch.setattr(models.time, "perf_counter", lambda: clock[0])
+        assert models.fastest_dtype() == wanted
+        assert load(str(folder), dtype="fastest").dtype == wanted

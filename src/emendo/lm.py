@@ -106,6 +106,12 @@ class LM:
         """Where token ids go."""
         return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
 
+    @property
+    def dtype(self) -> str:
+        """The number format of its token embeddings, as :func:`emendo.load` names it."""
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return str(weight.dtype).removeprefix("torch.")
+
     @cached_property
     def begins(self) -> tuple[int, ...]:
         """What an encoder-decoder's decoder begins with: its start token, and what generation forces after it (BART).

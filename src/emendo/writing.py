@@ -50,7 +50,7 @@ def own_passages(lm: LM, count: int, folder: Path | None = None) -> list[str]:
 
 
 def _key(lm: LM) -> str:
-    made_of = repr((lm.fingerprint, len(lm.tokenizer), TOKENS, TOGETHER))
+    made_of = repr((lm.fingerprint, lm.dtype, len(lm.tokenizer), TOKENS, TOGETHER))
     return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 

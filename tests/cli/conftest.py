@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,16 @@ from typer.testing import CliRunner
 
 from cases import build_lm, records
 from cli.samples import SHORT, Answer, Emendo
-from emendo.cli import app
+from emendo.cli import app, loading
 from emendo.data import write_records
+
+
+@pytest.fixture(autouse=True, scope="session")
+def any_processor() -> Iterator[None]:
+    """Models are trained in the same format whatever this processor is fastest with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "fastest_dtype", lambda device: "float32")
+        yield
 
 
 @pytest.fixture(scope="session")

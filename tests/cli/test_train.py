@@ -289,3 +289,29 @@ def test_sigint_to_a_real_process(emendo_command, model: Path, facts: Path, tmp_
     assert not (out / "editor").exists()
     emendo_command("train", "--resume", "--out", out)
     assert (out / "editor" / "editor.json").exists()
+
+
+def test_the_format_that_is_fastest_here_is_taken_and_named(
+    emendo_command, model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    command = ("train", "--model", model, "--data", facts, "--out", out, *SHORT)
+
+    def kept() -> str:
+        return json.loads((out / "run.json").read_text())["settings"]["dtype"]
+
+    assert "loaded in" not in emendo_command(*command).err
+    assert kept() == "float32"
+    monkeypatch.setattr("emendo.cli.loading.fastest_dtype", lambda device: "bfloat16")
+    assert "loaded in bfloat16" in emendo_command(*command, "--overwrite").err
+    assert kept() == "bfloat16"
+    assert "loaded in" not in emendo_command(*command, "--overwrite", "--dtype", "float32").err
+    assert kept() == "float32"
+    emendo_command(
+        "train", "--out", out, "--resume"
+    )  # goes on in the run's format, here there is nothing to do
+    emendo_command("train", "--out", out, "--resume", "--dtype", "fastest", code=2)
+    evaluated = emendo_command(
+        *("evaluate", "--editor", out, "--data", facts, "--limit", 3, "--dtype", "fastest", "--json")
+    )
+    assert evaluated.json

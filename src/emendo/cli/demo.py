@@ -47,16 +47,17 @@ def run(
     facts: Facts = 100,
     steps: Steps = None,
     limit: Limit = 2000,
-    dtype: opt.Dtype = "float32",
+    dtype: opt.Dtype = "fastest",
     device: opt.Device = None,
 ) -> None:
     """Run the demo."""
-    from emendo.cli.loading import load_model
+    from emendo.cli.loading import load_model, named_dtype
     from emendo.cli.measuring import show_edit, show_scores
     from emendo.cli.training import carry_out
     from emendo.data import read_records
     from emendo.editors import Editor
 
+    dtype = named_dtype(dtype, device)
     options = {
         "model": model,
         "data": "atlas",

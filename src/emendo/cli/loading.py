@@ -15,7 +15,7 @@ from emendo.data import Record, read_records
 from emendo.data.records import RecordSet
 from emendo.editors import EDITORS, Editor, editor_class
 from emendo.errors import DataError, RequestError
-from emendo.models import BUILT_IN, LM, cache_folder, load
+from emendo.models import BUILT_IN, LM, cache_folder, fastest_dtype, load
 from emendo.sites import Site, find_sites
 
 _WORDS = 8  # the fewest words of a passage
@@ -28,15 +28,34 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None, *, 
         ModelError: there is no such model, or it has no chat template and ``chat`` asks for it.
         RequestError: there is no such device.
     """
-    try:
-        place = torch.device(device or "cpu")
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # an unknown name; a build without that backend
-        raise RequestError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    place = _device(device)
     if name in BUILT_IN and not (cache_folder() / "models" / name / "config.json").exists():
         note(f"Converting {name} for the first time (about half a minute; kept in {cache_folder()}).")
     with status(f"Loading the model {name}"):
         return load(name, dtype=dtype, device=place, chat=chat)
+
+
+def named_dtype(dtype: str, device: str | None) -> str:
+    """What ``fastest`` stands for on this device, with a word on it; any other format is itself.
+
+    Raises:
+        RequestError: there is no such device.
+    """
+    if dtype != "fastest":
+        return dtype
+    found = fastest_dtype(_device(device))
+    if found != "float32":
+        note(f"The model is loaded in {found}, which multiplies fastest here; --dtype float32 is exact.")
+    return found
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        place = torch.device(name or "cpu")
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a build without that backend
+        raise RequestError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return place
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ def run(
     text: own.Text = None,
     limit: own.Limit = None,
     skip_bad: own.SkipBad = False,
-    dtype: opt.Dtype = "float32",
+    dtype: opt.Dtype = "fastest",
     device: opt.Device = None,
     editor: opt.Method = "mend",
     rank: opt.Rank = None,
@@ -67,13 +67,14 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Train an editor."""
-    from emendo.cli.loading import load_model
+    from emendo.cli.loading import load_model, named_dtype
     from emendo.cli.runs import new_run, resumed_run
     from emendo.cli.training import carry_out
     from emendo.errors import RequestError
 
     rest = ("out", "overwrite", "resume", "as_json")
     asked = {name: value for name, value in ctx.params.items() if name not in rest}
+    asked["dtype"] = named_dtype(dtype, device)
     if resume and overwrite:
         raise RequestError(
             "--resume goes on with the run in --out and --overwrite replaces it: give one of them."

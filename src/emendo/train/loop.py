@@ -107,7 +107,8 @@ class _Run:
         self.episodes = Episodes(lm, records, config, passages or self._own(lm))
         self.held_out = held_out(lm, validation, config)
         trunk = Trunk(lm.model, editor.sites)
-        folder = cache_folder() / "trunk" / f"{lm.fingerprint}-{trunk.block}" if out is not None else None
+        kind = f"{lm.fingerprint}-{trunk.block}-{lm.dtype}"  # what is computed in bf16 is less exact
+        folder = cache_folder() / "trunk" / kind if out is not None else None
         self.store = TrunkStore(trunk, folder)
         editor.begin(lm)
         self.optimizer = torch.optim.Adam(editor.parameter_groups(config.lr), fused=True)
