@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from emendo.errors import ModelError, RequestError
 from emendo.fingerprint import fingerprint
 from emendo.framing import PLAIN, Framing, chat_framing
+from emendo.inputs import label_logits, model_inputs
 from emendo.sites import Kind, kind_of
 from emendo.texts import Text, collate, length_buckets
-from emendo.trunk import label_logits, model_inputs
 
 _BATCH_TOKENS = 1024  # padded tokens of one pass
 

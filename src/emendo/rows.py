@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from emendo.edit import Edit, compose
 from emendo.errors import RequestError
+from emendo.inputs import label_logits, model_inputs
 from emendo.lowrank import LowRank
 from emendo.models import LM
 from emendo.texts import Text, collate
-from emendo.trunk import label_logits, model_inputs
 
 M = TypeVar("M", nn.Module, LM)
 

@@ -139,4 +139,5 @@ def _apart(head: nn.Linear, share: Tensor, token: Tensor) -> Tensor:
 
 
 def _filled(rows: Tensor) -> Tensor:
-    return F.pad(rows, (0, 0, 0, even(len(rows), rows) - len(rows)))
+    more = even(len(rows), rows) - len(rows)
+    return F.pad(rows, (0, 0, 0, more)) if more else rows

@@ -18,8 +18,8 @@ from emendo.evaluate.metrics import (
     ngram_entropy,
     repetition,
 )
+from emendo.inputs import label_logits, model_inputs
 from emendo.texts import collate
-from emendo.trunk import label_logits, model_inputs
 
 
 @pytest.mark.parametrize("bos", [False, True])

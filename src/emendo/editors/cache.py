@@ -39,10 +39,10 @@ from torch.nn import functional as F
 from emendo.edit import AnyEdit, Origin, Request
 from emendo.editors.base import Editor, as_requests
 from emendo.errors import RequestError
+from emendo.inputs import model_inputs
 from emendo.models import LM
 from emendo.sites import find_stacks
 from emendo.texts import Text, collate, greedy, length_buckets
-from emendo.trunk import model_inputs
 
 _BATCH_TOKENS = 1024  # padded tokens of one pass
 
