@@ -23,6 +23,7 @@ from _common import load, machine, parser, table
 from textbook import Textbook
 from torch import nn
 
+from emendo import models
 from emendo.data.records import read_records
 from emendo.editors.mend import Mend, MendConfig
 from emendo.models import LM
@@ -64,11 +65,11 @@ def judged(editor: Mend, store: TrunkStore, held_out: Sequence[Any], point: tupl
 class Race:
     """The two, on the same texts."""
 
-    def __init__(self, lm: LM, options: argparse.Namespace) -> None:
+    def __init__(self, lm: LM, plain: LM, options: argparse.Namespace) -> None:
         split = "train" if options.data == "atlas" else None
         found = list(read_records(options.data, split=split, skip_bad=True).records)
         random.Random(0).shuffle(found)
-        self.lm, self.options, self.sites = lm, options, find_sites(lm.model)
+        self.lm, self.plain, self.options, self.sites = lm, plain, options, find_sites(lm.model)
         self.config = TrainConfig(batch=options.batch, variety=options.variety)
         held = TrainConfig(batch=options.batch, sibling=0)
         count = options.held_out
@@ -86,12 +87,13 @@ class Race:
         groups: list[dict[str, Any]],
         steps: Callable[[int], None],
         mend: Mend,
+        lm: LM,
         minutes: float,
     ) -> list[Point]:
-        """Train for so many minutes, judging now and then."""
+        """Train for so many minutes, judging on the model that is trained on now and then."""
         optimizer = torch.optim.Adam(groups, fused=True)
         peaks = [group["lr"] for group in optimizer.param_groups]
-        store = TrunkStore(Trunk(self.lm.model, self.sites))
+        store = TrunkStore(Trunk(lm.model, self.sites))
         elapsed, step, points, due, seconds = 0.0, 0, [], 0.0, minutes * 60
         while elapsed < seconds:
             before = time.perf_counter()
@@ -131,13 +133,13 @@ class Race:
             batch, ahead = looked[number]
             training_step(editor.train(), store, batch, self.config.weights, ahead)
 
-        return self.run(editor, editor.parameter_groups(self.config.lr), step, editor, self.options.minutes)
+        groups = editor.parameter_groups(self.config.lr)
+        return self.run(editor, groups, step, editor, self.lm, self.options.minutes)
 
     def textbook(self) -> list[Point]:
         """The textbook, with the learning rate of its own that it is given."""
-        editor = Textbook(
-            self.lm.model, [site.name for site in self.sites], self.options.textbook_rank
-        ).train()
+        names = [site.name for site in self.sites]
+        editor = Textbook(self.plain.model, names, self.options.textbook_rank).train()
         networks = [p for name, p in editor.named_parameters() if name != "alpha"]
         lr = self.options.textbook_lr
         groups = [
@@ -150,7 +152,7 @@ class Race:
 
         mend = Mend(self.sites, MendConfig(rank=self.options.textbook_rank)).eval()
         minutes = self.options.textbook_minutes or self.options.minutes
-        return self.run(editor, groups, step, mend, minutes)
+        return self.run(editor, groups, step, mend, self.plain, minutes)
 
 
 def reached(points: Sequence[Point], bar: tuple[float, float, float]) -> Point | None:
@@ -204,10 +206,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--batch", type=int, default=8)
     made.add_argument("--textbook-rank", type=int, default=1920)
     made.add_argument("--textbook-lr", type=float, default=TrainConfig().lr)
+    made.add_argument("--textbook-dtype", default=None, help="of the textbook's model; default: as --dtype")
     made.add_argument("--curves", type=Path, default=None, help="also write the points, as JSON")
     options = made.parse_args(arguments)
     machine(options)
-    race = Race(load(options), options)
+    lm = load(options)
+    plain = models.load(options.model, dtype=options.textbook_dtype) if options.textbook_dtype else lm
+    race = Race(lm, plain, options)
     curves = {"emendo": race.ours(), "textbook": race.textbook()}
     if options.curves is not None:
         options.curves.write_text(json.dumps({n: [vars(p) for p in own] for n, own in curves.items()}))

@@ -203,3 +203,16 @@ def test_the_fastest_dtype_is_the_one_that_is_measured_as_such(
         patch.setattr(models.time, "perf_counter", lambda: clock[0])
         assert models.fastest_dtype() == wanted
         assert load(str(folder), dtype="fastest").dtype == wanted
+
+
+def test_a_device_without_bfloat16_has_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = torch.ones
+
+    def refused(size: Any, *, dtype: torch.dtype, device: Any) -> Tensor:
+        if dtype == torch.bfloat16:
+            raise TypeError("BFloat16 is not supported here")
+        return ones(size, dtype=dtype, device=device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "ones", refused)
+        assert models.fastest_dtype() == "float32"

@@ -95,16 +95,21 @@ def fastest_dtype(device: str | torch.device | None = None) -> str:
     Args:
         device: by default the CPU.
     """
-    times = {}
-    for name in ("float32", "bfloat16"):
+
+    def seconds(name: str) -> float:
         a, b = (torch.ones(size, dtype=_DTYPES[name], device=device) for size in ((512, 576), (576, 1536)))
-        seconds = []
+        tries = []
         for _ in range(6):
             start = time.perf_counter()
             (a @ b)[0, 0].item()
-            seconds.append(time.perf_counter() - start)
-        times[name] = min(seconds)
-    return "bfloat16" if 2 * times["bfloat16"] < times["float32"] else "float32"
+            tries.append(time.perf_counter() - start)
+        return min(tries)
+
+    exact = seconds("float32")
+    try:
+        return "bfloat16" if 2 * seconds("bfloat16") < exact else "float32"
+    except (RuntimeError, TypeError):  # a device that does not have it at all
+        return "float32"
 
 
 def _auto_class(config: Any) -> tuple[Any, str]:

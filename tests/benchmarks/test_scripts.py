@@ -23,7 +23,7 @@ SCRIPTS = {
     "roofline": ["--batch", "2", "--rank", "8"],
     "time_to_quality": [
         *("--minutes", "0.003", "--records", "40", "--held-out", "8", "--points", "1"),
-        *("--batch", "4", "--textbook-rank", "8"),
+        *("--batch", "4", "--textbook-rank", "8", "--textbook-dtype", "bfloat16"),
     ],
 }
 

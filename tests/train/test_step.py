@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from cases import build_lm, records, unchanged
+from cases import build_lm, records_for, unchanged
 from emendo.capture import Factors
 from emendo.editors.mend import Mend, MendConfig
 from emendo.models import LM
@@ -38,11 +38,13 @@ def _editor(lm: LM, **config: Any) -> Mend:
     return editor
 
 
-def _setting(kind: str, count: int = 3) -> tuple[LM, list[Episode], TrunkStore]:
-    lm = build_lm(kind, torch.float64)
+def _setting(
+    kind: str, count: int = 3, dtype: torch.dtype = torch.float64
+) -> tuple[LM, list[Episode], TrunkStore]:
+    lm = build_lm(kind, dtype)
     config = TrainConfig(batch=count, near=1, sibling=1, unrelated=1)
-    episodes = Episodes(lm, records(12), config).batch(0)
-    store = TrunkStore(Trunk(lm.model, find_sites(lm.model, last=2)), dtype=torch.float64)
+    episodes = Episodes(lm, records_for(lm, 12), config).batch(0)
+    store = TrunkStore(Trunk(lm.model, find_sites(lm.model, last=2)), dtype=dtype)
     store.ensure(text for episode in episodes for text in episode.texts())
     return lm, episodes, store
 
@@ -179,3 +181,26 @@ def test_factors_that_are_not_finite_reach_nothing() -> None:
             chunk.fill_(float("nan"))
     assert training_step(editor, store, episodes, Weights(C_EDIT)) is None
     assert all(tensor.equal(before[name]) for name, tensor in editor.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "t5", "bart", "bert"])
+def test_a_half_precision_model_gives_the_gradient_of_the_exact_one(kind: str) -> None:
+    """To the format's precision: the editor, the changes and the losses are in float32."""
+    half, episodes, store = _setting(kind, dtype=torch.bfloat16)
+    exact, same, reference = _setting(kind)
+    assert same == episodes
+    exact.model.load_state_dict(half.model.state_dict())
+    reference = TrunkStore(Trunk(exact.model, find_sites(exact.model, last=2)), dtype=torch.float64)
+    reference.ensure(text for episode in episodes for text in episode.texts())
+    ours, theirs = _editor(half).float().train(), _editor(exact).train()
+    found = training_step(ours, store, episodes, Weights(C_EDIT))
+    wanted = training_step(theirs, reference, episodes, Weights(C_EDIT))
+    assert found is not None
+    assert wanted is not None
+    assert found.loss == pytest.approx(wanted.loss, rel=0.05)
+    gradients = [
+        torch.cat([p.grad.double().flatten() for p in editor.parameters() if p.grad is not None])
+        for editor in (ours, theirs)
+    ]
+    assert F.cosine_similarity(*gradients, dim=0) > 0.95
+    assert gradients[0].norm() / gradients[1].norm() == pytest.approx(1, rel=0.15)
