@@ -108,6 +108,17 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(lab: Lab, step: int, ho
     assert_same(lab.tensors("whole"), lab.tensors("stopped"))
 
 
+def test_a_run_on_a_half_precision_model_is_resumed_on_that_alone(lab: Lab) -> None:
+    half, exact = Lab(build_lm("llama", torch.bfloat16), lab.root, lab.monkeypatch), lab
+    whole = half.train("whole")
+    half.interrupted("stopped", 8, "ctrl-c")
+    assert half.lm.fingerprint == exact.lm.fingerprint
+    with pytest.raises(StorageError, match="dtype: 'bfloat16' before, None now"):
+        exact.train("stopped", resume=True)
+    alike(whole, half.train("stopped", resume=True))
+    assert_same(half.tensors("whole"), half.tensors("stopped"))
+
+
 def test_stopped_twice(lab: Lab) -> None:
     whole = lab.train("whole")
     lab.interrupted("stopped", 5, "ctrl-c")

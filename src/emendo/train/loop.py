@@ -113,7 +113,7 @@ class _Run:
         editor.begin(lm)
         self.optimizer = torch.optim.Adam(editor.parameter_groups(config.lr), fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.state = checkpoint.State(settings=_settings(editor, config, records))
+        self.state = checkpoint.State(settings=_settings(lm, editor, config, records))
         self.best: dict[str, Tensor] = {}
         self._group = -1  # the group of steps that was looked ahead at
         self._looked: list[tuple[list[Episode], Ahead]] = []
@@ -284,7 +284,9 @@ class _Run:
         self.recent.extend(Outcome(**row) for row in self.state.recent)
 
 
-def _settings(editor: GradientEditor, config: TrainConfig, records: Sequence[Record]) -> dict[str, Any]:
+def _settings(
+    lm: LM, editor: GradientEditor, config: TrainConfig, records: Sequence[Record]
+) -> dict[str, Any]:
     """What makes two runs the same run, as JSON values."""
     return {
         "editor": editor.name,
@@ -292,6 +294,8 @@ def _settings(editor: GradientEditor, config: TrainConfig, records: Sequence[Rec
         "sites": [site.name for site in editor.sites],
         "model": editor.fingerprint,
         "records": len(records),
-        **({"chat": True} if editor.chat else {}),  # so that runs of before chat can go on
+        # named only where they are not the usual, so that runs of before these can go on
+        **({"chat": True} if editor.chat else {}),
+        **({"dtype": lm.dtype} if lm.dtype != "float32" else {}),
         **{k: v for k, v in asdict(config).items() if k != "checkpoint_every"},
     }
