@@ -21,6 +21,9 @@ from emendo.texts import Text, TokenBatch, collate
 from emendo.trunk import Trunk
 from emendo.vocabulary import Expected, divergence
 
+_LABELS = 48
+"""Whose logits are held at a time to keep what is expected there."""
+
 
 class TrunkStore:
     """Keeps ``hidden [tokens, width]`` for every text asked for.
@@ -160,7 +163,9 @@ class TrunkStore:
         @torch.no_grad()
         def run(part: Sequence[Text]) -> Tensor:
             head, rows = self.trunk.projection, self.trunk.rows(collate(part), self.gather(part))
-            return rows if head is None else Expected.given(head, rows).packed()
+            if head is None:
+                return rows
+            return torch.cat([Expected.given(head, some).packed() for some in rows.split(_LABELS)])
 
         return self._unedited.ensure(texts, run)
 
