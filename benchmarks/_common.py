@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from emendo import models
 from emendo.data.records import read_records
 from emendo.data.schema import Record
-from emendo.models import LM
+from emendo.models import loading as models
+from emendo.models.lm import LM
 
 CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from _common import Spread, facts, interleaved, load, machine, parser, ratio, table
 
-from emendo.edit import Edit, compose
 from emendo.editors.mend import Mend, MendConfig
-from emendo.models import LM
-from emendo.sites import find_sites
+from emendo.edits.edit import Edit, compose
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
 
 PROMPT = "The capital of France is"
 

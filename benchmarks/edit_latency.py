@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend, MendConfig
-from emendo.models import LM
-from emendo.sites import find_sites
-from emendo.texts import collate
-from emendo.trunk import Trunk
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.text import collate
+from emendo.models.trunk import Trunk
 
 
 def forward(lm: LM, prompt: str, target: str, backward: bool) -> None:

@@ -15,13 +15,13 @@ import torch
 from _common import Spread, facts, interleaved, machine, parser, table
 from torch import Tensor
 
-from emendo import models
-from emendo.edit import Edit
 from emendo.editors.ft import FineTuning
 from emendo.editors.lora import Lora
-from emendo.export import prove, to_peft
-from emendo.models import LM
-from emendo.sites import find_sites
+from emendo.edits.edit import Edit
+from emendo.edits.peft import prove, to_peft
+from emendo.models import loading as models
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
 
 TIMES = 1000
 DTYPES = ("float32", "bfloat16", "float16")

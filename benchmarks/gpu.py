@@ -18,14 +18,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConf
 
 from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend, MendConfig
-from emendo.outer import Episode, Weights
-from emendo.sites import find_sites
-from emendo.store import TrunkStore
-from emendo.texts import Text
-from emendo.train.ahead import look_ahead
+from emendo.editors.objective import Episode, Weights
+from emendo.models.sites import find_sites
+from emendo.models.text import Text
+from emendo.models.trunk import Trunk
+from emendo.models.trunk_cache import TrunkCache
 from emendo.train.episodes import GROUP
-from emendo.train.step import training_step
-from emendo.trunk import Trunk
+from emendo.train.step import look_ahead, training_step
 
 SHAPES: dict[str, Callable[[], Any]] = {
     "GPT-2-XL": lambda: GPT2Config(n_embd=1600, n_layer=48, n_head=25),
@@ -78,12 +77,12 @@ class Run:
         self.model = model.eval().requires_grad_(False)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.batches = batches(config.vocab_size, options.batch)
-        self.store = TrunkStore(Trunk(model, self.editor.sites))
+        self.store = TrunkCache(Trunk(model, self.editor.sites))
         self.optimizer = torch.optim.Adam(self.editor.parameter_groups(1e-6), fused=True)
 
     def cold(self) -> None:
         """The trunk of a group of steps."""
-        self.store = TrunkStore(self.store.trunk)
+        self.store = TrunkCache(self.store.trunk)
         self.store.ensure(text for batch in self.batches for episode in batch for text in episode.texts())
 
     def train(self) -> None:

@@ -28,10 +28,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from emendo.editors.gradient import GradientEditor, edit_factors
 from emendo.editors.mend import Mend, MendConfig
-from emendo.models import LM
-from emendo.sites import find_sites
-from emendo.texts import Text
-from emendo.trunk import Trunk
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.text import Text
+from emendo.models.trunk import Trunk
 
 LENGTH = 12  # tokens of a text where its length is not what varies
 

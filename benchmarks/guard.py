@@ -20,9 +20,9 @@ from emendo.editors.lora import Lora
 from emendo.ledger import Ledger
 from emendo.ledger.guard import Health
 from emendo.ledger.workspace import Workspace
-from emendo.lowrank import LowRank
-from emendo.models import LM
-from emendo.sites import find_sites
+from emendo.low_rank import LowRank
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
 
 FIGURES = [field.name for field in fields(Health)]
 QUANTILES = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)

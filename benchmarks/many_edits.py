@@ -17,13 +17,14 @@ from torch import Tensor
 
 from emendo import Edit, Editor, fuse
 from emendo.data.abilities import PASSAGES
-from emendo.data.batch import passage_texts, to_texts
-from emendo.edit import compose
 from emendo.editors import editor_class
-from emendo.losses import token_nll
-from emendo.models import LM, cache_folder
-from emendo.sites import find_sites
-from emendo.texts import Text
+from emendo.edits.edit import compose
+from emendo.models.lm import LM
+from emendo.models.loading import cache_folder
+from emendo.models.losses import token_nll
+from emendo.models.sites import find_sites
+from emendo.models.text import Text
+from emendo.models.tokenization import passage_texts, to_texts
 
 TOKENS = 48
 """Of a passage, at most."""

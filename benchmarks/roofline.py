@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from training_step import Ours, episodes
 
-from emendo.lowrank import LowRank
-from emendo.models import LM
-from emendo.outer import judge
-from emendo.store import TrunkStore
-from emendo.train.ahead import look_ahead
+from emendo.editors.objective import judge
+from emendo.low_rank import LowRank
+from emendo.models.lm import LM
+from emendo.models.trunk_cache import TrunkCache
 from emendo.train.episodes import GROUP
+from emendo.train.step import look_ahead
 
 SHAPES = ((2048, 2048, 2048), (1024, 1024, 4096), (512, 1536, 576), (256, 576, 1536))
 
@@ -82,7 +82,7 @@ def phases(lm: LM, ours: Ours) -> dict[str, tuple[Callable[[], Any], float]]:
             torch.autograd.backward(ends, [torch.ones_like(end) for end in ends])
 
     def trunk() -> None:
-        TrunkStore(ours.trunk).ensure(texts)
+        TrunkCache(ours.trunk).ensure(texts)
 
     def optimizer() -> None:
         for _ in ours.batches:

@@ -23,18 +23,17 @@ from _common import load, machine, parser, table
 from textbook import Textbook
 from torch import nn
 
-from emendo import models
 from emendo.data.records import read_records
 from emendo.editors.mend import Mend, MendConfig
-from emendo.models import LM
-from emendo.outer import Outcome, Weights
-from emendo.sites import find_sites
-from emendo.store import TrunkStore
+from emendo.editors.objective import Outcome, Weights
+from emendo.models import loading as models
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.trunk import Trunk
+from emendo.models.trunk_cache import TrunkCache
 from emendo.train import TrainConfig
-from emendo.train.ahead import look_ahead
 from emendo.train.episodes import GROUP, Episodes
-from emendo.train.step import training_step, validation_step
-from emendo.trunk import Trunk
+from emendo.train.step import look_ahead, training_step, validation_step
 
 BARS = ((0.5, 0.0, 0.85), (0.8, 0.0, 0.85), (0.9, 0.0, 0.85), (0.7, 0.65, 0.8))
 """Edit success, generalisation, locality."""
@@ -51,7 +50,7 @@ class Point:
     locality: float
 
 
-def judged(editor: Mend, store: TrunkStore, held_out: Sequence[Any], point: tuple[float, int]) -> Point:
+def judged(editor: Mend, store: TrunkCache, held_out: Sequence[Any], point: tuple[float, int]) -> Point:
     """The scores of an editor."""
     store.ensure(text for batch in held_out for episode in batch for text in episode.texts())
     outcomes = [validation_step(editor, store, batch, Weights(0.3)) for batch in held_out]
@@ -93,7 +92,7 @@ class Race:
         """Train for so many minutes, judging on the model that is trained on now and then."""
         optimizer = torch.optim.Adam(groups, fused=True)
         peaks = [group["lr"] for group in optimizer.param_groups]
-        store = TrunkStore(Trunk(lm.model, self.sites))
+        store = TrunkCache(Trunk(lm.model, self.sites))
         elapsed, step, points, due, seconds = 0.0, 0, [], 0.0, minutes * 60
         while elapsed < seconds:
             before = time.perf_counter()
@@ -116,7 +115,7 @@ class Race:
     def ours(self) -> list[Point]:
         """emendo, its trunk cold at the start."""
         editor = Mend(self.sites, MendConfig()).train()
-        store = TrunkStore(Trunk(self.lm.model, self.sites))
+        store = TrunkCache(Trunk(self.lm.model, self.sites))
         looked: dict[int, Any] = {}
 
         def step(number: int) -> None:

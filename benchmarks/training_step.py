@@ -29,17 +29,16 @@ from _common import (
 from textbook import Textbook
 from torch import nn
 
-from emendo import models
 from emendo.editors.mend import Mend, MendConfig
-from emendo.models import LM
-from emendo.outer import Episode, Weights
-from emendo.sites import find_sites
-from emendo.store import TrunkStore
+from emendo.editors.objective import Episode, Weights
+from emendo.models import loading as models
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.trunk import Trunk
+from emendo.models.trunk_cache import TrunkCache
 from emendo.train import TrainConfig, train
-from emendo.train.ahead import look_ahead
 from emendo.train.episodes import GROUP, Episodes
-from emendo.train.step import training_step
-from emendo.trunk import Trunk
+from emendo.train.step import look_ahead, training_step
 
 TEXTBOOK_BATCH = 4
 SHORT = "emendo, without running text, as the textbook"
@@ -52,7 +51,7 @@ class Ours:
         self.batches, self.trunk = batches, Trunk(lm.model, find_sites(lm.model))
         self.editor = Mend(find_sites(lm.model), MendConfig(rank=rank)).train()
         self.optimizer = torch.optim.Adam(self.editor.parameter_groups(1e-5), fused=True)
-        self.store = TrunkStore(self.trunk)
+        self.store = TrunkCache(self.trunk)
         self.store.ensure(text for batch in batches for episode in batch for text in episode.texts())
         self.weights = Weights(0.3)
 
@@ -66,7 +65,7 @@ class Ours:
 
     def cold(self) -> None:
         """The same with a store that is empty."""
-        self.store = TrunkStore(self.trunk)
+        self.store = TrunkCache(self.trunk)
         self.store.ensure(text for batch in self.batches for e in batch for text in e.texts())
         self.warm()
 

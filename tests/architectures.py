@@ -17,7 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from emendo.sites import Kind
+from emendo.models.sites import Kind
 
 VOCABULARY, WIDTH, INNER, DEPTH, HEADS, CONTEXT = 320, 32, 48, 4, 4, 96
 CLASSES = ("Refuted", "Supported", "Unknown")
@@ -228,7 +228,7 @@ def of_kind(*kinds: Kind) -> list[str]:
 
 
 def build_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Any:
-    """A tiny random model, frozen and in eval mode, as `emendo.models.load` hands it over.
+    """A tiny random model, frozen and in eval mode, as `emendo.models.loading.load` hands it over.
 
     The weights are larger than at a usual start, so that every block matters to the output.
 

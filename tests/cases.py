@@ -31,9 +31,9 @@ from architectures import (
     of_kind,
 )
 from emendo.data import Probe, Record
-from emendo.models import LM
-from emendo.sites import Kind
-from emendo.texts import Text, TokenBatch
+from emendo.models.lm import LM
+from emendo.models.sites import Kind
+from emendo.models.text import Text, TokenBatch
 
 __all__ = [
     "ARCHITECTURES",

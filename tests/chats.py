@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cases import build_lm
-from emendo.models import LM
+from emendo.models.lm import LM
 
 TURNS = (
     "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}<|end|>\n{% endfor %}"

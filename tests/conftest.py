@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 
 from cases import build_lm, unchanged
-from emendo.models import LM
+from emendo.models.lm import LM
 
 settings.register_profile("emendo", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("emendo")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from emendo import files
+from emendo import _storage as files
 
 Damage = Callable[[Path], None]
 

@@ -1,4 +1,4 @@
-"""Fine-tuning as anyone would write it: the reference of `emendo.fitting`."""
+"""Fine-tuning as anyone would write it: the reference of `emendo.editors.descent`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from cases import plain_logits
-from emendo.models import LM
-from emendo.sites import find_sites
-from emendo.texts import Text, collate
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.text import Text, collate
 
 
 def fine_tuned(

@@ -11,7 +11,7 @@ import pytest
 import emendo
 from cases import unchanged
 from emendo.editors.mend import Mend
-from emendo.models import LM
+from emendo.models.lm import LM
 
 README = Path(__file__).parents[1] / "README.md"
 

@@ -12,20 +12,20 @@ from emendo._version import __version__
 
 if TYPE_CHECKING:
     from emendo.data import Probe, Record, read_records
-    from emendo.edit import Edit, Request
     from emendo.editors import Editor
+    from emendo.edits.edit import Edit, Request
+    from emendo.edits.fusing import fuse
     from emendo.errors import EmendoError
-    from emendo.fusing import fuse
-    from emendo.models import LM, load
-    from emendo.sites import find_sites
+    from emendo.models.loading import LM, load
+    from emendo.models.sites import find_sites
 
 _WHERE = {
-    "LM": "emendo.models",
-    "load": "emendo.models",
-    "find_sites": "emendo.sites",
-    "fuse": "emendo.fusing",
-    "Edit": "emendo.edit",
-    "Request": "emendo.edit",
+    "LM": "emendo.models.loading",
+    "load": "emendo.models.loading",
+    "find_sites": "emendo.models.sites",
+    "fuse": "emendo.edits.fusing",
+    "Edit": "emendo.edits.edit",
+    "Request": "emendo.edits.edit",
     "Editor": "emendo.editors",
     "EmendoError": "emendo.errors",
     "Probe": "emendo.data",

@@ -10,24 +10,24 @@ from textbook import Textbook
 
 from cases import build_lm, records, unchanged
 from emendo.editors.mend import Mend, MendConfig
-from emendo.models import LM
-from emendo.outer import Episode, Weights
-from emendo.sites import find_sites
-from emendo.store import TrunkStore
+from emendo.editors.objective import Episode, Weights
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.trunk import Trunk
+from emendo.models.trunk_cache import TrunkCache
 from emendo.train.config import TrainConfig
 from emendo.train.episodes import Episodes
 from emendo.train.step import training_step
-from emendo.trunk import Trunk
 
 RANK = 8
 
 
-def _setting() -> tuple[LM, list[Episode], TrunkStore, Mend, Textbook]:
+def _setting() -> tuple[LM, list[Episode], TrunkCache, Mend, Textbook]:
     """A tiny model in float64, some episodes, and two editors of the same weights, moved away from their start."""
     lm = build_lm("llama", torch.float64)
     sites = find_sites(lm.model, last=2)
     episodes = Episodes(lm, records(12), TrainConfig(batch=4, near=1, sibling=1)).batch(0)
-    store = TrunkStore(Trunk(lm.model, sites), dtype=torch.float64)
+    store = TrunkCache(Trunk(lm.model, sites), dtype=torch.float64)
     store.ensure(text for episode in episodes for text in episode.texts())
     ours = Mend(sites, MendConfig(rank=RANK, alpha=1e-2)).double()
     with torch.no_grad():

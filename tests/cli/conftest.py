@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from cases import build_lm, records
 from cli.samples import SHORT, Answer, Emendo
-from emendo.cli import app, loading
+from emendo.cli import _loading as loading
+from emendo.cli import app
 from emendo.data import write_records
 
 

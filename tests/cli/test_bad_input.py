@@ -200,7 +200,7 @@ def test_a_full_disk(
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("emendo.files.save_file", full_disk)
+        patch.setattr("emendo._storage.save_file", full_disk)
         said = emendo_command("train", "--model", model, "--data", facts, "--out", out, *SHORT, code=2)
     assert "No space left on device" in said.err
     assert not (out / "editor").exists()

@@ -13,7 +13,7 @@ import pytest
 
 from cli.samples import Answer, Emendo
 from emendo import Edit, Editor
-from emendo.cli import measuring
+from emendo.cli import _demo as measuring
 from emendo.data import read_records
 from emendo.evaluate import evaluate
 from emendo.train import loop

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.samples import Emendo
-from emendo.cli import evaluating
+from emendo.cli import _evaluate as evaluating
 
 
 @pytest.fixture(scope="module")

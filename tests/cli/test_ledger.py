@@ -9,7 +9,7 @@ import pytest
 
 from cli.samples import Emendo
 from emendo import Edit, load
-from emendo.edit import compose
+from emendo.edits.edit import compose
 
 PROMPT = "The capital of Bada is"
 LOOSE = (

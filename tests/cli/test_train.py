@@ -18,7 +18,7 @@ from safetensors import safe_open
 from cases import records
 from cli.samples import SHORT
 from emendo import Editor
-from emendo.cli.console import Interrupted
+from emendo.cli._console import Interrupted
 from emendo.data import read_records, write_records
 from emendo.train import loop
 
@@ -256,7 +256,7 @@ def test_ctrl_c_before_anything_is_saved(
     emendo_command("train", "--resume", "--out", out)
     same_editor(trained, out)
     with monkeypatch.context() as patch:
-        patch.setattr("emendo.cli.loading.load", stop)
+        patch.setattr("emendo.cli._loading.load", stop)
         said = emendo_command("train", "--model", model, "--data", facts, "--out", tmp_path / "x", code=130)
     assert "nothing was written" in said.err and not (tmp_path / "x").exists()
 
@@ -302,7 +302,7 @@ def test_the_format_that_is_fastest_here_is_taken_and_named(
 
     assert "loaded in" not in emendo_command(*command).err
     assert kept() == "float32"
-    monkeypatch.setattr("emendo.cli.loading.fastest_dtype", lambda device: "bfloat16")
+    monkeypatch.setattr("emendo.cli._loading.fastest_dtype", lambda device: "bfloat16")
     assert "loaded in bfloat16" in emendo_command(*command, "--overwrite").err
     assert kept() == "bfloat16"
     assert "loaded in" not in emendo_command(*command, "--overwrite", "--dtype", "float32").err

@@ -11,7 +11,7 @@ import pytest
 from cases import build_lm, records_for
 from cli.samples import Emendo
 from emendo import Edit, load
-from emendo.cli.options import TRAINED, UNTRAINED
+from emendo.cli._options import TRAINED, UNTRAINED
 from emendo.data import read_records, write_records
 from emendo.editors import EDITORS, editor_class, read_edit
 from emendo.editors.cache import Cache, CacheConfig, CacheEdit

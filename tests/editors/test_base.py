@@ -27,19 +27,19 @@ from cases import (
     unchanged,
 )
 from emendo import editors
-from emendo.capture import Factors, capture
-from emendo.data.batch import to_texts
-from emendo.edit import Request
 from emendo.editors import EDITORS, Editor, GradientEditor, editor_class
 from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend
+from emendo.edits.edit import Request
 from emendo.errors import MismatchError, RequestError, StorageError
-from emendo.losses import per_example, token_nll
-from emendo.lowrank import LowRank, applied
-from emendo.models import LM
-from emendo.sites import Site, find_sites
-from emendo.texts import Text, collate
-from emendo.trunk import Trunk
+from emendo.low_rank import LowRank, applied
+from emendo.models.capture import Factors, capture
+from emendo.models.lm import LM
+from emendo.models.losses import per_example, token_nll
+from emendo.models.sites import Site, find_sites
+from emendo.models.text import Text, collate
+from emendo.models.tokenization import to_texts
+from emendo.models.trunk import Trunk
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,13 @@ from torch import Tensor
 from cases import CONTEXT, build_lm, of_kind, records_for, unchanged
 from damage import Damage, drop_tensor, remove, rewrite
 from emendo import Edit
-from emendo.data.batch import to_texts
-from emendo.edit import Request
 from emendo.editors import Editor, read_edit
 from emendo.editors.cache import Cache, CacheConfig, CacheEdit
+from emendo.edits.edit import Request
 from emendo.errors import MismatchError, RequestError, StorageError
-from emendo.models import LM
-from emendo.texts import Text
+from emendo.models.lm import LM
+from emendo.models.text import Text
+from emendo.models.tokenization import to_texts
 
 KINDS = ("llama", "gpt2", "t5", "bart", "bert")
 

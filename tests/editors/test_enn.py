@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from cases import build_lm, records_for, unchanged
-from emendo.data.batch import to_texts
 from emendo.data.schema import Probe
-from emendo.edit import Request
 from emendo.editors import Editor
 from emendo.editors.enn import Enn, EnnConfig
+from emendo.edits.edit import Request
 from emendo.errors import MismatchError, RequestError
-from emendo.fingerprint import fingerprint
-from emendo.models import LM
-from emendo.sites import find_sites
+from emendo.models._fingerprint import fingerprint
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.tokenization import to_texts
 from emendo.train import TrainConfig, TrainResult, loop, train
 
 CONFIG = TrainConfig(steps=3, batch=2, lr=1e-3, warmup=1, validate_every=99, checkpoint_every=1e9)

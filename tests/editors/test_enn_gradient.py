@@ -14,28 +14,28 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cases import build_lm, plain_logits, records_for, unchanged
-from emendo.data.batch import to_texts
-from emendo.edit import Request
 from emendo.editors.enn import Enn, EnnConfig
-from emendo.models import LM
-from emendo.outer import Episode, Weights
-from emendo.sites import find_sites
-from emendo.store import TrunkStore
-from emendo.texts import Text, collate
+from emendo.editors.objective import Episode, Weights
+from emendo.edits.edit import Request
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.text import Text, collate
+from emendo.models.tokenization import to_texts
+from emendo.models.trunk import Trunk
+from emendo.models.trunk_cache import TrunkCache
 from emendo.train import TrainConfig
 from emendo.train.episodes import Episodes
 from emendo.train.step import training_step, validation_step
-from emendo.trunk import Trunk
 
 WEIGHTS = Weights(c_edit=0.3, prompt_share=0.4, c_loc=0.7)
 
 
 @functools.cache
-def setting(kind: str) -> tuple[LM, tuple[Episode, ...], TrunkStore]:
+def setting(kind: str) -> tuple[LM, tuple[Episode, ...], TrunkCache]:
     """A model in float64, two episodes, and the trunk's outputs of their texts."""
     lm = build_lm(kind, torch.float64)
     batch = Episodes(lm, records_for(lm, 12), TrainConfig(batch=2, near=1, sibling=1)).batch(0)
-    store = TrunkStore(Trunk(lm.model, find_sites(lm.model, last=1)), dtype=torch.float64)
+    store = TrunkCache(Trunk(lm.model, find_sites(lm.model, last=1)), dtype=torch.float64)
     store.ensure(text for episode in batch for text in episode.texts())
     return lm, tuple(batch), store
 
@@ -164,7 +164,7 @@ def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def test_losses_and_gradients_are_those_of_the_textbook(
     kind: str, config: dict[str, Any], together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emendo.outer.BUCKET_TOKENS", 30)  # several micro-batches
+    monkeypatch.setattr("emendo.editors.objective.BUCKET_TOKENS", 30)  # several micro-batches
     monkeypatch.setattr("emendo.editors.enn.BUCKET_TOKENS", 30)
     lm, episodes, store = setting(kind)
     editor = editor_for(lm, inner_lr=0.05, **config).train()

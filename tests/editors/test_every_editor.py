@@ -15,12 +15,12 @@ from torch import Tensor
 
 from cases import ARCHITECTURES, CONTEXT, EDITOR_CASES, build_lm, records_for, unchanged
 from emendo.data import Record
-from emendo.data.batch import to_texts
-from emendo.edit import AnyEdit, Edit, Request
 from emendo.editors import EDITORS, Editor, GradientEditor, editor_class, read_edit
+from emendo.edits.edit import BaseEdit, Edit, Request
 from emendo.errors import MismatchError, RequestError
-from emendo.models import LM
-from emendo.sites import find_sites
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.tokenization import to_texts
 from emendo.train import TrainConfig, train
 
 KINDS = {"llama": {"num_hidden_layers": 3}, "t5-gated": {"num_layers": 2}, "bert": {"num_hidden_layers": 3}}
@@ -37,7 +37,7 @@ class Ready:
     lm: LM
     editor: Editor
     facts: list[Request]
-    edit: AnyEdit
+    edit: BaseEdit
 
     @property
     def host(self) -> LM:
@@ -93,7 +93,7 @@ def answers(lm: LM, facts: list[Request]) -> Tensor:
     return torch.cat(lm.logits(to_texts(lm, [(fact.prompt, fact.target) for fact in facts])))
 
 
-def edited(ready: Ready, edit: AnyEdit, facts: list[Request]) -> Tensor:
+def edited(ready: Ready, edit: BaseEdit, facts: list[Request]) -> Tensor:
     with edit.applied(ready.host) as lm:
         return answers(lm, facts)
 

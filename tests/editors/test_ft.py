@@ -16,8 +16,6 @@ from torch import Tensor
 
 from cases import build_lm, records_for, unchanged
 from emendo.data import Probe, atlas
-from emendo.data.batch import to_texts
-from emendo.edit import Edit, Request
 from emendo.editors import Editor
 from emendo.editors.ft import FineTuning, FineTuningConfig
 from emendo.editors.ft_constrained import (
@@ -28,10 +26,12 @@ from emendo.editors.ft_constrained import (
     project_linf,
 )
 from emendo.editors.ft_kl import FineTuningKl, FineTuningKlConfig
+from emendo.edits.edit import Edit, Request
 from emendo.errors import RequestError
-from emendo.lowrank import LowRank
-from emendo.models import LM
-from emendo.sites import find_sites
+from emendo.low_rank import LowRank
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.tokenization import to_texts
 from naive_descent import fine_tuned
 
 

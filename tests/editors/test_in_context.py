@@ -13,13 +13,13 @@ from torch import Tensor
 from cases import BEGIN, CONTEXT, END, build_lm, records_for, unchanged
 from damage import rewrite
 from emendo import Edit
-from emendo.data.batch import to_texts
-from emendo.edit import Request
 from emendo.editors import Editor, read_edit
 from emendo.editors.cache import Cache, CacheConfig
 from emendo.editors.in_context import ContextEdit, InContext, InContextConfig
+from emendo.edits.edit import Request
 from emendo.errors import MismatchError, RequestError, StorageError
-from emendo.models import LM
+from emendo.models.lm import LM
+from emendo.models.tokenization import to_texts
 
 CASES = [("llama", False), ("gpt2", True), ("t5", False), ("bart", False)]
 

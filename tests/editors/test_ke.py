@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from cases import build_lm, plain_logits, records_for
-from emendo.capture import Factors
-from emendo.data.batch import to_texts
 from emendo.editors.gradient import edit_factors
 from emendo.editors.ke import CONDITION, KeConfig, KnowledgeEditor
 from emendo.errors import RequestError
-from emendo.models import LM
-from emendo.sites import Site, find_sites
-from emendo.texts import collate
-from emendo.trunk import Trunk
+from emendo.models.capture import Factors
+from emendo.models.lm import LM
+from emendo.models.sites import Site, find_sites
+from emendo.models.text import collate
+from emendo.models.tokenization import to_texts
+from emendo.models.trunk import Trunk
 
 SMALL = KeConfig(lstm_hidden=4, condition=6, hidden=5, step=0.2, max_scale=0.7)
 

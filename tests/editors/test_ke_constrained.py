@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cases import records_for
 from emendo.editors.ke import KeConfig, KnowledgeEditor
-from emendo.models import LM
-from emendo.outer import Outcome, Weights
-from emendo.sites import Site, find_sites
+from emendo.editors.objective import Outcome, Weights
+from emendo.models.lm import LM
+from emendo.models.sites import Site, find_sites
 from emendo.train import TrainConfig, train
 from emendo.train.checkpoint import FILE
 

@@ -7,14 +7,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cases import build_lm, plain_logits, records_for, unchanged
-from emendo.data.batch import to_texts
-from emendo.edit import Request
 from emendo.editors.lora import Lora, LoraConfig
+from emendo.edits.edit import Request
 from emendo.errors import RequestError
-from emendo.lowrank import LowRank, applied
-from emendo.models import LM
-from emendo.sites import find_sites
-from emendo.texts import Text, collate
+from emendo.low_rank import LowRank, applied
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.text import Text, collate
+from emendo.models.tokenization import to_texts
 
 
 def facts_of(lm: LM, n: int) -> list[Request]:

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from cases import build_lm, records, unchanged
-from emendo.edit import Request
 from emendo.editors import gradient
 from emendo.editors.mend import Mend, MendConfig
-from emendo.models import LM
-from emendo.sites import find_sites
+from emendo.edits.edit import Request
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
 
 COUNT = 24
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from cases import records
-from emendo.capture import Factors
-from emendo.data.batch import encode
+from emendo.editors._nets import RunningStats
 from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend, MendConfig
 from emendo.errors import RequestError
-from emendo.models import LM
-from emendo.nets import RunningStats
-from emendo.sites import Site, find_sites
-from emendo.trunk import Trunk
+from emendo.models.capture import Factors
+from emendo.models.lm import LM
+from emendo.models.sites import Site, find_sites
+from emendo.models.tokenization import encode
+from emendo.models.trunk import Trunk
 
 
 def site(index: int, d_in: int, d_out: int) -> Site:

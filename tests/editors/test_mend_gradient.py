@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from cases import build_lm, records, unchanged
-from emendo.capture import Factors
-from emendo.data.batch import encode
 from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend, MendConfig
-from emendo.losses import per_example, token_kl, token_nll
-from emendo.lowrank import applied
-from emendo.models import LM
-from emendo.sites import find_sites
-from emendo.texts import collate
-from emendo.trunk import Trunk
+from emendo.low_rank import applied
+from emendo.models.capture import Factors
+from emendo.models.lm import LM
+from emendo.models.losses import per_example, token_kl, token_nll
+from emendo.models.sites import find_sites
+from emendo.models.text import collate
+from emendo.models.tokenization import encode
+from emendo.models.trunk import Trunk
 
 
 def outer_loss(lm: LM, editor: Mend, factors: Mapping[str, Factors]) -> Callable[[], Tensor]:

@@ -9,25 +9,25 @@ import torch
 from torch import Tensor
 
 from cases import build_lm, records, records_for, unchanged
-from emendo.capture import Factors
-from emendo.data.batch import to_texts
-from emendo.edit import Request
 from emendo.editors import GradientEditor, editor_class
+from emendo.editors._nets import RunningStats
 from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend, MendConfig
 from emendo.editors.meta_curvature import MetaCurvature, MetaCurvatureConfig
 from emendo.editors.meta_sgd import MetaSgd, MetaSgdConfig
+from emendo.editors.objective import Episode, Weights
+from emendo.edits.edit import Request
 from emendo.errors import RequestError
-from emendo.models import LM
-from emendo.nets import RunningStats
-from emendo.outer import Episode, Weights
-from emendo.sites import Site, find_sites
-from emendo.store import TrunkStore
-from emendo.train import TrainConfig, ahead, train
-from emendo.train.ahead import look_ahead
+from emendo.models.capture import Factors
+from emendo.models.lm import LM
+from emendo.models.sites import Site, find_sites
+from emendo.models.tokenization import to_texts
+from emendo.models.trunk import Trunk
+from emendo.models.trunk_cache import TrunkCache
+from emendo.train import TrainConfig, train
+from emendo.train import step as ahead
 from emendo.train.episodes import Episodes
-from emendo.train.step import training_step, validation_step
-from emendo.trunk import Trunk
+from emendo.train.step import look_ahead, training_step, validation_step
 
 FACTS = [Request(record.prompt, record.target) for record in records(3)]
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -189,10 +189,10 @@ def test_settings_that_make_no_sense() -> None:
 
 def episodes_of(
     lm: LM, sites: tuple[Site, ...], dtype: torch.dtype = torch.float32, steps: int = 1
-) -> tuple[TrunkStore, list[list[Episode]]]:
+) -> tuple[TrunkCache, list[list[Episode]]]:
     episodes = Episodes(lm, records_for(lm, 12), TrainConfig(batch=3, near=1, sibling=1))
     batches = [episodes.batch(step) for step in range(steps)]
-    store = TrunkStore(Trunk(lm.model, sites), dtype=dtype)
+    store = TrunkCache(Trunk(lm.model, sites), dtype=dtype)
     store.ensure(text for batch in batches for episode in batch for text in episode.texts())
     return store, batches
 

@@ -11,13 +11,13 @@ from torch import nn
 
 from cases import records
 from damage import Damage, cut, drop_tensor, full_disk, remove, rewrite, without
-from emendo import files
-from emendo.edit import Request
+from emendo import _storage as files
 from emendo.editors import Editor
 from emendo.editors.mend import Mend, MendConfig
+from emendo.edits.edit import Request
 from emendo.errors import StorageError
-from emendo.models import LM
-from emendo.sites import find_sites
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
 
 FACTS = [Request(record.prompt, record.target) for record in records(5)]
 

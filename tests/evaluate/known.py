@@ -19,15 +19,15 @@ from torch import Tensor
 
 import emendo
 from emendo.data.records import read_records
-from emendo.edit import AnyEdit, Request
 from emendo.editors import Editor
 from emendo.editors.base import as_requests
 from emendo.editors.in_context import InContext, InContextConfig
+from emendo.edits.edit import BaseEdit, Request
 from emendo.evaluate import Evaluation, evaluate
-from emendo.lowrank import LowRank
-from emendo.models import LM
-from emendo.sites import Site, find_sites
-from emendo.texts import Text
+from emendo.low_rank import LowRank
+from emendo.models.lm import LM
+from emendo.models.sites import Site, find_sites
+from emendo.models.text import Text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Knowing(LM):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Known(AnyEdit):
+class Known(BaseEdit):
     kind: ClassVar[str] = "known"
     facts: dict[Request, str]
     origin: Any

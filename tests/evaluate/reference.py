@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emendo.data.batch import encode
-from emendo.lowrank import LowRank
-from emendo.models import LM
+from emendo.low_rank import LowRank
+from emendo.models.lm import LM
+from emendo.models.tokenization import encode
 
 
 @torch.no_grad()

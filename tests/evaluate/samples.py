@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from cases import records
-from emendo.edit import Edit, Origin, Request
+from emendo.edits.edit import Edit, Origin, Request
 from emendo.evaluate import Answer, Evaluation, Outcome, Result, Row
 from emendo.evaluate.results import Kind
-from emendo.lowrank import LowRank
+from emendo.low_rank import LowRank
 
 
 def outcome(kind: Kind, right: bool, generated: bool | None, **more: object) -> Outcome:

@@ -13,16 +13,16 @@ from cases import build_lm, records
 from emendo.data import Record
 from emendo.data.abilities import OPENINGS, PASSAGES, Choice, abilities, grammar
 from emendo.data.atlas import read_atlas, render
-from emendo.edit import Request
 from emendo.editors import Editor
 from emendo.editors.cache import Cache, CacheConfig
 from emendo.editors.mend import Mend, MendConfig
+from emendo.edits.edit import Request
 from emendo.errors import RequestError
 from emendo.evaluate import evaluate
 from emendo.evaluate.damage import Damage
 from emendo.evaluate.metrics import ngram_entropy, repetition
-from emendo.models import LM
-from emendo.sites import find_sites
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
 from evaluate.reference import edited, forced
 
 ITEMS = (

@@ -13,20 +13,19 @@ import torch
 
 from cases import build_lm, records, unchanged
 from emendo.data import Record
-from emendo.data.batch import to_texts
-from emendo.edit import Request
 from emendo.editors.cache import Cache, CacheConfig
 from emendo.editors.ft import FineTuning, FineTuningConfig
+from emendo.edits.edit import Request
 from emendo.errors import RequestError
 from emendo.evaluate import evaluate, harness
-from emendo.evaluate.checkpoints import Sequential
-from emendo.evaluate.folder import RunFolder
 from emendo.evaluate.harness import Harness
-from emendo.evaluate.report import render_report
-from emendo.evaluate.sequence import sequence
-from emendo.evaluate.summary import summary
-from emendo.models import LM
-from emendo.sites import find_sites
+from emendo.evaluate.run_folder import RunFolder
+from emendo.evaluate.sequential import Sequential, sequence
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.tokenization import to_texts
+from emendo.report.html import render_report
+from emendo.report.markdown import summary
 
 TASK = """
 task: capitals

@@ -12,17 +12,17 @@ import torch
 
 from cases import build_lm, records_for, unchanged
 from emendo.data import Record
-from emendo.data.batch import to_texts
-from emendo.edit import Edit
 from emendo.editors import Editor
 from emendo.editors.cache import Cache, CacheConfig
 from emendo.editors.in_context import InContext
 from emendo.editors.mend import Mend, MendConfig
+from emendo.edits.edit import Edit
 from emendo.errors import MismatchError
 from emendo.evaluate import Answer, Question, Row, before_after, evaluate, questions
 from emendo.evaluate.metrics import answer_match, same_answer
-from emendo.models import LM
-from emendo.sites import find_sites
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.tokenization import to_texts
 
 CASES = [
     ("t5", "mend"),

@@ -10,7 +10,7 @@ from cases import build_lm, records
 from emendo.data.abilities import Choice
 from emendo.evaluate import Evaluation, evaluate
 from emendo.evaluate.damage import Damage
-from emendo.sites import find_sites
+from emendo.models.sites import find_sites
 from evaluate.known import Oracle, Random
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from cases import build_lm
-from emendo.data.batch import encode
 from emendo.evaluate.intervals import harmonic, paired, score_interval
 from emendo.evaluate.metrics import (
     answer_rank,
@@ -18,8 +17,9 @@ from emendo.evaluate.metrics import (
     ngram_entropy,
     repetition,
 )
-from emendo.inputs import label_logits, model_inputs
-from emendo.texts import collate
+from emendo.models._forward import label_logits, model_inputs
+from emendo.models.text import collate
+from emendo.models.tokenization import encode
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -14,18 +14,18 @@ from torch import Tensor
 
 from cases import build_lm, records
 from emendo.data import Probe, Record
-from emendo.data.batch import encode
 from emendo.data.schema import Consequence
-from emendo.edit import Request
 from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend, MendConfig
+from emendo.edits.edit import Request
 from emendo.errors import MismatchError, RequestError
 from emendo.evaluate import Evaluation, Outcome, evaluate
 from emendo.evaluate.metrics import answer_match, full_match, same_answer
-from emendo.lowrank import LowRank, applied
-from emendo.models import LM
-from emendo.sites import find_sites
-from emendo.trunk import Trunk
+from emendo.low_rank import LowRank, applied
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.tokenization import encode
+from emendo.models.trunk import Trunk
 from evaluate.reference import edited, forced, greedy
 
 

@@ -10,8 +10,7 @@ import pytest
 from cases import records
 from emendo.evaluate import Evaluation, Outcome, Result
 from emendo.evaluate.results import Kind
-from emendo.evaluate.score_list import GROUPS, SCORES
-from emendo.evaluate.scores import figures, table, values_of
+from emendo.evaluate.scores import GROUPS, SCORES, figures, table, values_of
 
 LN2 = math.log(2)
 

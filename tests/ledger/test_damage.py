@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from emendo.errors import StorageError
-from emendo.ledger import Ledger, database
+from emendo.ledger import Ledger
+from emendo.ledger import _database as database
 from ledger.samples import FINGERPRINT, about, ask, consistent, filled, payload
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from cases import build_lm
-from emendo.data.batch import to_texts
-from emendo.edit import Edit, Origin, Request
+from emendo.edits.edit import Edit, Origin, Request
 from emendo.errors import DataError, RequestError
 from emendo.ledger.guard import Health, Limits, largest_norm, reached
-from emendo.ledger.probing import Drift, Watch, Watched, built_in, read_prompts
-from emendo.lowrank import LowRank
-from emendo.models import LM
-from emendo.sites import find_sites
+from emendo.ledger.watch import Drift, Watch, Watched, built_in, read_prompts
+from emendo.low_rank import LowRank
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.tokenization import to_texts
 
 FINE = Health(1.0, 1.0, 0.0, 0.0, 1.0, 0.01, 0.0, 0.0, 1.0)
 PROMPTS = (("The capital of Bada is", "Oslo"), ("A river in", ""), ("The capital of Gude is", "New Town"))

@@ -14,8 +14,10 @@ from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.schema import CreateTable
 
 from emendo.errors import StorageError
-from emendo.ledger import Ledger, migrations, tables
-from emendo.ledger.migrations import MIGRATIONS, Migration
+from emendo.ledger import Ledger
+from emendo.ledger import _migrations as migrations
+from emendo.ledger import _schema as tables
+from emendo.ledger._migrations import MIGRATIONS, Migration
 from ledger.samples import FINGERPRINT, about, ask, consistent, filled, payload
 
 # The tables of version 1, word for word; never to be changed.

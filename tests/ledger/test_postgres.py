@@ -16,7 +16,8 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from emendo.errors import MismatchError, StorageError
-from emendo.ledger import Ledger, database
+from emendo.ledger import Ledger
+from emendo.ledger import _database as database
 from emendo.ledger.place import create_ledger, find_ledger, open_ledger
 from ledger import test_store as unit
 from ledger.samples import FINGERPRINT, MEMORY, about, consistent, filled, payload

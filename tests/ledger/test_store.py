@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from emendo.errors import ConflictError, RequestError
-from emendo.ledger import Entry, Ledger, database, queries
+from emendo.ledger import Entry, Ledger
+from emendo.ledger import _database as database
+from emendo.ledger import _schema as queries
 from ledger.samples import FINGERPRINT, about, ask, consistent, filled, payload
 
 

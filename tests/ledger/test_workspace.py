@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from cases import build_lm, unchanged
-from emendo.edit import Edit, Origin, Request, compose
 from emendo.editors.ft import FineTuning, FineTuningConfig
 from emendo.editors.in_context import InContext
+from emendo.edits.edit import Edit, Origin, Request, compose
 from emendo.errors import ConflictError, MismatchError, RequestError, StorageError
 from emendo.ledger import Ledger
 from emendo.ledger.guard import Guard, Limits, RefusedError
 from emendo.ledger.place import create_ledger
-from emendo.ledger.probing import Watched
+from emendo.ledger.watch import Watched
 from emendo.ledger.workspace import Workspace
-from emendo.lowrank import LowRank
-from emendo.models import LM
-from emendo.sites import find_sites
+from emendo.low_rank import LowRank
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
 
 LOOSE = Limits(0, 0, *[1e9] * 7)
 WATCHED = Watched(

@@ -20,7 +20,8 @@ from typing import Any
 from sqlalchemy import Engine, event
 
 from emendo.errors import EmendoError, StorageError
-from emendo.ledger import Ledger, migrations
+from emendo.ledger import Ledger
+from emendo.ledger import _migrations as migrations
 from ledger.samples import FINGERPRINT, about, consistent, filled, payload
 
 WORKERS = 8

@@ -8,29 +8,29 @@ import torch
 from cases import records
 from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend
-from emendo.models import LM
-from emendo.outer import Weights
-from emendo.sites import find_sites
-from emendo.store import TrunkStore
-from emendo.train import TrainConfig, ahead
-from emendo.train.ahead import look_ahead
+from emendo.editors.objective import Weights
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.trunk import Trunk
+from emendo.models.trunk_cache import TrunkCache
+from emendo.train import TrainConfig
+from emendo.train import step as ahead
 from emendo.train.episodes import Episodes
-from emendo.train.step import training_step
-from emendo.trunk import Trunk
+from emendo.train.step import look_ahead, training_step
 
 
 @pytest.fixture
-def parts(tiny_llama: LM) -> tuple[Mend, TrunkStore, Episodes]:
+def parts(tiny_llama: LM) -> tuple[Mend, TrunkCache, Episodes]:
     sites = find_sites(tiny_llama.model, last=2)
     torch.manual_seed(0)
     episodes = Episodes(tiny_llama, records(30), TrainConfig(batch=3, near=1, sibling=1))
-    store = TrunkStore(Trunk(tiny_llama.model, sites), dtype=torch.float32)
+    store = TrunkCache(Trunk(tiny_llama.model, sites), dtype=torch.float32)
     store.ensure(text for step in range(4) for episode in episodes.batch(step) for text in episode.texts())
     return Mend(sites), store, episodes
 
 
 def test_each_batch_gets_its_own_rows_and_what_must_stay_is_kept(
-    parts: tuple[Mend, TrunkStore, Episodes], monkeypatch: pytest.MonkeyPatch
+    parts: tuple[Mend, TrunkCache, Episodes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         ahead, "BUCKET_TOKENS", 40
@@ -50,7 +50,7 @@ def test_each_batch_gets_its_own_rows_and_what_must_stay_is_kept(
 
 
 def test_a_step_is_the_same_with_and_without_looking_ahead(
-    parts: tuple[Mend, TrunkStore, Episodes],
+    parts: tuple[Mend, TrunkCache, Episodes],
 ) -> None:
     editor, store, episodes = parts
     batches = [episodes.batch(step) for step in range(4)]

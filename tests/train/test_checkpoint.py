@@ -16,10 +16,10 @@ from torch import Tensor
 from cases import build_lm, records, unchanged
 from damage import full_disk
 from emendo.editors.mend import Mend, MendConfig
+from emendo.editors.objective import Outcome
 from emendo.errors import StorageError
-from emendo.models import LM
-from emendo.outer import Outcome
-from emendo.sites import find_sites
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
 from emendo.train import TrainConfig, TrainResult, checkpoint, loop, train
 
 CONFIG = TrainConfig(

@@ -9,10 +9,10 @@ import pytest
 
 from cases import build_lm, records
 from emendo.data import Probe, Record
-from emendo.data.batch import encode
 from emendo.errors import RequestError, TrainingError
-from emendo.models import LM
-from emendo.texts import Text
+from emendo.models.lm import LM
+from emendo.models.text import Text
+from emendo.models.tokenization import encode
 from emendo.train import episodes as module
 from emendo.train.config import TrainConfig
 from emendo.train.episodes import Episodes

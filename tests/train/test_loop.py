@@ -15,10 +15,10 @@ from torch import Tensor
 
 from cases import build_lm, records, unchanged
 from emendo.editors.mend import Mend, MendConfig
+from emendo.editors.objective import Outcome
 from emendo.errors import MismatchError, RequestError, TrainingError
-from emendo.models import LM
-from emendo.outer import Outcome
-from emendo.sites import find_sites
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
 from emendo.train import TrainConfig, TrainResult, loop, train
 from emendo.train.progress import Quiet
 

@@ -11,17 +11,17 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from cases import build_lm, records_for, unchanged
-from emendo.capture import Factors
 from emendo.editors.mend import Mend, MendConfig
-from emendo.models import LM
-from emendo.outer import Episode, Outcome, Weights
-from emendo.sites import find_sites
-from emendo.store import TrunkStore
-from emendo.texts import Text
+from emendo.editors.objective import Episode, Outcome, Weights
+from emendo.models.capture import Factors
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.text import Text
+from emendo.models.trunk import Trunk
+from emendo.models.trunk_cache import TrunkCache
 from emendo.train.config import TrainConfig
 from emendo.train.episodes import Episodes
 from emendo.train.step import training_step, validation_step
-from emendo.trunk import Trunk
 
 C_EDIT = 0.3
 
@@ -40,11 +40,11 @@ def _editor(lm: LM, **config: Any) -> Mend:
 
 def _setting(
     kind: str, count: int = 3, dtype: torch.dtype = torch.float64
-) -> tuple[LM, list[Episode], TrunkStore]:
+) -> tuple[LM, list[Episode], TrunkCache]:
     lm = build_lm(kind, dtype)
     config = TrainConfig(batch=count, near=1, sibling=1, unrelated=1)
     episodes = Episodes(lm, records_for(lm, 12), config).batch(0)
-    store = TrunkStore(Trunk(lm.model, find_sites(lm.model, last=2)), dtype=dtype)
+    store = TrunkCache(Trunk(lm.model, find_sites(lm.model, last=2)), dtype=dtype)
     store.ensure(text for episode in episodes for text in episode.texts())
     return lm, episodes, store
 
@@ -190,7 +190,7 @@ def test_a_half_precision_model_gives_the_gradient_of_the_exact_one(kind: str) -
     exact, same, reference = _setting(kind)
     assert same == episodes
     exact.model.load_state_dict(half.model.state_dict())
-    reference = TrunkStore(Trunk(exact.model, find_sites(exact.model, last=2)), dtype=torch.float64)
+    reference = TrunkCache(Trunk(exact.model, find_sites(exact.model, last=2)), dtype=torch.float64)
     reference.ensure(text for episode in episodes for text in episode.texts())
     ours, theirs = _editor(half).float().train(), _editor(exact).train()
     found = training_step(ours, store, episodes, Weights(C_EDIT))

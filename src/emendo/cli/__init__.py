@@ -1,5 +1,5 @@
 """The command line: one file for each command, and nothing that needs torch until a command runs."""
 
-from emendo.cli.app import app, main
+from emendo.cli._app import app, main
 
 __all__ = ["app", "main"]

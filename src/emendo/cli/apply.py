@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emendo.cli import keeping as keep
-from emendo.cli import options as opt
-from emendo.cli.console import emit, note, output
+from emendo.cli import _ledger as keep
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, note, output
 
 if TYPE_CHECKING:
     from emendo.ledger import Operation
@@ -49,7 +49,7 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Apply edits."""
-    from emendo.cli.loading import load_model
+    from emendo.cli._loading import load_model
     from emendo.editors import read_edit
     from emendo.errors import RequestError
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from emendo.cli import keeping as keep
-from emendo.cli import options as opt
+from emendo.cli import _ledger as keep
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, output
 from emendo.cli.apply import as_values
-from emendo.cli.console import emit, output
 
 HELP = """Go back (or forth) to the edits of another state of a model, as a new step; nothing is erased.
 

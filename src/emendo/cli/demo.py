@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emendo.cli import options as opt
-from emendo.cli.console import Interrupted, note, output
+from emendo.cli import _options as opt
+from emendo.cli._console import Interrupted, note, output
 
 if TYPE_CHECKING:
-    from emendo.cli.runs import Run
+    from emendo.cli._runs import Run
 
 HELP = """See all of it work: train an editor, make an edit, measure it, and write a report.
 
@@ -51,9 +51,9 @@ def run(
     device: opt.Device = None,
 ) -> None:
     """Run the demo."""
-    from emendo.cli.loading import load_model, named_dtype
-    from emendo.cli.measuring import show_edit, show_scores
-    from emendo.cli.training import carry_out
+    from emendo.cli._demo import show_edit, show_scores
+    from emendo.cli._loading import load_model, named_dtype
+    from emendo.cli._training import carry_out
     from emendo.data import read_records
     from emendo.editors import Editor
 
@@ -92,7 +92,7 @@ def run(
 
 def _open(out: Path, options: dict[str, object]) -> Run:
     """The demo's run: one that is there, finished or not, if it was asked for the same; else a new one."""
-    from emendo.cli.runs import Run, new_run
+    from emendo.cli._runs import Run, new_run
     from emendo.errors import StorageError
 
     if not (out / "run.json").exists():
@@ -110,7 +110,7 @@ def _open(out: Path, options: dict[str, object]) -> Run:
 
 
 def _anew(old: Run) -> Run:
-    from emendo.cli.runs import new_run
+    from emendo.cli._runs import new_run
 
     return new_run(old.folder, old.options, overwrite=True, command="demo")
 

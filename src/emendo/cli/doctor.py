@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from emendo.cli import keeping as keep
-from emendo.cli import options as opt
+from emendo.cli import _ledger as keep
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, output, status
 from emendo.cli.apply import as_values
-from emendo.cli.console import emit, output, status
 
 if TYPE_CHECKING:
     from emendo.ledger import Check, Operation
-    from emendo.ledger.examination import Examination
+    from emendo.ledger.guard import Examination
 
 HELP = """Examine a model with all its active edits: does each of them still hold, and what became of everything else.
 
@@ -43,7 +43,7 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Examine a ledger."""
-    from emendo.cli.loading import load_model
+    from emendo.cli._loading import load_model
     from emendo.errors import RequestError
 
     if plot is not None and plot.suffix not in (".png", ".svg"):
@@ -81,8 +81,8 @@ def _table(found: Examination) -> Table:
 
 def _draw(file: Path, steps: Sequence[Operation], checks: Sequence[Check]) -> None:
     """Health over the steps, written to a file."""
-    from emendo.cli.health_plot import health_plot
-    from emendo.files import new_file
+    from emendo._storage import new_file
+    from emendo.report._health_plot import health_plot
 
     form: Literal["svg", "png"] = "svg" if file.suffix == ".svg" else "png"
     image = health_plot([as_values(step) for step in steps], [as_values(check) for check in checks], form)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from emendo.cli import keeping as keep
-from emendo.cli import options as opt
-from emendo.cli.console import emit, note, output
+from emendo.cli import _ledger as keep
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, note, output
 
 HELP = """Make one edit: after PROMPT the model shall say TARGET.
 
@@ -71,12 +71,12 @@ def run(
     """Make an edit."""
     from contextlib import nullcontext
 
+    from emendo.cli._before_after import UNRELATED, make_edit
+    from emendo.cli._loading import MethodOptions, load_editor
+    from emendo.cli._runs import refuse_occupied
+    from emendo.cli._tables import before_after, rows_as_dicts
     from emendo.cli.apply import as_values, say_applied
-    from emendo.cli.loading import MethodOptions, load_editor
-    from emendo.cli.making import UNRELATED, make_edit
-    from emendo.cli.runs import refuse_occupied
-    from emendo.cli.show import before_after, rows_as_dicts
-    from emendo.edit import Edit, Request
+    from emendo.edits.edit import Edit, Request
     from emendo.errors import RequestError
     from emendo.evaluate import Question
 

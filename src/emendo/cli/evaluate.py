@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from emendo.cli import options as opt
-from emendo.cli.console import emit, note
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, note
 
 HELP = """Measure an editor on the facts of a file.
 
@@ -149,13 +149,13 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Measure an editor."""
-    from emendo.cli.evaluating import Ask, harness, measure, write
-    from emendo.cli.loading import MethodOptions, load_editor, read
-    from emendo.cli.show import scores
-    from emendo.cli.team import Team
+    from emendo.cli._evaluate import Ask, harness, measure, write
+    from emendo.cli._loading import MethodOptions, load_editor, read
+    from emendo.cli._processes import Processes
+    from emendo.cli._tables import scores
     from emendo.data.portability import with_consequences
     from emendo.evaluate import Evaluation
-    from emendo.evaluate.sequence import RETENTION
+    from emendo.evaluate.sequential import RETENTION
 
     command = _command(
         editor=editor,
@@ -185,10 +185,10 @@ def run(
     split = "test" if data == "atlas" else None
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)
     method = MethodOptions(settings, sites, last)
-    lm, maker = load_editor(editor, model, dtype, device or Team.present().device, method, chat)
+    lm, maker = load_editor(editor, model, dtype, device or Processes.present().device, method, chat)
     chosen = with_consequences(records) if data == "atlas" else records.records
     found, _ = measure(lm, maker, chosen, ask, out, overwrite=overwrite)
-    if not Team.present().first:
+    if not Processes.present().first:
         return
     if report is not None:
         write(report, found, {"command": command, "asked": {"data": data, "editor": editor}})
@@ -198,7 +198,7 @@ def run(
     elif isinstance(found, Evaluation):
         scores(found.as_dict())
     else:
-        from emendo.cli.retention import retention
+        from emendo.cli._tables import retention
 
         retention(found.as_dict())
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emendo.cli import options as opt
-from emendo.cli.console import emit, output
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, output
 
 if TYPE_CHECKING:
-    from emendo.evaluate.tracing import Line
+    from emendo.evaluate.inspect import Line
 
 HELP = """Put two evaluations of the same facts side by side.
 
@@ -32,8 +32,8 @@ _SIGNIFICANT = 0.05
 
 def run(first: First, second: Second, as_json: opt.AsJson = False) -> None:
     """Compare two evaluations."""
-    from emendo.evaluate.folder import RunFolder
-    from emendo.evaluate.tracing import side_by_side
+    from emendo.evaluate.inspect import side_by_side
+    from emendo.evaluate.run_folder import RunFolder
 
     lines = side_by_side(*(RunFolder.open(folder).evaluation() for folder in (first, second)))
     if as_json:

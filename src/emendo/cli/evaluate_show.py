@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emendo.cli import options as opt
-from emendo.cli.console import emit, output
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, output
 
 if TYPE_CHECKING:
     from emendo.evaluate import Evaluation, Outcome, Result
@@ -65,15 +65,15 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Trace figures to rows."""
-    from emendo.cli.show import scores
+    from emendo.cli._tables import scores
     from emendo.errors import RequestError
-    from emendo.evaluate import tracing
-    from emendo.evaluate.checkpoints import Sequential
-    from emendo.evaluate.folder import RunFolder
+    from emendo.evaluate import inspect as tracing
+    from emendo.evaluate.run_folder import RunFolder
+    from emendo.evaluate.sequential import Sequential
 
     found = RunFolder.open(folder).found()
     if isinstance(found, Sequential):
-        from emendo.cli.retention import retention
+        from emendo.cli._tables import retention
 
         if worst is None and by is None and record is None and after is None:
             emit(found.as_dict()) if as_json else retention(found.as_dict())
@@ -133,7 +133,7 @@ def _record(result: Result) -> None:
 
 def _said(outcome: Outcome, side: str) -> str:
     """What was said, and how likely and how far up the answer was."""
-    from emendo.evaluate.tracing import answer
+    from emendo.evaluate.inspect import answer
 
     text = answer(outcome, side)
     rank = getattr(outcome, f"rank_{side}")

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from emendo.cli import keeping as keep
-from emendo.cli import options as opt
-from emendo.cli.console import emit, note, output
+from emendo.cli import _ledger as keep
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, note, output
 
 HELP = """Write an edit in a form that others serve: a PEFT LoRA adapter, or a whole checkpoint with the edit merged in.
 
@@ -55,10 +55,10 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Export an edit."""
-    from emendo.cli.loading import load_model
-    from emendo.edit import Edit
+    from emendo.cli._loading import load_model
+    from emendo.edits.edit import Edit
+    from emendo.edits.peft import prove, to_merged, to_peft
     from emendo.errors import RequestError
-    from emendo.export import prove, to_merged, to_peft
 
     if to not in ("peft", "merged"):
         raise RequestError(f"--to {to!r} is not one of peft, merged.")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from emendo.cli import options as opt
-from emendo.cli.console import emit, output
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, output
 
 if TYPE_CHECKING:
-    from emendo.edit import Edit
-    from emendo.models import LM
+    from emendo.edits.edit import Edit
+    from emendo.models.loading import LM
 
 HELP = """Put many edits into one that still does what each of them does.
 
@@ -74,12 +74,12 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Fuse edits."""
-    from emendo.cli.loading import passages
-    from emendo.cli.runs import refuse_occupied
-    from emendo.edit import compose
-    from emendo.fusing import fuse
+    from emendo.cli._loading import passages
+    from emendo.cli._runs import refuse_occupied
+    from emendo.edits.edit import compose
+    from emendo.edits.fusing import fuse
     from emendo.ledger.guard import reached
-    from emendo.models import cache_folder
+    from emendo.models.loading import cache_folder
 
     refuse_occupied(out, "edit.json", overwrite=overwrite)
     running = passages(text)
@@ -121,8 +121,8 @@ def _parts(
     device: str | None,
 ) -> tuple[LM, list[Edit], list[tuple[str, ...]]]:
     """The model, the edits, and the rewordings of each where a file has them."""
-    from emendo.cli.loading import load_editor, load_model, read
-    from emendo.edit import Edit
+    from emendo.cli._loading import load_editor, load_model, read
+    from emendo.edits.edit import Edit
     from emendo.errors import RequestError
 
     if data is None:

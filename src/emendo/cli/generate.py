@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from emendo.cli import keeping as keep
-from emendo.cli import options as opt
-from emendo.cli.console import emit, output
+from emendo.cli import _ledger as keep
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, output
 
 HELP = """Let a model go on from a prompt, without edits and with them, side by side.
 
@@ -57,7 +57,7 @@ def run(
     """Generate with and without edits."""
     from contextlib import ExitStack
 
-    from emendo.cli.loading import load_editor, load_model
+    from emendo.cli._loading import load_editor, load_model
     from emendo.editors import read_edit
     from emendo.errors import RequestError
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from emendo.cli import options as opt
-from emendo.cli.console import emit, output
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, output
 
 HELP = """Read a PEFT LoRA adapter as an edit, to look at, compare and combine it like any other.
 
@@ -31,8 +31,8 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Import an adapter."""
-    from emendo.cli.loading import load_model
-    from emendo.export import from_peft
+    from emendo.cli._loading import load_model
+    from emendo.edits.peft import from_peft
 
     edit = from_peft(adapter, load_model(model, dtype, device))
     edit.save_pretrained(out, overwrite=overwrite)

@@ -8,10 +8,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from emendo.cli import keeping as keep
-from emendo.cli import options as opt
+from emendo.cli import _ledger as keep
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, output
 from emendo.cli.apply import as_values
-from emendo.cli.console import emit, output
 
 if TYPE_CHECKING:
     from emendo.ledger import Ledger, Operation

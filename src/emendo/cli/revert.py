@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from emendo.cli import keeping as keep
-from emendo.cli import options as opt
+from emendo.cli import _ledger as keep
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, note, output
 from emendo.cli.apply import as_values
-from emendo.cli.console import emit, note, output
 
 HELP = """Take one edit off, wherever it stands among the active ones.
 
@@ -35,7 +35,7 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Revert an edit."""
-    from emendo.cli.loading import load_model
+    from emendo.cli._loading import load_model
 
     keep.find_ledger(model, ledger).entry(id)  # before the model is loaded for nothing
     work = keep.open_workspace(load_model(model, dtype, device), ledger)

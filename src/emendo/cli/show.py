@@ -1,147 +1,88 @@
-"""Tables for people."""
+"""`emendo show`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.markup import escape
 from rich.table import Table
 
-from emendo.cli.console import output
+from emendo.cli import _ledger as keep
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, output
+from emendo.cli.apply import as_values
 
 if TYPE_CHECKING:
-    from emendo.evaluate import Answer, Row
+    from emendo.ledger import Entry, Ledger
 
-_KINDS = {
-    "edit": "edited prompt",
-    "paraphrase": "rewordings",
-    "neighbour": "near neighbours",
-    "unrelated": "unrelated prompts",
-}
-_SCORES = {
-    "edit_success": "edit success",
-    "generalisation": "generalisation",
-    "locality": "locality",
-    "locality_neighbours": "  near neighbours",
-    "locality_unrelated": "  unrelated",
-}
+HELP = """Show one edit of a ledger: what it was asked for, what made it and upon what, and what was measured.
+
+\b
+Example:
+  emendo show 3 --model ./my-model
+"""
+
+Number = Annotated[int, typer.Argument(metavar="ID", help="The edit's number, as emendo log shows it.")]
 
 
-def before_after(rows: Sequence[Row]) -> None:
-    """Print the likeliest answers without and with an edit, and what became of the target's probability."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=False)
-    table.add_column("prompt", max_width=44)
-    table.add_column("before", max_width=26)
-    table.add_column("after", max_width=26)
-    table.add_column(f"P({rows[0].target})", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    kind = None
-    for row in rows:
-        if row.kind != kind:
-            kind = row.kind
-            table.add_row(f"[bold]{_KINDS[kind]}[/bold]")
-        wanted = row.reached if kind in ("edit", "paraphrase") else not row.changed
-        table.add_row(
-            escape(row.prompt),
-            _answers(row.before),
-            _answers(row.after),
-            f"{_percent(row.target_before)} → {_percent(row.target_after)}",
-            "[green]✓[/green]" if wanted else "[red]✗[/red]",
-        )
+def run(
+    id: Number, model: opt.Model = opt.MODEL, ledger: keep.Where = None, as_json: opt.AsJson = False
+) -> None:
+    """Show an edit."""
+    book = keep.find_ledger(model, ledger)
+    entry = book.entry(id)
+    steps = [step for step in reversed(book.log()) if id in step.edits]
+    if as_json:
+        values = {**as_values(entry), "active": id in book.head.active, "chat": _chat(book, entry)}
+        emit({"edit": values, "operations": [as_values(step) for step in steps]})
+        return
     console = output()
-    console.print(table)
-    console.print(
-        f"[dim]✓ as it should be: the edited prompt and its rewordings give {escape(repr(rows[0].target))}, the others "
-        "answer as before[/dim]"
-    )
+    console.print(_facts(book, entry))
+    for step in steps:
+        forced = " [yellow](forced)[/yellow]" if step.forced else ""
+        note = f": {escape(step.note)}" if step.note else ""
+        console.print(
+            f"\n[bold]{step.kind}[/bold]{forced} as step {step.id} by {escape(step.by)}, {step.at[:19]}{note}",
+            soft_wrap=True,
+        )
+        if step.health:
+            console.print(_health(step.health))
 
 
-def rows_as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as JSON values."""
-    return [asdict(row) for row in rows]
+def _facts(book: Ledger, entry: Entry) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    place = book.head.active.index(entry.id) + 1 if entry.id in book.head.active else None
+    state = "not active" if place is None else f"active, {place} of {len(book.head.active)}"
+    table.add_row("edit", f"{entry.id} ({state})")
+    for request in entry.requests:
+        table.add_row("asked", f"{escape(request['prompt'])} [bold]{escape(request['target'])}[/bold]")
+    if _chat(book, entry):
+        table.add_row("how", "in the tokenizer's chat template")
+    rank = "" if entry.rank is None else f", rank {entry.rank}"
+    table.add_row("made by", f"{escape(entry.editor)}, emendo {entry.version}, {entry.made}{rank}")
+    numbers = [str(other.id) for other in book.entries() if other.digest in entry.upon]
+    if entry.upon:
+        table.add_row(
+            "made upon", f"edits {', '.join(numbers)}" if len(numbers) < 20 else f"{len(numbers)} edits"
+        )
+    table.add_row("size", f"{entry.bytes / 1024:,.0f} KB, sha256 {entry.digest[:16]}…")
+    return table
 
 
-def scores(figures: Mapping[str, Any]) -> None:
-    """Print an evaluation's scores with their intervals, from what its ``as_dict()`` gives."""
-    generated = figures.get("generated")
+def _chat(book: Ledger, entry: Entry) -> bool:
+    """Whether the edit was made from prompts in the chat template."""
+    from emendo.edits.edit import Edit
+
+    return Edit.from_bytes(book.load(entry.id)).origin.chat
+
+
+def _health(health: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    how = figures["protocol"]["edits"].partition(", each")[0]
-    table.add_column(f"{figures['records']} facts, edited {how}")
-    table.add_column("teacher forced")
-    if generated:
-        table.add_column("free generation")
-    for name, heading in _SCORES.items():
-        if name in figures["teacher_forced"]:
-            cells = [_interval(figures["teacher_forced"][name])]
-            cells += [_interval(generated[name])] if generated else []
-            table.add_row(heading, *cells)
-    if generated:
-        table.add_row("  whole text unchanged", "", _interval(generated["locality_whole_text"]))
-    output().print(table)
-    output().print(
-        f"[dim]in brackets the 95% interval; {figures['seconds_per_edit']:.2f} s for an edit[/dim]"
-    )
-    _damage(figures.get("damage") or {})
-    harness(figures.get("lm_eval"))
-
-
-_DAMAGE = {
-    "perplexity": ("perplexity of plain text", "max"),
-    "ability": ("questions of other kinds answered", "min"),
-}
-"""Damage that is printed: its heading, and which extreme is the worst."""
-
-
-def _damage(figures: Mapping[str, Any]) -> None:
-    """What the edits did away from their facts; nothing where nobody looked."""
-    if not any(name in figures for name in _DAMAGE):
-        return
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for heading in ("elsewhere", "clean model", "after an edit (median)", "after the worst"):
-        table.add_column(heading, justify="left" if heading == "elsewhere" else "right")
-    for name, (heading, worst) in _DAMAGE.items():
-        if name in figures:
-            seen = figures[name]
-            table.add_row(heading, *(_plain(seen[key]) for key in ("clean", "median", worst)))
-    output().print(table)
-
-
-def _plain(value: float | None) -> str:
-    return "infinite" if value is None else f"{value:.4g}"
-
-
-def harness(found: Mapping[str, Any] | None) -> None:
-    """Print what tasks of the evaluation harness gave, from ``lm_eval`` of the figures; None prints nothing."""
-    if found is None:
-        return
-    if found["scores"]:
-        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-        for heading in ("lm-eval", "clean model", "with the edits"):
-            table.add_column(heading, justify="left" if heading == "lm-eval" else "right")
-        for name, score in found["scores"].items():
-            cells = (_with_error(score[side], score[f"{side}_stderr"]) for side in ("before", "after"))
-            table.add_row(escape(name), *cells)
-        output().print(table)
-    output().print(f"[dim]lm-eval: {escape(found['edits'])}[/dim]")
-
-
-def _with_error(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "[dim]no number[/dim]"
-    return f"{value:.4g}" if error is None else f"{value:.4g} [dim]± {error:.2g}[/dim]"
-
-
-def _answers(answers: Sequence[Answer]) -> str:
-    return "\n".join(f"{escape(a.text)} [dim]{_percent(a.probability)}[/dim]" for a in answers)
-
-
-def _percent(value: float) -> str:
-    return f"{value:.0%}" if value >= 0.0995 else f"{value:.1%}"
-
-
-def _interval(value: Mapping[str, float | None]) -> str:
-    if value["mean"] is None:
-        return "[dim]no such prompt[/dim]"
-    return f"{value['mean']:.1%} [dim]({value['low']:.1%} to {value['high']:.1%})[/dim]"
+    for heading in ("measured", "value", "limit"):
+        table.add_column(heading, justify="left" if heading == "measured" else "right", style="dim")
+    for name, limit in health["limits"].items():
+        if health.get(name) is not None:
+            table.add_row(name.replace("_", " "), f"{health[name]:.4g}", f"{limit:g}")
+    return table

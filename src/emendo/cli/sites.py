@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from emendo.cli import options as opt
-from emendo.cli.console import emit, output
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, output
 
 HELP = """Show where a model can be edited, and how much memory that takes.
 
@@ -31,11 +31,11 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Show a model's sites."""
-    from emendo.cli.loading import load_model
-    from emendo.cli.memory import estimate
-    from emendo.cli.settings import editor_config, site_choice
+    from emendo.cli._loading import load_model
+    from emendo.cli._memory import estimate
+    from emendo.cli._settings import editor_config, site_choice
     from emendo.editors import editor_class
-    from emendo.sites import find_sites
+    from emendo.models.sites import find_sites
 
     pairs = [*(settings or []), *([f"rank={rank}"] if rank is not None else [])]
     config, which = editor_config(editor, pairs), site_choice(sites or ["mlp"])

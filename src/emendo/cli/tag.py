@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from emendo.cli import keeping as keep
-from emendo.cli import options as opt
+from emendo.cli import _ledger as keep
+from emendo.cli import _options as opt
+from emendo.cli._console import emit, note, output
 from emendo.cli.apply import as_values
-from emendo.cli.console import emit, note, output
 
 HELP = """Give the present state of a model a name, or list the names.
 

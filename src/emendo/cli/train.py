@@ -8,9 +8,9 @@ from typing import Any
 
 import typer
 
-from emendo.cli import options as opt
-from emendo.cli import train_options as own
-from emendo.cli.console import emit, note, output
+from emendo.cli import _options as opt
+from emendo.cli import _train_options as own
+from emendo.cli._console import emit, note, output
 
 HELP = """Train an editor on facts, so that it can change others in one step.
 
@@ -67,9 +67,9 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Train an editor."""
-    from emendo.cli.loading import load_model, named_dtype
-    from emendo.cli.runs import new_run, resumed_run
-    from emendo.cli.training import carry_out
+    from emendo.cli._loading import load_model, named_dtype
+    from emendo.cli._runs import new_run, resumed_run
+    from emendo.cli._training import carry_out
     from emendo.errors import RequestError
 
     rest = ("out", "overwrite", "resume", "as_json")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-from emendo.anyedit import WEIGHTS, AnyEdit, edit_head
-from emendo.edit import Edit
+from emendo._storage import folder_of
 from emendo.editors.base import Editor
 from emendo.editors.gradient import GradientEditor
+from emendo.edits.base import WEIGHTS, BaseEdit, edit_head
+from emendo.edits.edit import Edit
 from emendo.errors import RequestError, StorageError
-from emendo.hub import folder_of
 
 EDITORS = {
     "mend": "emendo.editors.mend:Mend",
@@ -41,7 +41,7 @@ def editor_class(name: str) -> type[Editor]:
     return kind
 
 
-def read_edit(folder: str | Path) -> AnyEdit:
+def read_edit(folder: str | Path) -> BaseEdit:
     """An edit of whatever kind, from its folder or from the hub (``"user/name"``).
 
     Raises:

@@ -3,8 +3,8 @@
 A method is a subclass in a file of its own, with a frozen dataclass of settings, and one line in
 :data:`emendo.editors.EDITORS`:
 
-- :class:`~emendo.editors.gradient.GradientEditor`: says what happens between :class:`~emendo.capture.Factors` and
-  :class:`~emendo.lowrank.LowRank` (its ``forward``). Capture, batching, application, saving, training and evaluation
+- :class:`~emendo.editors.gradient.GradientEditor`: its ``forward`` turns :class:`~emendo.models.capture.Factors` into
+  :class:`~emendo.low_rank.LowRank`. Capture, batching, application, saving, training and evaluation
   come with it.
 - :class:`Editor`: makes one change for each request in any other way (``each``), such as fine-tuning. Application,
   saving and evaluation come with it.
@@ -23,15 +23,15 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
-from emendo.data.batch import to_texts
+from emendo._storage import new_folder, read_json, read_tensors, write_json, write_tensors
 from emendo.data.schema import Probe
-from emendo.edit import AnyEdit, Edit, Origin, Request
+from emendo.edits.edit import BaseEdit, Edit, Origin, Request
 from emendo.errors import FramingWarning, MismatchError, RequestError, StorageError
-from emendo.files import new_folder, read_json, read_tensors, write_json, write_tensors
-from emendo.lowrank import LowRank
-from emendo.models import LM
-from emendo.sites import Site
-from emendo.texts import Text
+from emendo.low_rank import LowRank
+from emendo.models.lm import LM
+from emendo.models.sites import Site
+from emendo.models.text import Text
+from emendo.models.tokenization import to_texts
 
 FORMAT = 1
 
@@ -57,7 +57,7 @@ class Editor(nn.Module):
     """Whether it must be trained before it can edit."""
     changes_weights: ClassVar[bool] = True
     """Whether its edits are changes of weights; else :meth:`each` and :meth:`together` do not exist."""
-    makes: ClassVar[type[AnyEdit]] = Edit
+    makes: ClassVar[type[BaseEdit]] = Edit
     """The kind of its edits."""
 
     def __init__(self, sites: tuple[Site, ...], config: Any = None, fingerprint: str = "") -> None:
@@ -113,7 +113,7 @@ class Editor(nn.Module):
 
     def edit(
         self, lm: LM, prompt: str | Sequence[Request | tuple[str, str]], target: str | None = None
-    ) -> AnyEdit:
+    ) -> BaseEdit:
         """Make one edit: ``edit(lm, prompt, target)``, or one for several facts at once, ``edit(lm, [...])``.
 
         The model is not changed: use ``edit.applied(lm)``. How several facts become one edit is the method's own

@@ -36,13 +36,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from emendo.edit import AnyEdit, Origin, Request
 from emendo.editors.base import Editor, as_requests
+from emendo.edits.edit import BaseEdit, Origin, Request
 from emendo.errors import RequestError
-from emendo.inputs import model_inputs
-from emendo.models import LM
-from emendo.sites import find_stacks
-from emendo.texts import Text, collate, greedy, length_buckets
+from emendo.models._forward import model_inputs
+from emendo.models.lm import LM
+from emendo.models.sites import find_stacks
+from emendo.models.text import Text, collate, greedy, length_buckets
 
 _BATCH_TOKENS = 1024  # padded tokens of one pass
 
@@ -73,7 +73,7 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class CacheEdit(AnyEdit):
+class CacheEdit(BaseEdit):
     """Facts to look up.
 
     Attributes:
@@ -94,7 +94,7 @@ class CacheEdit(AnyEdit):
 
     @contextmanager
     def applied(self, model: LM) -> Iterator[LM]:
-        """The model with its answers looked up first; see :meth:`emendo.edit.AnyEdit.applied`."""
+        """The model with its answers looked up first; see :meth:`emendo.edits.edit.BaseEdit.applied`."""
         self.check(model)
         yield _LookingUp(model.model, model.tokenizer, model.name, model.chat, inner=model, edit=self)
 

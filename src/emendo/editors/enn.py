@@ -37,22 +37,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from emendo.capture import Factors, finite
-from emendo.data.batch import to_texts
 from emendo.data.schema import Probe
-from emendo.edit import Request
+from emendo.editors._trained_copy import TrainedCopy
 from emendo.editors.gradient import GradientEditor, edit_factors
+from emendo.editors.objective import BUCKET_TOKENS, Episode, Outcome, Weights, backward_through, judge
+from emendo.edits.edit import Request
 from emendo.errors import RequestError
-from emendo.losses import TokenLoss, compared, per_example, token_kl, token_margin, token_nll
-from emendo.lowrank import LowRank, applied
-from emendo.models import LM
-from emendo.outer import BUCKET_TOKENS, Episode, Outcome, Weights, judge, through
-from emendo.packing import Packing
-from emendo.sites import Site
-from emendo.store import TrunkStore
-from emendo.texts import Text, TokenBatch, collate, length_buckets
-from emendo.trunk import Trunk
-from emendo.twin import Twin
+from emendo.low_rank import LowRank, applied
+from emendo.models._packing import Packing
+from emendo.models.capture import Factors, finite
+from emendo.models.lm import LM
+from emendo.models.losses import TokenLoss, compared, per_example, token_kl, token_margin, token_nll
+from emendo.models.sites import Site
+from emendo.models.text import Text, TokenBatch, collate, length_buckets
+from emendo.models.tokenization import to_texts
+from emendo.models.trunk import Trunk
+from emendo.models.trunk_cache import TrunkCache
 
 _DRIFT_TEXTS = 64  # whose logits are held at a time
 
@@ -109,7 +109,7 @@ class Enn(GradientEditor):
         self, sites: tuple[Site, ...], config: EnnConfig | None = None, fingerprint: str = ""
     ) -> None:
         super().__init__(sites, config, fingerprint)
-        self.twin = Twin(sites, suffix=self.shares_trunk)
+        self.twin = TrainedCopy(sites, suffix=self.shares_trunk)
         self.log_eta = nn.Parameter(torch.full((len(sites),), math.log(self.config.inner_lr)))
 
     @property
@@ -189,7 +189,7 @@ class Enn(GradientEditor):
 
     def judged(
         self,
-        store: TrunkStore,
+        store: TrunkCache,
         episodes: Sequence[Episode],
         factors: Mapping[str, Factors],
         weights: Weights,
@@ -216,11 +216,11 @@ class Enn(GradientEditor):
             rest = (episodes, weights)
             return judge(passes, changes, *rest, together=together, backward=backward, edit_loss=self._loss)
 
-        outcome = through(deltas, judged) if backward else judged(deltas)
+        outcome = backward_through(deltas, judged) if backward else judged(deltas)
         return replace(outcome, loss=outcome.loss + self.config.c_base * base)
 
     def _base(
-        self, store: TrunkStore, passes: _Trained, episodes: Sequence[Episode], *, backward: bool
+        self, store: TrunkCache, passes: _Trained, episodes: Sequence[Episode], *, backward: bool
     ) -> float:
         """KL(original || trained) on the locality texts; what the trained model gives there is then known."""
         shares: dict[Text, float] = {}
@@ -270,7 +270,7 @@ class _Trained:
         store: what is kept of it; None where no part of it is.
     """
 
-    def __init__(self, trunk: Trunk, store: TrunkStore | None) -> None:
+    def __init__(self, trunk: Trunk, store: TrunkCache | None) -> None:
         self.trunk, self.store, self.model = trunk, store, trunk.model
         self.known: dict[Text, Tensor] = {}
 

@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from emendo.edit import Edit, Request
 from emendo.editors.base import as_requests
-from emendo.editors.descending import DescentEditor
+from emendo.editors.descent import OPTIMIZERS, Descent, DescentEditor, check_settings, usual_rate
+from emendo.edits.edit import Edit, Request
 from emendo.errors import RequestError
-from emendo.fitting import Descent
-from emendo.lowrank import LowRank
-from emendo.models import LM
-from emendo.optimizers import OPTIMIZERS, check_settings, usual_rate
+from emendo.low_rank import LowRank
+from emendo.models.lm import LM
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +26,7 @@ class FineTuningConfig:
 
     Attributes:
         steps: the most steps of an edit.
-        lr: learning rate; None: :func:`emendo.optimizers.usual_rate`.
+        lr: learning rate; None: :func:`emendo.editors.descent.usual_rate`.
         optimizer: ``"rmsprop"``, as in the paper, or ``"adam"``.
         rank: None keeps the change as it is, a dense matrix for each site; a number keeps the best approximation of
             that rank, and ``Edit.card["compaction_error"]`` says what that lost.

@@ -20,11 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from emendo.editors.descending import DescentEditor
+from emendo.editors.descent import Adam, Descent, DescentEditor, check_settings
 from emendo.errors import RequestError
-from emendo.fitting import Descent
-from emendo.models import LM
-from emendo.optimizers import Adam, check_settings
+from emendo.models.lm import LM
 
 _RADII = {"linf": 5e-4, "l2": 1e-2, "l0": 1e-2}
 

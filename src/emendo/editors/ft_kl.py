@@ -16,14 +16,12 @@ from random import Random
 from typing import Literal
 
 from emendo.data import atlas
-from emendo.data.batch import to_texts
 from emendo.data.schema import Probe
-from emendo.editors.descending import DescentEditor
+from emendo.editors.descent import OPTIMIZERS, Descent, DescentEditor, check_settings, usual_rate
 from emendo.errors import RequestError
-from emendo.fitting import Descent
-from emendo.models import LM
-from emendo.optimizers import OPTIMIZERS, check_settings, usual_rate
-from emendo.texts import Text
+from emendo.models.lm import LM
+from emendo.models.text import Text
+from emendo.models.tokenization import to_texts
 
 _POOL = 200  # locality examples to choose from
 
@@ -34,7 +32,7 @@ class FineTuningKlConfig:
 
     Attributes:
         steps: the most steps of an edit.
-        lr: learning rate; None: :func:`emendo.optimizers.usual_rate`.
+        lr: learning rate; None: :func:`emendo.editors.descent.usual_rate`.
         optimizer: ``"rmsprop"``, as in the paper, or ``"adam"``.
         c_edit: weight of the edit's loss against the locality loss; None: as in the paper, 1e-3 from 5e9 parameters on
             (GPT-J's size), else 1e-2.

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from emendo.capture import Factors, capture, finite, move
-from emendo.edit import Request
 from emendo.editors.base import Editor
-from emendo.losses import TokenLoss, per_example, token_nll
-from emendo.lowrank import LowRank
-from emendo.models import LM
-from emendo.outer import Episode, Outcome, Weights, judge, through
-from emendo.packing import Packing
-from emendo.sites import Site
-from emendo.store import TrunkStore
-from emendo.texts import Text, TokenBatch, collate, length_buckets
-from emendo.trunk import Trunk
-from emendo.vocabulary import Expected, divergence
+from emendo.editors.objective import Episode, Outcome, Weights, backward_through, judge
+from emendo.edits.edit import Request
+from emendo.low_rank import LowRank
+from emendo.models._packing import Packing
+from emendo.models._projection_loss import Expected, divergence
+from emendo.models.capture import Factors, capture, finite, move
+from emendo.models.lm import LM
+from emendo.models.losses import TokenLoss, per_example, token_nll
+from emendo.models.sites import Site
+from emendo.models.text import Text, TokenBatch, collate, length_buckets
+from emendo.models.trunk import Trunk
+from emendo.models.trunk_cache import TrunkCache
 
 _TOKENS = 256
 """Padded tokens of the texts that are edited together: the memory that many requests take hangs on it."""
@@ -110,7 +110,7 @@ class GradientEditor(Editor):
 
     def judged(
         self,
-        store: TrunkStore,
+        store: TrunkCache,
         episodes: Sequence[Episode],
         factors: Mapping[str, Factors],
         weights: Weights,
@@ -139,7 +139,9 @@ class GradientEditor(Editor):
         rest = (episodes, weights)
         if not backward:
             return judge(store, deltas, *rest, together=together)
-        return through(deltas, lambda leaves: judge(store, leaves, *rest, together=together, backward=True))
+        return backward_through(
+            deltas, lambda leaves: judge(store, leaves, *rest, together=together, backward=True)
+        )
 
 
 def in_batches(texts: Sequence[Text], tokens: int = _TOKENS) -> list[list[int]]:
@@ -169,7 +171,7 @@ class _Sum:
     def change(self) -> LowRank:
         """The sum."""
         if self.dense is not None:
-            return LowRank.of_dense(self.dense)
+            return LowRank.from_dense(self.dense)
         assert self.factors is not None
         return self.factors
 
@@ -203,8 +205,7 @@ def edit_factors(
         token_loss: the loss of each label, in place of the NLL.
         create_graph: leave the factors differentiable in the model's parameters.
         seen: shown the logits at the label positions and the batch, on the way.
-        packed: leave out the rows that do not matter (:mod:`emendo.packing`); not where the model runs under changes
-            that each example has for itself.
+        packed: leave out the rows that do not matter; not where each example has a change of its own.
     """
     batch = collate(texts)
     packing = trunk.packing(batch) if packed else Packing()

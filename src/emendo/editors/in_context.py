@@ -19,11 +19,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from emendo.edit import AnyEdit, Origin, Request
 from emendo.editors.base import Editor, as_requests
+from emendo.edits.edit import BaseEdit, Origin, Request
 from emendo.errors import RequestError
-from emendo.models import LM
-from emendo.texts import Text
+from emendo.models.lm import LM
+from emendo.models.text import Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class InContextConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class ContextEdit(AnyEdit):
+class ContextEdit(BaseEdit):
     """A text that is put before every prompt.
 
     Attributes:
@@ -62,7 +62,7 @@ class ContextEdit(AnyEdit):
 
     @contextmanager
     def applied(self, model: LM) -> Iterator[LM]:
-        """The model with the text before its prompts; see :meth:`emendo.edit.AnyEdit.applied`.
+        """The model with the text before its prompts; see :meth:`emendo.edits.edit.BaseEdit.applied`.
 
         Raises:
             RequestError: the text leaves no room for a prompt in the model's context.

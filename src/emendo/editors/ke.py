@@ -38,15 +38,15 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_sequence
 
-from emendo.capture import Factors, move
 from emendo.editors.gradient import GradientEditor, edit_factors
+from emendo.editors.objective import Outcome, Weights
 from emendo.errors import RequestError
-from emendo.lowrank import LowRank
-from emendo.models import LM
-from emendo.outer import Outcome, Weights
-from emendo.sites import Site
-from emendo.texts import Text, TokenBatch
-from emendo.trunk import Trunk
+from emendo.low_rank import LowRank
+from emendo.models.capture import Factors, move
+from emendo.models.lm import LM
+from emendo.models.sites import Site
+from emendo.models.text import Text, TokenBatch
+from emendo.models.trunk import Trunk
 
 CONDITION = "condition"
 """Key of the condition among the factors: ``u`` are token embeddings in order, ``delta`` tells their part, one-hot."""

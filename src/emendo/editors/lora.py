@@ -12,12 +12,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from emendo.editors.descending import DescentEditor
+from emendo.editors.descent import Adam, Descent, DescentEditor, Leaves, check_settings
 from emendo.errors import RequestError
-from emendo.fitting import Descent, Leaves
-from emendo.models import LM
-from emendo.optimizers import Adam, check_settings
-from emendo.sites import Site
+from emendo.models.lm import LM
+from emendo.models.sites import Site
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ Where the paper and the official code (eric-mitchell/mend) differ, and what is d
 5. State: the code's "statistics initialised" flag is no buffer, so a resumed run resets them. Here: all are buffers.
 6. Bias: Eq. 3b prints none for the second block, the code has one. Here: both blocks have one.
 7. ``alpha`` is missing in the paper's Algorithm 2 and present in its text and code. Here: present.
-8. ReLU: the code's clamp, whose gradient at 0 is 1 (see :class:`emendo.nets.LowRankBlock`). Here: the clamp.
+8. ReLU: the code's clamp, whose gradient at 0 is 1 (see :class:`emendo.editors._nets.LowRankBlock`). Here: the clamp.
 9. Several edits: the paper transforms each example's factors and sums the edits, the code takes one token-mean loss
    over the batch. Here: the paper's way, so an edit does not depend on what else is in the batch.
 10. Loss: the code scores only the rewording, Eq. 1 also the edit prompt. Here: both (see :mod:`emendo.train.step`).
@@ -39,12 +39,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from emendo.capture import Factors
+from emendo.editors._nets import LowRankBlock, RunningStats, joined, normalise_
 from emendo.editors.gradient import GradientEditor
 from emendo.errors import RequestError
-from emendo.lowrank import LowRank
-from emendo.nets import LowRankBlock, RunningStats, joined, normalise_
-from emendo.sites import Site, group_sites
+from emendo.low_rank import LowRank
+from emendo.models.capture import Factors
+from emendo.models.sites import Site, group_sites
 
 _FACTORS = ("both", "u", "delta", "smaller")
 

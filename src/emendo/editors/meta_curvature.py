@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emendo.capture import Factors
+from emendo.editors._nets import RunningStats, joined, normalise_
 from emendo.editors.gradient import GradientEditor
 from emendo.errors import RequestError
-from emendo.lowrank import LowRank
-from emendo.nets import RunningStats, joined, normalise_
-from emendo.sites import Site, group_sites
+from emendo.low_rank import LowRank
+from emendo.models.capture import Factors
+from emendo.models.sites import Site, group_sites
 
 
 @dataclass(frozen=True, slots=True)

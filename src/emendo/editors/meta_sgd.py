@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from emendo.capture import Factors
-from emendo.edit import Request
+from emendo.editors._nets import RunningStats, joined, normalise_
 from emendo.editors.gradient import GradientEditor
+from emendo.edits.edit import Request
 from emendo.errors import RequestError
-from emendo.lowrank import LowRank
-from emendo.models import LM
-from emendo.nets import RunningStats, joined, normalise_
-from emendo.sites import Site
+from emendo.low_rank import LowRank
+from emendo.models.capture import Factors
+from emendo.models.lm import LM
+from emendo.models.sites import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class _Steps(nn.Module):
         if self.norm:
             normalise_(both, self.u_stats, self.delta_stats)
         u, delta = both.split([rows.u.shape[-1], rows.delta.shape[-1]], -1)
-        return LowRank.of_dense(-self.alpha * rows.lowrank(delta, u).dense())
+        return LowRank.from_dense(-self.alpha * rows.lowrank(delta, u).dense())
 
 
 class MetaSgd(GradientEditor):
@@ -91,7 +91,7 @@ class MetaSgd(GradientEditor):
     def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """The sum of all requests' own changes, as one dense change."""
         each = self.each(lm, requests)
-        return {name: LowRank.of_dense(change.dense().sum(0)) for name, change in each.items()}
+        return {name: LowRank.from_dense(change.dense().sum(0)) for name, change in each.items()}
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The step sizes at ``alpha_lr * lr``."""

@@ -13,10 +13,10 @@ from typing import Any, get_type_hints
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from emendo._storage import new_file
 from emendo.data.schema import Record
 from emendo.errors import StorageError
 from emendo.evaluate.results import Outcome, Result
-from emendo.files import new_file
 
 _TYPES = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 _MAP = pa.map_(pa.string(), pa.float64())

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from emendo.data.abilities import Choice
-from emendo.data.batch import passage_texts, to_texts
 from emendo.errors import RequestError
-from emendo.evaluate.asking import FORCED_TOKENS, Asked
+from emendo.evaluate.edited_models import FORCED_TOKENS, EditedModels
 from emendo.evaluate.metrics import mean_nll, ngram_entropy, repetition
-from emendo.losses import token_nll
-from emendo.models import LM
-from emendo.store import TrunkStore
-from emendo.texts import Text, length_buckets
+from emendo.models.lm import LM
+from emendo.models.losses import token_nll
+from emendo.models.text import Text, length_buckets
+from emendo.models.tokenization import passage_texts, to_texts
+from emendo.models.trunk_cache import TrunkCache
 
 PASSAGE_TOKENS = 48
 """A passage is its first so many tokens; all but the first of them are scored."""
@@ -48,7 +48,7 @@ class Damage:
     _clean: dict[str, float] = field(default_factory=dict, init=False)
     _chosen: frozenset[int] = field(default=frozenset(), init=False)
 
-    def begin(self, lm: LM, store: TrunkStore, edits: int) -> None:
+    def begin(self, lm: LM, store: TrunkCache, edits: int) -> None:
         """Look at the clean model.
 
         Args:
@@ -79,7 +79,7 @@ class Damage:
         """What was seen in the clean model, by the same names."""
         return self._clean
 
-    def look(self, asked: Asked, edits: Sequence[int]) -> list[dict[str, float]]:
+    def look(self, asked: EditedModels, edits: Sequence[int]) -> list[dict[str, float]]:
         """What is to be seen under some edits.
 
         Args:
@@ -123,7 +123,11 @@ class Damage:
         return found
 
     def _under(
-        self, asked: Asked, rows: Sequence[int], texts: Sequence[Text], value: Callable[[Tensor, Text], float]
+        self,
+        asked: EditedModels,
+        rows: Sequence[int],
+        texts: Sequence[Text],
+        value: Callable[[Tensor, Text], float],
     ) -> list[list[float]]:
         """For each of the rows, the value of each text under its edit."""
         found: dict[tuple[int, int], float] = {}

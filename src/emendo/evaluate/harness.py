@@ -23,8 +23,8 @@ import torch
 from emendo.editors.base import Editor
 from emendo.errors import RequestError
 from emendo.evaluate.results import finite
-from emendo.lowrank import LowRank, applied
-from emendo.models import LM
+from emendo.low_rank import LowRank, applied
+from emendo.models.lm import LM
 
 BATCH = 8
 """Questions that the harness asks at once."""

@@ -1,6 +1,6 @@
 """Scores as pure functions: of token predictions, of generated text, and of lists of values.
 
-Token predictions are laid out as in :mod:`emendo.losses`: ``predicted [n]`` and ``labels [n]`` are the label
+Token predictions are laid out as in :mod:`emendo.models.losses`: ``predicted [n]`` and ``labels [n]`` are the label
 positions of all examples one after the other, ``owner [n]`` says whose each is.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from emendo.evaluate.intervals import Interval, bootstrap_interval, mean_interval, score_interval
-from emendo.losses import per_example, token_nll
+from emendo.models.losses import per_example, token_nll
 
 __all__ = [
     "Interval",

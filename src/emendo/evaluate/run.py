@@ -1,40 +1,38 @@
 """Measure an editor: each edit from the clean model, of one fact or of several, on every prompt of its records.
 
-The edits are made and asked in batches (see :mod:`emendo.evaluate.asking`): every row of a batch stands under its own
-record's edit, so the figures are those of separate edits. Teacher-forced passes start from the trunk's kept outputs;
-free generation is greedy. What is computed together is fixed by the records alone, so that a run that was stopped and
+Edits are made and evaluated in batches (see :mod:`emendo.evaluate.edited_models`): each row of a batch has its own
+record's edit, so the figures are those of separate edits. Teacher-forced passes start from cached trunk outputs; free
+generation is greedy. What is computed together is fixed by the records alone, so that a run that was stopped and
 goes on, or that several processes share, gives the same figures to the last bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import resource
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from statistics import fmean, median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from emendo.data.schema import Record
-from emendo.edit import Request
 from emendo.editors.base import Editor
+from emendo.edits.edit import Request
 from emendo.errors import RequestError
-from emendo.evaluate.asking import Asked, made
-from emendo.evaluate.batches import Continuations, Lazy, trunk_batches
-from emendo.evaluate.cases import tokenise
+from emendo.evaluate._prompts import EXTRA_TOKENS, TOKEN_STEP, Continuations, Lazy, tokenise, trunk_batches
+from emendo.evaluate._scoring import score_forced, score_generated
 from emendo.evaluate.damage import Damage
+from emendo.evaluate.edited_models import EditedModels, make_edits
 from emendo.evaluate.evaluation import Evaluation
-from emendo.evaluate.forced import force
-from emendo.evaluate.free import speak
 from emendo.evaluate.harness import Harness, unmeasured
-from emendo.evaluate.protocol import cost, words
 from emendo.evaluate.results import Result
-from emendo.evaluate.ways import Parts, Progress, Ways
-from emendo.models import LM
-from emendo.sites import find_sites
-from emendo.store import TrunkStore
-from emendo.trunk import Trunk
+from emendo.models.lm import LM
+from emendo.models.sites import find_sites
+from emendo.models.trunk import Trunk
+from emendo.models.trunk_cache import TrunkCache
 
 SINGLE_EDITS = 20
 """Edits that are made alone, for their time."""
@@ -66,7 +64,7 @@ def evaluate(
         editor: an editor of any kind, trained where it needs to be.
         records: what to edit and where to look; what does not fill a group of ``together`` is left out.
         limit: take the first so many records.
-        generated: see :class:`Ways`, as for the next ones.
+        generated: see :class:`EvaluateConfig`, as for the next ones.
         batch: how many facts are edited at once.
         new_tokens: how many tokens are generated.
         together: how many facts make one edit.
@@ -83,7 +81,7 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise RequestError(f"limit={limit}: give a whole number from 1 up.")
-    ways = Ways(generated, batch, new_tokens, together, told, share)
+    ways = EvaluateConfig(generated, batch, new_tokens, together, told, share)
     chosen = tuple(islice(records, limit))
     chosen = chosen[: len(chosen) // together * together]
     if not chosen:
@@ -122,14 +120,14 @@ class _Run:
         lm: LM,
         editor: Editor,
         records: Sequence[Record],
-        ways: Ways,
+        ways: EvaluateConfig,
         damage: Damage | None,
         progress: Progress,
     ) -> None:
         self.lm, self.editor, self.records, self.ways = lm, editor, records, ways
         self.progress, self.damage = progress, damage
         trunk = Trunk(lm.model, editor.sites or find_sites(lm.model))
-        self.store = TrunkStore(trunk, dtype=torch.float32)
+        self.store = TrunkCache(trunk, dtype=torch.float32)
         if damage is not None:
             damage.begin(lm, self.store, len(records) // ways.together)
         self.cases = tokenise(lm, records, ways.new_tokens, told=ways.told)
@@ -193,7 +191,7 @@ class _Run:
         at_once = max(1, self.ways.batch // self.ways.together)
         yield from (order[at : at + at_once] for at in range(0, len(order), at_once))
 
-    def _made(self, groups: Sequence[int]) -> Asked:
+    def _made(self, groups: Sequence[int]) -> EditedModels:
         wishes = [
             [
                 Request(self.records[index].prompt, self.records[index].target)
@@ -201,7 +199,7 @@ class _Run:
             ]
             for group in groups
         ]
-        return made(self.lm, self.editor, wishes, self.store)
+        return make_edits(self.lm, self.editor, wishes, self.store)
 
     def _measured(self, groups: Sequence[int]) -> Iterator[Result]:
         asked = self._made(groups)
@@ -211,14 +209,14 @@ class _Run:
         ]
         self.trunk.ensure([text for part in rows for _, case in part for text in case.texts()])
         for part in [list(chain(*rows))] if asked.shared else rows:
-            force(part, asked, self.store)
+            score_forced(part, asked, self.store)
             if self.ways.generated:
-                speak(part, asked, self.clean)
+                score_generated(part, asked, self.clean)
         seen = self.damage.look(asked, groups) if self.damage is not None else [{} for _ in groups]
         yield from self._results(groups, asked, seen)
 
     def _results(
-        self, groups: Sequence[int], asked: Asked, seen: Sequence[Mapping[str, float]]
+        self, groups: Sequence[int], asked: EditedModels, seen: Sequence[Mapping[str, float]]
     ) -> Iterator[Result]:
         deltas = asked.deltas or {}
         norms = {name: (delta.norm() / self.size[name]).tolist() for name, delta in deltas.items()}
@@ -242,3 +240,110 @@ class _Run:
             for index in self._members(group):
                 outcomes = tuple(case.outcome() for case in self.cases[index])
                 yield replace(edit, record=self.records[index], outcomes=outcomes)
+
+
+# --------------------
+# How an evaluation was done, in words and numbers, and what an editor costs.
+
+
+def words(lm: LM, editor: Editor, ways: EvaluateConfig, damage: Damage | None) -> Mapping[str, Any]:
+    """How it was measured; what each score is stands in :mod:`emendo.evaluate.scores`."""
+    one = ways.together == 1
+    found = {
+        "edits": "one at a time, each from the clean model"
+        if one
+        else f"{ways.together} facts at once, each edit from the clean model",
+        "edit_success": "all target tokens are the argmax, teacher forced, on the edit prompt",
+        "generalisation": "the same on each paraphrase; mean over a record's paraphrases",
+        "locality": "the argmax is unchanged at all answer tokens, teacher forced on the stored answer; mean over a "
+        "record's neighbours and unrelated prompts",
+        "locality_known": "locality over the prompts whose stored answer the clean model predicts",
+        "interval": "95% percentile bootstrap over the records; where all have the same share, the Wilson interval",
+        "seconds_per_edit": "median of up to 20 edits made alone",
+        "model": lm.name,
+        "fingerprint": lm.fingerprint,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "device": str(lm.device),
+        "prompts": lm.framing.words,
+        "editor": editor.name,
+        "batch": ways.batch,
+        "together": ways.together,
+    }
+    if ways.generated:
+        found |= {
+            "generation": "greedy, from the prompt alone",
+            "generated_edit_success": "the continuation begins with the target, as whole words, case and quotes aside",
+            "generated_locality": "the continuation begins with the same words before and after, as many as the stored "
+            "answer has",
+            "generated_locality_whole_text": "the continuation is the same text before and after, letter by letter, up "
+            "to its first line break",
+            "new_tokens": ways.new_tokens
+            or f"answer tokens + {EXTRA_TOKENS}, rounded up to a multiple of {TOKEN_STEP}",
+        }
+    return found | (damage.words() if damage is not None else {})
+
+
+def cost(lm: LM, editor: Editor) -> dict[str, float]:
+    """The size of the editor, and the most memory that was in use.
+
+    ``peak_memory_bytes`` is that of the whole process on a CPU, model and Python included, since it began; on a CUDA
+    device what was allocated there.
+    """
+    tensors = [*editor.parameters(), *editor.buffers()]
+    if lm.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(lm.device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {
+        "editor_parameters": sum(p.numel() for p in editor.parameters()),
+        "editor_bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "peak_memory_bytes": peak,
+    }
+
+
+# --------------------
+# How an evaluation is done: what is asked, in which parts, and who hears of it.
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+class Parts(Protocol):
+    """Where the results of a run are kept, part by part."""
+
+    def read(self, number: int, records: Sequence[Record]) -> tuple[Result, ...] | None:
+        """The results of a part; None where it has not been written."""
+
+    def write(self, number: int, results: Sequence[Result]) -> None:
+        """Keep the results of a part."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateConfig:
+    """How an evaluation is done.
+
+    Attributes:
+        generated: score free greedy generation too.
+        batch: how many facts are edited at once, each for itself.
+        new_tokens: how many tokens are generated; by default the answer's tokens and 4 more, rounded up to a multiple
+            of 8, for each prompt, so that no figure depends on what else is in the batch.
+        together: how many facts make one edit.
+        told: ask the prompts where nothing shall change also with the edited fact before them.
+        share: which part of the work this process does, and of how many.
+
+    Raises:
+        RequestError: a number that makes no sense.
+    """
+
+    generated: bool = True
+    batch: int = 25
+    new_tokens: int | None = None
+    together: int = 1
+    told: bool = True
+    share: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "new_tokens", "together"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise RequestError(f"{name}={value}: give a whole number from 1 up.")

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from emendo.ledger.queries import State
-from emendo.ledger.rows import Check, Entry, NewEntry, Operation, Tag
+from emendo.ledger._schema import Check, Entry, NewEntry, Operation, State, Tag
 from emendo.ledger.store import How, Ledger
 
 __all__ = ["Check", "Entry", "How", "Ledger", "NewEntry", "Operation", "State", "Tag"]

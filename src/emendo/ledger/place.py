@@ -16,7 +16,7 @@ from typing import NamedTuple
 from sqlalchemy import make_url
 
 from emendo.errors import StorageError
-from emendo.ledger.database import FILE, Where, file_of, locate, public
+from emendo.ledger._database import FILE, Where, file_of, locate, public
 from emendo.ledger.store import Ledger
 
 POINTER = "ledger.json"
@@ -114,7 +114,7 @@ def _there(home: Path) -> Pointer | None:
     file, pointer = home / FILE, home / POINTER
     if not pointer.is_file():
         return Pointer(public(locate(home)), None) if file.is_file() else None
-    from emendo.files import read_json  # not above: it brings torch, which nothing else here needs
+    from emendo._storage import read_json  # not above: it brings torch, which nothing else here needs
 
     values = read_json(pointer)
     if not isinstance(values, dict) or not all(isinstance(values.get(key), str) for key in Pointer._fields):
@@ -133,7 +133,7 @@ def _point(home: Path, pointer: Pointer) -> None:
     """Leave word of a ledger that is elsewhere; in a place that cannot be written no second one can begin either."""
     if pointer.url == public(locate(home)):
         return
-    from emendo.files import new_file, write_json
+    from emendo._storage import new_file, write_json
 
     with suppress(StorageError), new_file(home / POINTER) as new:
         write_json(

@@ -14,11 +14,13 @@ from typing import Any, Self, TypedDict, Unpack
 from sqlalchemy import Connection, insert, select
 
 from emendo.errors import ConflictError, MismatchError, RequestError, StorageError
-from emendo.ledger import migrations, queries, steps, tables
-from emendo.ledger.database import Database, Where
-from emendo.ledger.queries import State
-from emendo.ledger.reading import Reading
-from emendo.ledger.rows import Check, NewEntry, Operation, Tag
+from emendo.ledger import _migrations as migrations
+from emendo.ledger import _schema as queries
+from emendo.ledger import _schema as tables
+from emendo.ledger import _steps as steps
+from emendo.ledger._database import Database, Where
+from emendo.ledger._reading import Reading
+from emendo.ledger._schema import Check, NewEntry, Operation, State, Tag
 
 __all__ = ["How", "Ledger", "State"]
 

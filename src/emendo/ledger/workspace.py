@@ -17,19 +17,17 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
-from emendo.edit import AnyEdit, Edit, Request
 from emendo.editors import Editor
+from emendo.edits.edit import BaseEdit, Edit, Request
 from emendo.errors import ConflictError, RequestError, StorageError
-from emendo.ledger.database import Where
-from emendo.ledger.examination import Examination
-from emendo.ledger.guard import Guard, Health, Limits, RefusedError
+from emendo.ledger._database import Where
+from emendo.ledger._schema import NewEntry, Operation, State
+from emendo.ledger._stack import Stack
+from emendo.ledger.guard import Examination, Guard, Health, Limits, RefusedError
 from emendo.ledger.place import create_ledger, find_ledger, open_ledger
-from emendo.ledger.probing import Watched
-from emendo.ledger.queries import State
-from emendo.ledger.rows import NewEntry, Operation
-from emendo.ledger.stack import Stack
 from emendo.ledger.store import Ledger
-from emendo.models import LM
+from emendo.ledger.watch import Watched
+from emendo.models.lm import LM
 
 _ATTEMPTS = 10  # at a step while other processes take theirs
 
@@ -123,7 +121,7 @@ class Workspace:
 
     # ------------------------------------------------------------------------------------------ steps
 
-    def check(self, edit: AnyEdit, paraphrases: Sequence[str] = ()) -> Health:
+    def check(self, edit: BaseEdit, paraphrases: Sequence[str] = ()) -> Health:
         """The guard's figures of an edit on top of the active ones; nothing is applied.
 
         Args:
@@ -138,7 +136,7 @@ class Workspace:
 
     def apply(
         self,
-        edit: AnyEdit,
+        edit: BaseEdit,
         *,
         paraphrases: Sequence[str] = (),
         force: bool = False,
@@ -215,7 +213,7 @@ class Workspace:
         return found
 
 
-def _of_weights(edit: AnyEdit) -> Edit:
+def _of_weights(edit: BaseEdit) -> Edit:
     if not isinstance(edit, Edit):
         raise RequestError(
             f"A ledger keeps changes of weights; an edit of the kind {edit.kind!r} changes none. Apply it where the "

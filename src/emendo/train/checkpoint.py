@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from emendo._storage import new_file
 from emendo.errors import StorageError
-from emendo.files import new_file
 
 FILE = "checkpoint.safetensors"
 

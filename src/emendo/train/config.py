@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from emendo.editors.objective import Weights
 from emendo.errors import RequestError
-from emendo.outer import Weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from emendo.data import Record
-from emendo.data.batch import to_texts
+from emendo.editors.objective import Episode
 from emendo.errors import TrainingError
-from emendo.models import LM
-from emendo.outer import Episode
-from emendo.texts import Text
+from emendo.models.lm import LM
+from emendo.models.text import Text
+from emendo.models.tokenization import to_texts
 from emendo.train.config import TrainConfig
 
 GROUP = 4
-"""Steps that are looked ahead at together (see :mod:`emendo.train.ahead`)."""
+"""Steps that are looked ahead at together (see :mod:`emendo.train.step`)."""
 WINDOW = 512
 """Records whose texts are put through the trunk together, and among whose siblings the first epoch chooses."""
 

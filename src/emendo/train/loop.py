@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +17,18 @@ from torch import Tensor, nn
 
 from emendo.data import Record
 from emendo.editors.gradient import GradientEditor
+from emendo.editors.objective import Episode, Outcome
 from emendo.errors import StorageError, TrainingError
-from emendo.models import LM, cache_folder
-from emendo.outer import Episode, Outcome
-from emendo.store import TrunkStore
+from emendo.models._sampling import own_passages
+from emendo.models.lm import LM
+from emendo.models.loading import cache_folder
+from emendo.models.trunk import Trunk
+from emendo.models.trunk_cache import TrunkCache
 from emendo.train import checkpoint
-from emendo.train.ahead import Ahead, look_ahead
 from emendo.train.config import TrainConfig
 from emendo.train.episodes import GROUP, Episodes
-from emendo.train.interrupt import interruptible
 from emendo.train.progress import Quiet
-from emendo.train.step import training_step, validation_step
-from emendo.train.validation import MARGIN, figures, harmonic_mean, held_out, mean
-from emendo.trunk import Trunk
-from emendo.writing import own_passages
+from emendo.train.step import Ahead, look_ahead, training_step, validation_step
 
 _OWN = 512
 """Passages that a decoder writes to be kept, at most."""
@@ -77,7 +78,7 @@ def train(
         out: folder for checkpoints; without it nothing is written and nothing can be resumed.
         resume: go on from the checkpoint in ``out``; the losses are those of an uninterrupted run.
         passages: running text for ``config.text``; without any, a decoder writes it itself
-            (:func:`emendo.writing.own_passages`).
+            (:func:`emendo.models._sampling.own_passages`).
         progress: hears how it goes.
 
     Raises:
@@ -109,7 +110,7 @@ class _Run:
         trunk = Trunk(lm.model, editor.sites)
         kind = f"{lm.fingerprint}-{trunk.block}-{lm.dtype}"  # what is computed in bf16 is less exact
         folder = cache_folder() / "trunk" / kind if out is not None else None
-        self.store = TrunkStore(trunk, folder)
+        self.store = TrunkCache(trunk, folder)
         editor.begin(lm)
         self.optimizer = torch.optim.Adam(editor.parameter_groups(config.lr), fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -299,3 +300,71 @@ def _settings(
         **({"dtype": lm.dtype} if lm.dtype != "float32" else {}),
         **{k: v for k, v in asdict(config).items() if k != "checkpoint_every"},
     }
+
+
+# --------------------
+# Facts held out: what the best editor is chosen by.
+
+MARGIN = 0.02
+"""Scores on a hundred facts that differ by less are alike; of alike editors the later one is kept."""
+
+
+def held_out(lm: LM, records: Sequence[Record], config: TrainConfig) -> list[list[Episode]]:
+    """The episodes of the first ``validate_on`` records, in batches; none where they do not make one edit."""
+    records = records[: config.validate_on]
+    size = min(config.batch, len(records) // config.together * config.together)
+    if not size:
+        return []
+    plain = TrainConfig(
+        batch=size, together=config.together, near=max(1, config.near), sibling=0, seed=config.seed
+    )
+    episodes = Episodes(lm, records, plain)
+    return [episodes.batch(step) for step in range(math.ceil(len(records) / size))]
+
+
+def harmonic_mean(*values: float) -> float:
+    """The harmonic mean: the score that the best editor is chosen by, low as soon as one of the three is.
+
+    Of editors whose scores are alike the later one is kept. The loss would choose worse: its mean KL hangs on a few
+    locality texts whose answer flips (docs/log.md).
+    """
+    return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0
+
+
+def mean(outcomes: Collection[Outcome]) -> Outcome:
+    """The mean of every figure."""
+    rows = [asdict(outcome) for outcome in outcomes]
+    return Outcome(**{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]})
+
+
+def figures(outcome: Outcome) -> dict[str, float]:
+    """An outcome under the short names of reports."""
+    short = {"edit_loss": "edit", "locality_loss": "KL"}
+    return {short.get(name, name): value for name, value in asdict(outcome).items()}
+
+
+# --------------------
+# Ctrl-C in a loop of steps.
+
+
+@contextmanager
+def interruptible(tell: Callable[[str], None]) -> Iterator[Any]:
+    """Ctrl-C asks the loop to stop after its step; a second one stops at once. Elsewhere signals stay as they are."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        tell("Stopping after this step. Ctrl-C again stops at once; then only the last checkpoint is kept.")
+
+    try:
+        before = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not the main thread
+        yield lambda: asked
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

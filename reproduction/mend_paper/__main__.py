@@ -1,0 +1,171 @@
+"""The tables of the MEND paper: ``python -m reproduction.mend_paper``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from emendo.cli import _options as opt
+from emendo.cli._app import Command, Group
+from emendo.cli._console import Interrupted, emit, note
+
+HELP = """Make the tables of the MEND paper: every editor on the same facts, beside the paper's figures.
+
+Trains the editors that need it, edits held-out facts, prints edit success and drawdown with 95% intervals, and writes
+compare.html, compare.md and compare.csv. Each cell is kept as soon as it is done and never done twice; Ctrl-C loses
+nothing, and the same command goes on.
+
+\b
+Presets:
+  table4    small models: fact-checking, question answering, generation
+  table3    the largest model at hand, on CounterFact
+  table5    many edits at once
+  table6    what MEND is made of, part by part
+  table9    the attention's matrices in place of the MLP's
+  table11   a cache in place of an editor
+  figure4   memory while training
+
+\b
+Examples:
+  python -m reproduction.mend_paper --preset table4 --data ./data --out runs/compare
+  python -m reproduction.mend_paper --preset table4 --tasks atlas-bart --editors ft,mend --scale 0.2
+  python -m reproduction.mend_paper --preset all --data ./data --list
+"""
+
+Presets = Annotated[
+    list[str],
+    typer.Option("--preset", metavar="NAME", help="A table to make, or all (may be repeated)."),
+]
+Out = Annotated[
+    Path, typer.Option("--out", metavar="FOLDER", help="Where cells, trained editors and pages are kept.")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FOLDER",
+        help="A folder with counterfact-train.json, counterfact-dev.json and wikitext2-valid.txt, for the tasks "
+        "counterfact and wikitext; the others need none.",
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option("--tasks", metavar="NAMES", help="Only these tasks, with commas between.  [default: all]"),
+]
+Editors = Annotated[
+    str | None,
+    typer.Option(
+        "--editors", metavar="NAMES", help="Only these editors, with commas between.  [default: all]"
+    ),
+]
+Scale = Annotated[
+    float, typer.Option("--scale", metavar="X", help="Multiplies training steps and test facts.")
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        "--minutes-per-cell",
+        metavar="X",
+        help="Train no editor for longer than this, whatever its steps.  [default: no limit]",
+    ),
+]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Seed of every editor's start and of the order of facts.")
+]
+Seeds = Annotated[
+    int,
+    typer.Option(
+        "--seeds", metavar="N", min=1, help="How many seeds, from --seed on; the tables show mean and range."
+    ),
+]
+List = Annotated[
+    bool, typer.Option("--list", help="Show the cells and about how long they take; run nothing.")
+]
+
+
+def run(
+    ctx: typer.Context,
+    preset: Presets,
+    out: Out = Path("runs/compare"),
+    data: Data = None,
+    tasks: Tasks = None,
+    editors: Editors = None,
+    scale: Scale = 1.0,
+    minutes: Minutes = None,
+    seed: Seed = 0,
+    seeds: Seeds = 1,
+    dtype: opt.Dtype = "float32",
+    listed: List = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Make the paper's tables."""
+    from reproduction.mend_paper.budgets import Choice
+    from reproduction.mend_paper.cells import Cell, Folder
+    from reproduction.mend_paper.display import Shown, as_values, listing, show, write
+    from reproduction.mend_paper.grid import Grid, seeded
+    from reproduction.mend_paper.presets import build, names_of
+    from reproduction.mend_paper.runner import Runner
+    from reproduction.mend_paper.sources import Stored
+    from reproduction.mend_paper.tasks import check
+
+    choice = Choice(_names(tasks), _names(editors), scale, seed, dtype, minutes)
+    wanted = [build(name, choice) for name in names_of(preset)]
+    folder = Folder(out)
+    cells = [each for table in wanted for cell in table.cells.values() for each in seeded(cell, seeds)]
+    if listed:
+        listing(cells, folder.latest(), as_json=as_json)
+        return
+    check(dict.fromkeys(cell.task for cell in cells if isinstance(cell, Cell)), data)
+    view, stopped, command = Shown(), False, _command(ctx)
+    try:
+        Runner(folder, Stored(data, dtype, view.training()), view).run(cells)
+    except KeyboardInterrupt:
+        stopped = True
+    finally:
+        view.close()
+    latest = folder.latest()
+    grids = [Grid.of(table, latest, seeds) for table in wanted]
+    write(folder, choice, latest, seeds, command)
+    if as_json:
+        emit(as_values(grids))
+    else:
+        show(grids)
+        note(f"Wrote {out / 'compare.html'}, {out / 'compare.md'} and {out / 'compare.csv'}.")
+    if stopped:
+        raise Interrupted(f"what is finished is kept in {out}. Go on with: {command}")
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def _command(ctx: typer.Context) -> str:
+    """The command that makes these tables, with what is not a default."""
+    parts = ["emendo compare"]
+    for param in ctx.command.params:
+        value = ctx.params.get(param.name or "")
+        if value != param.default and param.name not in ("listed", "as_json"):
+            each = value if isinstance(value, list | tuple) else [value]
+            parts += [f"{param.opts[0]} {one}" for one in each]
+    return " ".join(parts)
+
+
+def _build() -> Any:
+    """The program."""
+    app = typer.Typer(
+        cls=Group,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    app.command(cls=Command, help=HELP, no_args_is_help=True)(run)
+    return typer.main.get_command(app)
+
+
+program = _build()
+
+if __name__ == "__main__":
+    program(prog_name="python -m reproduction.mend_paper")

@@ -1,0 +1,162 @@
+"""What each editor is given on each task: training steps, settings, test facts.
+
+``scale`` stretches the budgets. On two processor cores all tables are estimated (:func:`seconds`) to take about two and
+a half hours at scale 1, and 80 minutes at scale 0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from emendo.errors import RequestError
+from reproduction.mend_paper.cells import Cell, Match
+from reproduction.mend_paper.memory import Memory
+
+EDITORS = {
+    "ft": "FT",
+    "ft-kl": "FT+KL",
+    "enn": "ENN",
+    "ke": "KE",
+    "mend": "MEND",
+    "meta-curvature": "Meta-curvature",
+    "meta-sgd": "Meta-SGD",
+    "lora": "LoRA",
+    "in-context": "In context",
+    "cache": "Cache, eps*",
+}
+"""The rows of Tables 3 and 4: those of the paper, then ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a task is given.
+
+    Attributes:
+        training: of :class:`emendo.train.TrainConfig`.
+        facts: test facts.
+        slow: test facts for editors that run a loop of gradient steps for every edit.
+    """
+
+    training: Mapping[str, Any]
+    facts: int
+    slow: int
+
+
+BUDGETS = {
+    "atlas-bert": Budget({"steps": 150, "batch": 8, "near": 1, "sibling": 1}, 100, 40),
+    "atlas-bart": Budget({"steps": 300, "batch": 8, "near": 1, "sibling": 1}, 150, 50),
+    "atlas-t5": Budget({"steps": 300, "batch": 8, "near": 1, "sibling": 1}, 150, 50),
+    "wikitext": Budget({"steps": 60, "batch": 8, "near": 0, "sibling": 0, "text": 2}, 30, 15),
+    "counterfact": Budget({"steps": 200, "batch": 8, "near": 1, "sibling": 1}, 60, 20),
+}
+
+LEARNING: Mapping[str, Mapping[str, Any]] = {
+    "enn": {"lr": 3e-4},
+    "ke": {"lr": 5e-3},
+}
+"""Training settings that a method has in place of the defaults of all (docs/log.md)."""
+
+SETTINGS: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("wikitext", "enn"): {"trains": "suffix"},
+    ("counterfact", "enn"): {"trains": "suffix"},
+    ("wikitext", "cache"): {"lookup": "token", "logit": 1.0},
+}
+"""Settings of a method on a task."""
+
+SLOW = ("ft", "ft-kl", "lora")
+"""Editors that run a loop of gradient steps for every edit."""
+
+REFUSES = {("atlas-bert", "in-context")}
+"""A method that cannot do a task: a classifier has not learnt to read a fact before its claim."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What of the tables is wanted, and how large.
+
+    Attributes:
+        tasks: only these; empty for all.
+        editors: only these; empty for all.
+        scale: of training steps and test facts.
+        seed: of every cell.
+        dtype: of every model.
+        minutes: longest training of an editor; None sets no limit.
+        known: the budget of each task.
+    """
+
+    tasks: tuple[str, ...] = ()
+    editors: tuple[str, ...] = ()
+    scale: float = 1.0
+    seed: int = 0
+    dtype: str = "float32"
+    minutes: float | None = None
+    known: Mapping[str, Budget] = field(default_factory=lambda: BUDGETS)
+
+    def __post_init__(self) -> None:
+        for what, asked, allowed in (("task", self.tasks, self.known), ("editor", self.editors, EDITORS)):
+            if strange := [name for name in asked if name not in allowed]:
+                raise RequestError(
+                    f"There is no {what} {strange[0]!r} here; there are: {', '.join(allowed)}."
+                )
+        if not self.scale > 0:
+            raise RequestError(f"--scale must be above 0, not {self.scale}.")
+
+    def wants(self, task: str, editor: str) -> bool:
+        """Whether a cell is wanted, and possible."""
+        if (task, editor) in REFUSES:
+            return False
+        return (not self.tasks or task in self.tasks) and (not self.editors or editor in self.editors)
+
+    def cell(self, task: str, editor: str, **changes: Any) -> Cell:
+        """A cell within its budget."""
+        budget, slow = self.known[task], editor in SLOW
+        training = {**budget.training, **LEARNING.get(editor, {}), **changes.pop("training", {})}
+        steps = self._scaled(training["steps"])
+        training |= {"steps": steps, "warmup": min(100, steps // 5), "validate_every": max(1, steps // 5)}
+        training |= {"minutes": self.minutes} if self.minutes is not None else {}
+        return Cell(
+            task,
+            editor,
+            {**SETTINGS.get((task, editor), {}), **changes.pop("settings", {})},
+            training=training,
+            facts=self._scaled(changes.pop("facts", budget.slow if slow else budget.facts)),
+            seed=self.seed,
+            dtype=self.dtype,
+            match=Match(self.cell(task, "mend"), changes.pop("times", 1.0)) if editor == "cache" else None,
+            **changes,
+        )
+
+    def _scaled(self, count: int) -> int:
+        return max(1, round(count * self.scale))
+
+
+SECONDS: Mapping[str, tuple[float, float, float]] = {
+    "atlas-bert": (0.08, 0.1, 1.0),
+    "atlas-bart": (0.025, 0.07, 0.7),
+    "atlas-t5": (0.03, 0.06, 0.7),
+    "wikitext": (0.3, 1.5, 2.5),
+    "counterfact": (0.05, 0.3, 1.5),
+}
+"""For a training fact, for a test fact, and for an edit that is a loop of steps, on two processor cores; seen on single
+cells, to within a factor of about two; what counterfact takes to test, and loops there and on atlas-t5, are guesses."""
+
+SLOWER = {"enn": 4.0}
+"""How many times as long a training fact takes for a method."""
+
+RADIUS = 12.0
+"""How many times as long a cache takes whose radius has to be found first."""
+
+
+def seconds(cell: Cell | Memory) -> float:
+    """About how long a cell takes on two processor cores."""
+    if isinstance(cell, Memory):
+        return 15.0
+    learn, test, loop = SECONDS.get(cell.task, SECONDS["atlas-bart"])
+    config = cell.train_config() if cell.trained else None
+    training = config.steps * config.batch * learn * SLOWER.get(cell.editor, 1.0) if config else 0.0
+    if config and config.minutes is not None:
+        training = min(training, 60 * config.minutes)
+    search = RADIUS if cell.match and cell.match.times == 1 else 1.0
+    return training + cell.facts * (test * search + (loop if cell.editor in SLOW else 0.0))

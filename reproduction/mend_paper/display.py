@@ -1,0 +1,176 @@
+"""What `emendo compare` shows while it works and when it is done."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import date
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from emendo._storage import new_file
+from emendo._version import __version__
+from emendo.cli._console import Work, emit, messages, note, output, working
+from emendo.train.progress import Quiet, Terminal
+from reproduction.mend_paper import tables
+from reproduction.mend_paper.budgets import EDITORS, Choice, seconds
+from reproduction.mend_paper.cells import Cell, Folder, Result, digest
+from reproduction.mend_paper.grid import Column, Grid
+from reproduction.mend_paper.memory import Memory
+from reproduction.mend_paper.page import page
+from reproduction.mend_paper.presets import PRESETS, build
+from reproduction.mend_paper.runner import View
+
+
+class Shown(View):
+    """Says on standard error which cell is running and what came of it, with bars while it works."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._work: Work | None = None
+        self._begin = 0.0
+
+    def cell(self, cell: Cell | Memory, place: int, total: int) -> None:
+        """Name the cell."""
+        self._begin = time.monotonic()
+        note(f"[bold]{place} of {total}[/bold]  {escape(describe(cell))}")
+
+    def done(self, cell: Cell | Memory, result: Result) -> None:
+        """Say what came of it."""
+        self.close()
+        names = ("edit_success", "accuracy_drawdown", "perplexity_drawdown", "memory")
+        found = [
+            f"{name.replace('_', ' ')} {tables.with_interval(result.figures[name])}{' MB' * (name == 'memory')}"
+            for name in names
+            if name in result.figures
+        ]
+        note(f"    {'; '.join(found)}; {_minutes(time.monotonic() - self._begin)}")
+
+    def work(self, what: str, done: int, total: int) -> None:
+        """Move a bar."""
+        if self._work is None:
+            self._work = self._stack.enter_context(working())
+        self._work(what, done, total)
+
+    def training(self) -> Quiet:
+        """A live view of a training."""
+        self.close()
+        return Terminal(messages())
+
+    def close(self) -> None:
+        """Take the bars away."""
+        self._stack.close()
+        self._work = None
+
+
+def describe(cell: Cell | Memory) -> str:
+    """A cell in words, with about how long it takes."""
+    label = EDITORS.get(cell.editor, cell.editor).partition(",")[0]
+    if isinstance(cell, Memory):
+        wide = f", GPT-2 type {cell.width} wide" if cell.width else ""
+        return (
+            f"memory of {label} on {cell.model}{wide}: {cell.steps} steps (about {_minutes(seconds(cell))})"
+        )
+    special = [f"{name}={value}" for name, value in cell.settings.items()]
+    special += [cell.sites] if cell.sites != "mlp" else []
+    special += [f"{cell.match.times:g} times the matching radius"] if cell.match else []
+    special += [f"seed {cell.seed}"] if cell.seed else []
+    config = cell.train_config() if cell.trained else None
+    steps = f"{config.steps} steps of {config.batch} facts, then " if config else ""
+    edits = f"{cell.facts} edits" if cell.k == 1 else f"{cell.facts} facts in edits of {cell.k}"
+    extra = f" ({', '.join(special)})" if special else ""
+    return f"{cell.task}, {label}{extra}: {steps}{edits} (about {_minutes(seconds(cell))})"
+
+
+def listing(cells: Sequence[Cell | Memory], latest: Mapping[str, Result], *, as_json: bool) -> None:
+    """Print the cells, which of them are done, and about how long the rest takes."""
+    plans = {digest(cell.plan()): cell for cell in cells}
+    left = sum(seconds(cell) for plan, cell in plans.items() if plan not in latest)
+    if as_json:
+        rows = [
+            {**cell.plan(), "done": plan in latest, "about_seconds": round(seconds(cell))}
+            for plan, cell in plans.items()
+        ]
+        emit({"cells": rows, "about_seconds_left": round(left)})
+        return
+    for plan, cell in plans.items():
+        output().print(f"{'done' if plan in latest else '    '}  {escape(describe(cell))}", soft_wrap=True)
+    output().print(f"{len(plans)} cells, about {_minutes(left)} to go on two processor cores.")
+
+
+def write(folder: Folder, choice: Choice, latest: Mapping[str, Result], seeds: int, command: str) -> None:
+    """Write the pages: every table of which any cell is there, whole, whatever part of it was asked for this time.
+
+    Raises:
+        StorageError: a page cannot be written.
+    """
+    whole = replace(choice, tasks=(), editors=())
+    grids = [Grid.of(build(name, whole), latest, seeds) for name in PRESETS]
+    grids = [grid for grid in grids if len(grid.missing()) < len(grid.preset.cells)]
+    info = {
+        "versions": f"emendo {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads",
+        "date": date.today().isoformat(),
+    }
+    texts = {
+        "compare.html": page(grids, command, info),
+        "compare.md": tables.markdown(grids),
+        "compare.csv": tables.comma_separated(grids),
+    }
+    for name, text in texts.items():
+        with new_file(folder.path / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def show(grids: Sequence[Grid]) -> None:
+    """Print the tables; the paper's figures stand below ours."""
+    for grid in grids:
+        table = Table(title=grid.preset.title, title_justify="left", title_style="bold", pad_edge=False)
+        table.add_column("", no_wrap=True, min_width=max(map(len, grid.preset.rows)))
+        quoted = {column for column, is_quoted in tables.headings(grid) if is_quoted}
+        columns = [column for column in grid.preset.columns if column.here or column in quoted]
+        for column in columns:
+            names = [f"here: {column.here}"] if column.here else []
+            names += [f"[dim]paper: {escape(column.paper or column.name)}[/dim]"] if column in quoted else []
+            table.add_column("\n".join(names))
+        for row in grid.preset.rows:
+            table.add_row(row, *("\n".join(_place(grid, row, column)) for column in columns))
+        output().print()
+        output().print(table)
+        output().print(tables.legend(grid))
+        seen = Table.grid(padding=(0, 2, 0, 0))
+        for statement in grid.statements():
+            seen.add_row(f"{tables.mark(statement):>3}", escape(statement.text))
+        output().print(seen)
+
+
+def _place(grid: Grid, row: str, column: Column) -> Iterator[str]:
+    """The lines of a place: our figures, their intervals, the paper's figures."""
+    if column.here:
+        found, ranges = tables.here(grid, row, column)
+        if ranges:
+            for name, value in zip(("ES", "DD"), grid.pair(row, column), strict=True):
+                yield f"{name} {tables.with_interval(value)}"
+        else:
+            yield found
+    if grid.quoted(row, column):
+        yield f"[dim]{'paper: ' if column.here else ''}{tables.paper(grid, row, column)}[/dim]"
+
+
+def as_values(grids: Sequence[Grid]) -> dict[str, Any]:
+    """The tables as JSON values."""
+    return {grid.preset.name: tables.values(grid) for grid in grids}
+
+
+def _minutes(time_taken: float) -> str:
+    if time_taken < 60:
+        return f"{time_taken:.0f} s"
+    minutes = time_taken / 60
+    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,141 @@
+"""A table of the paper as data: its rows and columns, the cell behind each place, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from emendo.evaluate.metrics import Interval
+from reproduction.mend_paper.cells import Cell, Result, digest, with_seed
+from reproduction.mend_paper.memory import Memory
+from reproduction.mend_paper.paper import Quoted, Table
+
+Place = tuple[str, str]
+"""Row and column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column, of one task or of the paper alone.
+
+    Attributes:
+        name: what it is called here, and in the paper's table.
+        here: model and data that stand here; empty where nothing does.
+        paper: model and data in the paper; empty where the paper has no such column.
+        drawdown: of what.
+    """
+
+    name: str
+    here: str
+    paper: str
+    drawdown: Literal["accuracy", "perplexity"] = "accuracy"
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """An ordering that a reader of the paper looks for, and whether it is seen here; None where figures are missing."""
+
+    holds: bool | None
+    text: str
+
+
+Claim = Callable[["Grid"], Iterator[Statement]]
+"""Looks for an ordering in a table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A table to make.
+
+    Attributes:
+        name: on the command line.
+        title: what it shows.
+        text: what to know when reading it.
+        columns: from left to right.
+        rows: names, from top to bottom.
+        cells: what to run for each place; a place may have nothing.
+        paper: the paper's figures by row and column name.
+        claims: orderings to look for.
+        along: what the rows count, where they are numbers to draw along an axis.
+    """
+
+    name: str
+    title: str
+    text: str
+    columns: tuple[Column, ...]
+    rows: tuple[str, ...]
+    cells: Mapping[Place, Cell | Memory]
+    paper: Table
+    claims: tuple[Claim, ...] = ()
+    along: str = ""
+
+
+def seeded(cell: Cell | Memory, seeds: int) -> Sequence[Cell | Memory]:
+    """The cell with its own seed and the ones after it, each once where a seed makes no difference."""
+    if isinstance(cell, Memory):
+        return [cell]
+    found = [with_seed(cell, cell.seed + i) for i in range(seeds)]
+    plans = [each.plan() for each in found]
+    return [each for i, each in enumerate(found) if plans[i] not in plans[:i]]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A preset with what came of its cells: a result for each seed, none where a cell has not been run.
+
+    Attributes:
+        preset: the table.
+        results: by place.
+    """
+
+    preset: Preset
+    results: Mapping[Place, Sequence[Result]]
+
+    @classmethod
+    def of(cls, preset: Preset, found: Mapping[str, Result], seeds: int = 1) -> Grid:
+        """A preset filled with what has been found.
+
+        Args:
+            preset: the table.
+            found: results by the digest of their cell's plan.
+            seeds: how many seeds each cell has, from its own on.
+        """
+        results = {}
+        for place, cell in preset.cells.items():
+            plans = [digest(each.plan()) for each in seeded(cell, seeds)]
+            results[place] = [found[plan] for plan in plans if plan in found]
+        return cls(preset, results)
+
+    def figure(self, row: str, column: str, name: str) -> Interval | None:
+        """A figure at a place; None where there is none. Of several seeds: their mean, lowest and highest value."""
+        values = [r.figures[name] for r in self.results.get((row, column), ()) if name in r.figures]
+        if len(values) < 2:
+            return values[0] if values else None
+        means = [value.mean for value in values]
+        return Interval(fmean(means), min(means), max(means))
+
+    def drawdown(self, row: str, column: Column) -> Interval | None:
+        """The drawdown that the column's paper table gives."""
+        return self.figure(row, column.name, f"{column.drawdown}_drawdown")
+
+    def pair(self, row: str, column: Column) -> tuple[Interval | None, Interval | None]:
+        """Edit success and drawdown at a place."""
+        return self.figure(row, column.name, "edit_success"), self.drawdown(row, column)
+
+    def quoted(self, row: str, column: Column) -> Quoted | None:
+        """The paper's figures at a place; None where there are none."""
+        return self.preset.paper.get(row, {}).get(column.paper or column.name)
+
+    def seeds(self) -> int:
+        """The most seeds that any place has."""
+        return max((len(results) for results in self.results.values()), default=0)
+
+    def missing(self) -> list[Place]:
+        """Places whose cells have not been run."""
+        return [place for place in self.preset.cells if not self.results.get(place)]
+
+    def statements(self) -> list[Statement]:
+        """Every ordering that is looked for, and whether it is seen."""
+        return [statement for claim in self.preset.claims for statement in claim(self)]

@@ -1,0 +1,78 @@
+"""All tables on one self-contained HTML page, each figure beside the paper's, with plots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from emendo.report._render import inline, render_page
+from reproduction.mend_paper import plots, tables
+from reproduction.mend_paper.figures import PROTOCOL
+from reproduction.mend_paper.grid import Grid
+
+
+def page(grids: Sequence[Grid], command: str, info: Mapping[str, str]) -> str:
+    """The page as text.
+
+    Args:
+        grids: the tables.
+        command: that made it.
+        info: name -> value, shown as they are.
+    """
+    return render_page(
+        "compare.html.j2",
+        "reproduction.mend_paper",
+        title=tables.TITLE,
+        about=tables.ABOUT,
+        tables=[_table(grid) for grid in grids],
+        protocol=PROTOCOL,
+        command=command,
+        info=info,
+    )
+
+
+def _table(grid: Grid) -> dict[str, Any]:
+    columns = tables.headings(grid)
+    return {
+        "name": grid.preset.name,
+        "title": grid.preset.title,
+        "text": grid.preset.text,
+        "legend": tables.legend(grid),
+        "headings": [
+            ("paper", column.paper or column.name, True) if quoted else ("here", column.here, False)
+            for column, quoted in columns
+        ],
+        "rows": [
+            {
+                "name": row,
+                "cells": [
+                    (tables.paper(grid, row, column), "", True)
+                    if quoted
+                    else (*tables.here(grid, row, column), False)
+                    for column, quoted in columns
+                ],
+            }
+            for row in grid.preset.rows
+        ],
+        "statements": grid.statements(),
+        "plots": list(_plots(grid)),
+        "names": tables.detail_names(grid),
+        "details": list(tables.details(grid)),
+    }
+
+
+def _plots(grid: Grid) -> Iterator[tuple[str, Any]]:
+    """Headings and plots of what has been run."""
+    if any(grid.figure(*place, "memory") for place in grid.results):
+        found = {"Memory against the size of the model": plots.memory(grid)}
+    elif grid.preset.along:
+        found = {f"Along {grid.preset.along}": plots.curves(grid)}
+    else:
+        found = {
+            f"{column.name}: {column.here}": plots.bars(grid, column)
+            for column in grid.preset.columns
+            if column.here
+        }
+    for heading, plot in found.items():
+        if plot is not None:
+            yield heading, inline(plot)

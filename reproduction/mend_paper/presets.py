@@ -1,0 +1,247 @@
+"""The paper's tables as lists of rows and columns: which editor, on which task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from emendo.editors import editor_class
+from emendo.errors import RequestError
+from reproduction.mend_paper import claims, paper
+from reproduction.mend_paper.budgets import EDITORS, Choice
+from reproduction.mend_paper.cells import Cell
+from reproduction.mend_paper.grid import Column, Place, Preset
+from reproduction.mend_paper.memory import Memory
+
+_BERT = Column("fact-checking", "MiniLM encoder taught on atlas claims", paper.FEVER)
+_BART = Column("question answering", "BART 4+4 made on atlas", paper.ZSRE)
+_T5 = Column("question answering, T5", "T5 4+4 made on atlas", "")
+_TEXT = Column("generation", "SmolLM2-135M, Wikitext-2", paper.WIKITEXT, "perplexity")
+_FACTS = Column("completion", "SmolLM2-135M, CounterFact", "")
+_TASKS = {"atlas-bert": _BERT, "atlas-bart": _BART, "atlas-t5": _T5, "wikitext": _TEXT, "counterfact": _FACTS}
+
+
+def build(name: str, choice: Choice) -> Preset:
+    """A table by its name.
+
+    Raises:
+        RequestError: there is no such table, or nothing of it is wanted.
+    """
+    if name not in PRESETS:
+        raise RequestError(f"There is no preset {name!r}; there are: {', '.join(PRESETS)}.")
+    preset = PRESETS[name](choice)
+    if not preset.cells:
+        raise RequestError(f"Nothing of {name} is left with these --tasks and --editors.")
+    return preset
+
+
+def names_of(asked: Iterable[str]) -> list[str]:
+    """Presets by their names, each once; ``all`` stands for all of them."""
+    return list(dict.fromkeys(name for each in asked for name in (PRESETS if each == "all" else [each])))
+
+
+def _table4(choice: Choice) -> Preset:
+    tasks = ("atlas-bert", "atlas-bart", "wikitext")
+    return Preset(
+        "table4",
+        "Small models (Table 4)",
+        "One edit at a time, each from the clean model. The rows below MEND are not in the paper's table.",
+        tuple(_TASKS[task] for task in tasks),
+        tuple(EDITORS.values()),
+        _editors_by_tasks(choice, tasks),
+        paper.TABLE4,
+        (
+            claims.edits_better("MEND", "FT"),
+            claims.edits_better("MEND", "FT+KL"),
+            claims.succeeds_more("MEND", "KE"),
+            claims.succeeds_more("MEND", "Meta-curvature"),
+            claims.succeeds_more("MEND", "Meta-SGD"),
+        ),
+    )
+
+
+def _table3(choice: Choice) -> Preset:
+    return Preset(
+        "table3",
+        "The largest model (Table 3)",
+        "The paper edits models of 2.8 to 11 billion parameters here; this is the largest one at hand, so the paper's "
+        "columns are for reading only. ENN did not run at that size there.",
+        (_FACTS, *_quoted(paper.NEO, paper.GPTJ, paper.XL, paper.XXL)),
+        tuple(EDITORS.values()),
+        _editors_by_tasks(choice, ("counterfact",)),
+        paper.TABLE3,
+        (
+            claims.edits_better("MEND", "FT"),
+            claims.edits_better("MEND", "FT+KL"),
+            claims.succeeds_more("MEND", "KE"),
+        ),
+    )
+
+
+def _table5(choice: Choice) -> Preset:
+    ks, alone = (1, 5, 25, 75, 125), "MEND, trained for k = 1"
+    cells: dict[Place, Cell | Memory] = {}
+    for k in ks:
+        for editor in ("enn", "mend"):
+            if choice.wants("atlas-bart", editor):
+                cells[f"k = {k}", EDITORS[editor]] = _together(choice, editor, k)
+        if choice.wants("atlas-bart", "mend"):
+            cells[f"k = {k}", alone] = replace(
+                choice.cell("atlas-bart", "mend"),
+                k=k,
+                trained_for=1,
+                facts=_together(choice, "mend", k).facts,
+            )
+    return Preset(
+        "table5",
+        "Many edits at once (Table 5)",
+        f"k facts are put into one edit. An editor is trained for each k; the last column is one that was trained for "
+        f"single edits. {_BART.here}; in the paper {paper.ZSRE}. The intervals take facts of one edit as independent.",
+        tuple(Column(name, name, "") for name in ("ENN", "MEND", alone)),
+        tuple(f"k = {k}" for k in ks),
+        cells,
+        paper.TABLE5,
+        (claims.falls_faster("ENN", "MEND"), claims.falls_faster(alone, "MEND")),
+        along="facts in one edit",
+    )
+
+
+def _together(choice: Choice, editor: str, k: int) -> Cell:
+    """At least one whole edit in each step and two to measure, and fewer steps the more facts a step has."""
+    if k == 1:
+        return choice.cell("atlas-bart", editor)
+    training = choice.known["atlas-bart"].training
+    batch = max(k, training["batch"] // k * k)
+    steps = round(training["steps"] * (training["batch"] / batch) ** 0.9)
+    facts = max(2 * k, choice.known["atlas-bart"].facts // k * k)
+    cell = choice.cell("atlas-bart", editor, k=k, training={"batch": batch, "steps": steps}, facts=facts)
+    return cell if choice.scale >= 1 else replace(cell, facts=max(k, cell.facts // k * k))
+
+
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "No sharing": {"shared": False},
+    "No norm": {"norm": False},
+    "No ID init": {"identity": False},
+    "Only u": {"factors": "u"},
+    "Only delta": {"factors": "delta"},
+    "Only smaller": {"factors": "smaller"},
+    "MEND": {},
+}
+"""The rows of Table 6."""
+
+
+def _table6(choice: Choice) -> Preset:
+    tasks = [task for task in ("wikitext", "atlas-bart") if choice.wants(task, "mend")]
+    return Preset(
+        "table6",
+        "What MEND is made of (Table 6)",
+        "Each row leaves one part out. The paper says that leaving out the normalisation or the identity start also "
+        "makes training about ten times longer; here every row has the same number of steps.",
+        (_TEXT, _BART),
+        tuple(ABLATIONS),
+        {
+            (row, _TASKS[task].name): choice.cell(task, "mend", settings=settings)
+            for row, settings in ABLATIONS.items()
+            for task in tasks
+        },
+        paper.TABLE6,
+        tuple(claims.succeeds_more("MEND", row) for row in ABLATIONS if row not in ("MEND", "No sharing")),
+    )
+
+
+def _table9(choice: Choice) -> Preset:
+    tasks = [task for task in ("counterfact", "atlas-t5") if choice.wants(task, "mend")]
+    sites = {"MEND, attention": "attention", "MEND, MLP": "mlp"}
+    return Preset(
+        "table9",
+        "Which matrices to edit (Table 9)",
+        "The attention's matrices of the same blocks in place of the MLP's.",
+        (_FACTS, _T5, *_quoted(paper.NEO, paper.GPTJ, paper.XL, paper.XXL)),
+        tuple(sites),
+        {
+            (row, _TASKS[task].name): choice.cell(task, "mend", sites=which)
+            for row, which in sites.items()
+            for task in tasks
+        },
+        paper.TABLE9,
+        (claims.succeeds_more("MEND, MLP", "MEND, attention"),),
+    )
+
+
+def _table11(choice: Choice) -> Preset:
+    cells: dict[Place, Cell | Memory] = {}
+    for task in ("atlas-bert", "atlas-bart", "wikitext"):
+        column = _TASKS[task].name
+        if choice.wants(task, "mend"):
+            cells["MEND", column] = choice.cell(task, "mend")
+        for row, times in (("Cache, eps*", 1.0), ("Cache, eps*/2", 0.5), ("Cache, 2 eps*", 2.0)):
+            if choice.wants(task, "cache"):
+                cells[row, column] = choice.cell(task, "cache", times=times)
+    return Preset(
+        "table11",
+        "A cache in place of an editor (Table 11)",
+        "The cache answers as it was told wherever the hidden state is within eps of the edit's; eps* is the largest "
+        "radius whose drawdown on validation facts is no more than MEND's.",
+        (_BERT, _BART, *_quoted(paper.HARD), _TEXT),
+        ("MEND", "Cache, eps*", "Cache, eps*/2", "Cache, 2 eps*"),
+        cells,
+        paper.TABLE11,
+        (
+            claims.succeeds_more("MEND", "Cache, eps*", only=_TEXT.name),
+            claims.succeeds_more("Cache, eps*", "Cache, eps*/2"),
+            claims.harms_more("Cache, 2 eps*", "Cache, eps*"),
+        ),
+    )
+
+
+def _figure4(choice: Choice) -> Preset:
+    models = {f"GPT-2 type, {width} wide": ("atlas-bart", width) for width in (128, 256, 512, 1024)}
+    models |= {
+        "MiniLM encoder": ("atlas-bert", 0),
+        "BART 4+4": ("atlas-bart", 0),
+        "SmolLM2-135M": ("smollm2-135m", 0),
+    }
+    trained = [name for name in EDITORS if editor_class(name).needs_training]
+    return Preset(
+        "figure4",
+        "Memory while training (Figures 3 and 4)",
+        f"MB above the bare model's, on one processor. {paper.MEMORY}",
+        tuple(Column(name, name, "") for name in models),
+        tuple(EDITORS[editor] for editor in trained),
+        {
+            (EDITORS[editor], name): Memory(model, editor, width)
+            for name, (model, width) in models.items()
+            for editor in trained
+            if not choice.editors or editor in choice.editors
+        },
+        {},
+        (claims.grows_faster("ENN", "MEND"), claims.grows_faster("ENN", "KE")),
+        along="millions of parameters of the model",
+    )
+
+
+def _editors_by_tasks(choice: Choice, tasks: Iterable[str]) -> dict[Place, Cell | Memory]:
+    return {
+        (label, _TASKS[task].name): choice.cell(task, editor)
+        for task in tasks
+        for editor, label in EDITORS.items()
+        if choice.wants(task, editor)
+    }
+
+
+def _quoted(*names: str) -> Iterator[Column]:
+    """Columns of the paper alone."""
+    return (Column(name, "", name) for name in names)
+
+
+PRESETS: Mapping[str, Callable[[Choice], Preset]] = {
+    "table4": _table4,
+    "table3": _table3,
+    "table5": _table5,
+    "table6": _table6,
+    "table9": _table9,
+    "table11": _table11,
+    "figure4": _figure4,
+}
+"""Every table by its name."""

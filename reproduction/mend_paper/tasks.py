@@ -1,0 +1,209 @@
+"""What is edited in each task: a model, and records to train on, to choose by and to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from emendo.data import read_records
+from emendo.data.schema import Record
+from emendo.errors import DataError, RequestError
+from emendo.models import loading as models
+from emendo.train.progress import Quiet
+from reproduction.mend_paper.facts import FACTS, as_claims, known, with_known_probes
+from reproduction.mend_paper.passages import continuations, read_passages
+
+Kind = Literal["qa", "fact-checking", "generation"]
+
+_SMOLLM = "smollm2-135m"
+_HELD_BACK = 100  # known facts for validation
+_LAYOUTS = {
+    "counterfact-train.json": "a JSON array in the CounterFact layout ('prompt', 'target_new', ...)",
+    "counterfact-dev.json": "a JSON array in the CounterFact layout ('prompt', 'target_new', ...)",
+    "zsre-mend-dev.json": "a JSON array in the zsRE layout ('src', 'alt', 'rephrase', ...)",
+    "wikitext2-valid.txt": "the tokenised Wikitext-2 validation text, one paragraph a line",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A model and the edits that methods are compared on.
+
+    Attributes:
+        name: what the task is called.
+        model: a name for `emendo.models.loading.load`, or one for `reproduction.mend_paper.zoo.make`.
+        kind: what the model does.
+        train: records to train an editor on.
+        validation: records to choose by.
+        test: records to measure on.
+        note: how the data were made.
+        passages: texts for locality in training, where the model generates; they hold no answers.
+        test_passages: texts for locality in tests, from other paragraphs.
+    """
+
+    name: str
+    model: str
+    kind: Kind
+    train: tuple[Record, ...]
+    validation: tuple[Record, ...]
+    test: tuple[Record, ...]
+    note: str
+    passages: tuple[str, ...] = ()
+    test_passages: tuple[str, ...] = ()
+
+
+def task(name: str, *, data: Path | None = None, progress: Quiet | None = None) -> Task:
+    """The task of a name.
+
+    Args:
+        name: one of `TASKS`.
+        data: the folder with the files that some tasks read.
+        progress: what hears how far the making of the data is; only "wikitext" takes more than seconds.
+
+    Raises:
+        RequestError: there is no such task.
+        DataError: a file that the task needs is missing or malformed.
+    """
+    if name not in TASKS:
+        raise RequestError(f"There is no task {name!r}; choose one of {', '.join(TASKS)}.")
+    return TASKS[name](name, data, progress or Quiet())
+
+
+def check(names: Iterable[str], data: Path | None) -> None:
+    """Make sure that the files of these tasks are there, before any work is done.
+
+    Raises:
+        DataError: one is missing; says what it holds.
+    """
+    for name in names:
+        for file in FILES.get(name, ()):
+            _file(name, data, file)
+
+
+def _counterfact(name: str, data: Path | None, progress: Quiet, validation: int = 200) -> Task:
+    records = read_records(_file(name, data, "counterfact-train.json")).records
+    test = read_records(_file(name, data, "counterfact-dev.json")).records
+    return Task(
+        name,
+        _SMOLLM,
+        "qa",
+        records[:-validation],
+        records[-validation:],
+        test,
+        f"CounterFact: its training file, the last {validation} of it for validation; its dev file for tests",
+    )
+
+
+def _zsre(name: str, data: Path | None, progress: Quiet, sizes: tuple[int, int] = (450, 50)) -> Task:
+    found = read_records(_file(name, data, "zsre-mend-dev.json"), skip_bad=True)
+    train, rest = found[: sizes[0]], found[sizes[0] :]
+    return Task(
+        name,
+        _SMOLLM,
+        "qa",
+        train,
+        rest[: sizes[1]],
+        rest[sizes[1] :],
+        f"zsRE in the layout of the MEND code, cut into three in the order of the file; {len(found.skipped)} bad "
+        "record(s) left out",
+    )
+
+
+def _atlas(name: str, data: Path | None, progress: Quiet) -> Task:
+    train, validation, test = (
+        read_records("atlas", split=s).records for s in ("train", "validation", "test")
+    )
+    return Task(name, _SMOLLM, "qa", train, validation, test, "the built-in facts in their own split")
+
+
+def _questions(name: str, data: Path | None, progress: Quiet) -> Task:
+    train, validation, test = _known()
+    return Task(
+        name,
+        name,
+        "qa",
+        with_known_probes(train, train),
+        with_known_probes(validation, train + validation),
+        with_known_probes(test, test),
+        f"built-in facts that the model knows ({_facts()}), in the wordings that it was trained on, since so small "
+        "a model does not understand others; probes are known facts of the same split",
+    )
+
+
+def _fact_checking(name: str, data: Path | None, progress: Quiet) -> Task:
+    train, validation, test = _known()
+    return Task(
+        name,
+        name,
+        "fact-checking",
+        as_claims(train, train),
+        as_claims(validation, train + validation),
+        as_claims(test, test),
+        f"claims about built-in facts that the model has learned ({_facts()}), true or false with probability 1/2; the "
+        "edit always turns the class around (in FEVER as MEND used it half of the edits ask for the class that the "
+        "model gives anyway, which any method gets right by doing nothing); probes are such claims of the same split",
+    )
+
+
+def _wikitext(
+    name: str, data: Path | None, progress: Quiet, sizes: tuple[int, int, int] = (500, 50, 150)
+) -> Task:
+    found = read_passages(_file(name, data, "wikitext2-valid.txt"))
+    records = continuations(found.prompts, sum(sizes), partial(models.load, _SMOLLM), _SMOLLM, progress)
+    train, rest = records[: sizes[0]], records[sizes[0] :]
+    return Task(
+        name,
+        _SMOLLM,
+        "generation",
+        train,
+        rest[: sizes[1]],
+        rest[sizes[1] :],
+        "20 to 40 words of a Wikitext-2 paragraph, to be continued by 10 tokens that the model itself gave "
+        "(temperature 1) when it saw the second half of them only; a paraphrase lacks up to half of the words",
+        found.train,
+        found.test,
+    )
+
+
+TASKS: dict[str, Callable[[str, Path | None, Quiet], Task]] = {
+    "counterfact": _counterfact,
+    "zsre": _zsre,
+    "atlas": _atlas,
+    "atlas-t5": _questions,
+    "atlas-bart": _questions,
+    "atlas-bert": _fact_checking,
+    "wikitext": _wikitext,
+}
+"""The tasks by name."""
+
+FILES = {
+    "counterfact": ("counterfact-train.json", "counterfact-dev.json"),
+    "zsre": ("zsre-mend-dev.json",),
+    "wikitext": ("wikitext2-valid.txt",),
+}
+"""The files that a task reads."""
+
+
+def _known() -> tuple[tuple[Record, ...], tuple[Record, ...], tuple[Record, ...]]:
+    train = known("train")
+    return train[:-_HELD_BACK], train[-_HELD_BACK:], known("test")
+
+
+def _facts() -> str:
+    return (
+        f"the first {FACTS[0]} training records, the last {_HELD_BACK} of them for validation, and the first "
+        f"{FACTS[1]} test records"
+    )
+
+
+def _file(name: str, data: Path | None, file: str) -> Path:
+    """A file of the data folder."""
+    if data is not None and (data / file).is_file():
+        return data / file
+    where = "no data folder was given" if data is None else f"{data} does not hold it"
+    raise DataError(
+        f"The task {name!r} reads {file}, but {where}; give a folder with that file: {_LAYOUTS[file]}."
+    )

@@ -1,0 +1,189 @@
+"""The program `emendo`: its commands, its errors and its exit codes.
+
+Exit codes: 0 done, 2 a wrong option or an error that emendo explains, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from emendo._version import __version__
+from emendo.cli import (
+    apply,
+    checkout,
+    compare,
+    demo,
+    diff,
+    doctor,
+    edit,
+    evaluate,
+    evaluate_compare,
+    evaluate_show,
+    export,
+    fuse,
+    generate,
+    import_,
+    log,
+    revert,
+    show,
+    sites,
+    tag,
+    train,
+    undo,
+)
+from emendo.cli._console import Interrupted, complain
+from emendo.errors import EmendoError, FramingWarning
+
+HELP = """Edit language models: give an input and the output you want, get a small, reversible change.
+
+\b
+To see it work:         emendo demo
+To edit your own model: emendo train, then emendo edit, then emendo generate
+To keep many edits:     emendo apply, then emendo log, undo, revert and doctor
+"""
+
+
+MAKING = (
+    demo,
+    train,
+    edit,
+    generate,
+    fuse,
+    export,
+    import_,
+    evaluate,
+    evaluate_show,
+    evaluate_compare,
+    sites,
+)
+KEEPING = (apply, log, show, undo, revert, diff, tag, checkout, doctor)
+COMMANDS = (*MAKING, *KEEPING)
+BARE = (demo, log, undo, doctor)
+"""Commands that do something useful without any argument."""
+
+
+class Group(TyperGroup):
+    """Turns emendo's errors into one line, and Ctrl-C into a line on what was saved."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """A command of two words, such as ``evaluate show``, goes before one of its first word."""
+        two = " ".join(args[:2])
+        return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            with _warnings_in_words():
+                return super().invoke(ctx)
+        except EmendoError as error:
+            if ctx.params.get("debug"):
+                raise
+            complain(str(error))
+            raise typer.Exit(2) from None
+        except Interrupted as stopped:
+            complain(str(stopped), "Stopped:")
+            raise typer.Exit(130) from None
+        except KeyboardInterrupt:
+            complain("nothing was written.", "Stopped:")
+            raise typer.Exit(130) from None
+
+
+@contextmanager
+def _warnings_in_words() -> Iterator[None]:
+    """Show emendo's own warnings as a line for the user, each once, and others as they are."""
+    with warnings.catch_warnings():
+        shown, said = warnings.showwarning, set[str]()
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if not issubclass(category, FramingWarning):
+                shown(message, category, *rest, **more)
+            elif str(message) not in said:
+                complain(str(message), "Warning:")
+            said.add(str(message))
+
+        warnings.showwarning = show
+        yield
+
+
+class Command(TyperCommand):
+    """A command whose help shows its options in groups, in the same words whatever the version of typer."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What follows the command's name in its usage line."""
+        return [
+            "[OPTIONS]",
+            *(p.metavar or p.name for p in self.get_params(ctx) if p.param_type_name == "argument"),
+        ]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, the options, then each further group of options under its heading."""
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for param in self.get_params(ctx):
+            kind = "Arguments" if param.param_type_name == "argument" else "Options"
+            groups.setdefault(getattr(param, "rich_help_panel", None) or kind, []).append(_row(param))
+        for heading, rows in groups.items():
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl(rows)
+
+
+def _row(param: Any) -> tuple[str, str]:
+    """An option as it is typed, and what it means with its default."""
+    typed, text = param.metavar or param.name, param.help or ""
+    if param.param_type_name == "option":
+        names = [", ".join(sorted(part, key=len)) for part in (param.opts, param.secondary_opts) if part]
+        typed = " / ".join(names) + ("" if param.is_flag else f" {param.metavar}")
+    if param.required:
+        text += "  [required]"
+    elif not callable(param.default) and param.default not in (None, False, [], ()):
+        shown = f"{param.default:g}" if isinstance(param.default, float) else param.default
+        text += "" if isinstance(param.default, bool) else f"  [default: {shown}]"
+    return typed, text
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"emendo {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error arose.")] = False,
+) -> None:
+    pass
+
+
+def build() -> typer.Typer:
+    """The program."""
+    program = typer.Typer(
+        cls=Group,
+        help=HELP,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    program.callback()(_options)
+    for module in COMMANDS:
+        name = module.__name__.rpartition(".")[2].rstrip("_").replace("_", " ")
+        program.command(name, cls=Command, help=module.HELP, no_args_is_help=module not in BARE)(module.run)
+    program.command("compare", hidden=True, context_settings=compare.PASS_ON)(compare.run)
+    return program
+
+
+app = build()
+
+
+def main() -> None:
+    """Run the program; the entry point of the script `emendo`."""
+    app(prog_name="emendo")

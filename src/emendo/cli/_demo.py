@@ -1,0 +1,123 @@
+"""What the demo shows once its editor is there: an edit, and scores on facts that the editor has not seen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emendo._storage import new_file, read_json, write_json
+from emendo._version import __version__
+from emendo.cli._before_after import UNRELATED, make_edit
+from emendo.cli._console import note, output, working
+from emendo.cli._runs import Run, digest
+from emendo.cli._tables import before_after, scores
+from emendo.data import Probe, Record
+from emendo.data.abilities import PASSAGES
+from emendo.editors import Editor
+from emendo.edits.edit import BaseEdit, Edit, Request
+from emendo.evaluate import Evaluation, Question, Row, evaluate, questions
+from emendo.evaluate.damage import Damage
+from emendo.models.lm import LM
+from emendo.report.html import write_report
+
+EXAMPLE = "country_capital/Australia"
+"""The built-in fact that the demo sets right (the model says Sydney), from the split that nothing is learnt from."""
+NEIGHBOURS = ("country_capital/Germany", "country_capital/Thailand", "country_capital/Ireland")
+"""Facts of the same kind and split that must stay."""
+
+_PASSAGES = 2  # plain texts whose perplexity is taken after every edit
+_EACH = 2  # rewordings, near neighbours and unrelated prompts of each fact that is measured
+
+
+def show_edit(run: Run, lm: LM, editor: Editor, unseen: Sequence[Record]) -> tuple[BaseEdit, list[Row]]:
+    """Make the demo's edit, show it and save it.
+
+    Raises:
+        StorageError: it cannot be saved.
+    """
+    by_id = {record.id: record for record in unseen}
+    near = tuple(Probe(by_id[name].prompt, by_id[name].answer or "") for name in NEIGHBOURS)
+    truth = by_id[EXAMPLE].answer or ""
+    record = replace(by_id[EXAMPLE], target=truth, answer=None, neighbours=near)
+    asked = [*questions(record, unrelated=0), *(Question("unrelated", text) for text in UNRELATED)]
+    edit, rows = make_edit(lm, editor, Request(record.prompt, record.target), asked)
+    edit.save_pretrained(run.folder / "edit", overwrite=True)
+    output().print(f'\n[bold]The edit[/bold]: "{record.prompt}" → "{record.target}"\n')
+    before_after(rows)
+    return edit, rows
+
+
+def show_scores(
+    run: Run, lm: LM, editor: Editor, unseen: Sequence[Record], edit: BaseEdit, rows: Sequence[Row]
+) -> None:
+    """Show how the editor does on unseen facts, measured now or earlier, and write the report.
+
+    Raises:
+        StorageError: something cannot be written.
+    """
+    records = [
+        replace(
+            r,
+            paraphrases=r.paraphrases[:_EACH],
+            neighbours=r.neighbours[:_EACH],
+            unrelated=r.unrelated[:_EACH],
+        )
+        for r in unseen
+    ]
+    kept, page = run.folder / "evaluation.json", run.folder / "report.html"
+    key = _key(run.editor, records)
+    found = read_json(kept) if kept.exists() and page.exists() else {}
+    output().print("\n[bold]On facts that the editor has not seen[/bold]\n")
+    if found.get("key") == key:
+        scores(found["figures"])
+        return
+    note(f"Measuring {len(records)} edits.")
+    with working() as work:
+        damage = Damage(PASSAGES[:_PASSAGES]) if lm.kind == "causal" else None
+        evaluation = evaluate(lm, editor, records, damage=damage, progress=work)
+    scores(evaluation.as_dict())
+    _report(page, run, lm, evaluation, edit, rows)
+    with new_file(kept) as temporary:  # last: what it stands for is all there
+        write_json(temporary, {"key": key, "figures": evaluation.as_dict()})
+
+
+def _report(
+    page: Path, run: Run, lm: LM, evaluation: Evaluation, edit: BaseEdit, rows: Sequence[Row]
+) -> None:
+    training = run.settings.training
+    info: dict[str, Any] = {
+        "title": "emendo demo",
+        "command": f"emendo demo --model {run.settings.model} --minutes {training['minutes']:g}",
+        "model": lm.name,
+        "editor": run.settings.editor,
+        "editor_settings": run.settings.editor_settings,
+        "parameters": run.result["parameters"],
+        "trained_on": f"{run.result['records']} built-in facts (atlas, training split)",
+        "measured_on": f"{len(evaluation.results)} built-in facts (atlas, test split)",
+        "steps": run.result["steps"],
+        "batch": training["batch"],
+        "seed": training["seed"],
+        "minutes_of_training": round(run.result["seconds"] / 60, 1),
+        "threads": torch.get_num_threads(),
+        "versions": f"emendo {__version__}, torch {torch.__version__}",
+    }
+    write_report(
+        page,
+        info=info,
+        evaluation=evaluation,
+        edit=edit,
+        rows=rows,
+        norms=edit.relative_norms(lm) if isinstance(edit, Edit) else None,
+        history=read_json(run.folder / "history.json"),
+    )
+
+
+def _key(editor: Path, records: Sequence[Record]) -> str:
+    """What an evaluation depends on."""
+    weights = hashlib.blake2b((editor / "editor.safetensors").read_bytes(), digest_size=8).hexdigest()
+    return f"{__version__}/{weights}/{digest(records)}/{EXAMPLE}"

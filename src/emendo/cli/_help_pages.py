@@ -1,0 +1,32 @@
+"""The help pages of all commands as one Markdown page: ``python -m emendo.cli._help_pages > docs/cli.md``."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stdout
+
+import typer
+
+from emendo.cli._app import build
+
+WIDTH = 100
+
+
+def page() -> str:
+    """The page."""
+    command = typer.main.get_command(build())
+    parts = [
+        "# The command line",
+        "What `--help` says. A test compares; renew with `python -m emendo.cli._help_pages > docs/cli.md`.",
+        "Exit codes: 0 done, 2 a wrong option or an error that is explained, 130 interrupted.",
+    ]
+    for name in ([], *([name] for name, sub in command.commands.items() if not sub.hidden)):  # type: ignore[attr-defined]
+        with redirect_stdout(io.StringIO()) as shown:
+            words = " ".join(name).split()
+            command.main([*words, "--help"], prog_name="emendo", standalone_mode=False, terminal_width=WIDTH)
+        parts += [f"## {' '.join(['emendo', *name])}", f"```text\n{shown.getvalue().strip()}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    typer.echo(page(), nl=False)

@@ -1,0 +1,197 @@
+"""Loading what commands work on, with a word on what takes time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from emendo.cli._console import note, status
+from emendo.cli._runs import editor_folder
+from emendo.cli._settings import RunSettings, editor_config, site_choice
+from emendo.data import Record, read_records
+from emendo.data.records import RecordSet
+from emendo.editors import EDITORS, Editor, editor_class
+from emendo.errors import DataError, RequestError
+from emendo.models.loading import BUILT_IN, LM, cache_folder, fastest_dtype, load
+from emendo.models.sites import Site, find_sites
+
+_WORDS = 8  # the fewest words of a passage
+
+
+def load_model(name: str, dtype: str = "float32", device: str | None = None, *, chat: bool = False) -> LM:
+    """Load a model; says so when that takes long.
+
+    Raises:
+        ModelError: there is no such model, or it has no chat template and ``chat`` asks for it.
+        RequestError: there is no such device.
+    """
+    place = _device(device)
+    if name in BUILT_IN and not (cache_folder() / "models" / name / "config.json").exists():
+        note(f"Converting {name} for the first time (about half a minute; kept in {cache_folder()}).")
+    with status(f"Loading the model {name}"):
+        return load(name, dtype=dtype, device=place, chat=chat)
+
+
+def named_dtype(dtype: str, device: str | None) -> str:
+    """What ``fastest`` stands for on this device, with a word on it; any other format is itself.
+
+    Raises:
+        RequestError: there is no such device.
+    """
+    if dtype != "fastest":
+        return dtype
+    found = fastest_dtype(_device(device))
+    if found != "float32":
+        note(f"The model is loaded in {found}, which multiplies fastest here; --dtype float32 is exact.")
+    return found
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        place = torch.device(name or "cpu")
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a build without that backend
+        raise RequestError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return place
+
+
+@dataclass(frozen=True, slots=True)
+class MethodOptions:
+    """What a command says about a method that needs no training.
+
+    Attributes:
+        settings: ``KEY=VALUE`` texts.
+        sites: what ``--sites`` said.
+        last: what ``--last`` said.
+    """
+
+    settings: Sequence[str] | None = None
+    sites: Sequence[str] | None = None
+    last: int | None = None
+
+
+def load_editor(
+    name: str,
+    model: str | None,
+    dtype: str,
+    device: str | None,
+    method: MethodOptions | None = None,
+    chat: bool | None = None,
+) -> tuple[LM, Editor]:
+    """An editor, and the model it belongs to.
+
+    Args:
+        name: the folder of a trained one or of its run, or a method that needs no training.
+        model: of the editor; None takes the one it was trained for, or the built-in one.
+        dtype: of the model.
+        device: of the model.
+        method: settings of a method that needs no training.
+        chat: whether prompts are put into the chat template; None does as the editor was trained.
+
+    Raises:
+        StorageError: there is no editor, or it is damaged.
+        MismatchError: the model is another one.
+        RequestError: a method that must be trained first, or settings that do not belong to the editor.
+    """
+    method = method or MethodOptions()
+    if name in EDITORS and not any((Path(name) / file).exists() for file in ("editor.json", "run.json")):
+        return _untrained(name, model, dtype, device, method, bool(chat))
+    editor = Editor.from_pretrained(editor_folder(Path(name)))
+    if any(option is not None for option in (method.settings, method.sites, method.last)):
+        raise RequestError(
+            f"--set, --sites and --last are for methods that need no training; the editor in {name} has its own."
+        )
+    where = model or editor.info.get("model_name") or next(iter(BUILT_IN))
+    lm = load_model(where, dtype, device, chat=editor.chat if chat is None else chat)
+    editor.check(lm)
+    return lm, editor.to(lm.device)
+
+
+def _untrained(
+    name: str, model: str | None, dtype: str, device: str | None, method: MethodOptions, chat: bool
+) -> tuple[LM, Editor]:
+    """An editor of a method that needs no training."""
+    kind = editor_class(name)
+    if kind.needs_training:
+        where = f" --model {model}" if model else ""
+        raise RequestError(
+            f"The {name} editor must be trained first: emendo train --editor {name}{where} --out runs/{name}. Then "
+            f"give its folder: --editor runs/{name}."
+        )
+    if not kind.changes_weights and (method.sites or method.last is not None):
+        raise RequestError(
+            f"--sites and --last choose weight matrices, but {name} changes none: leave them out."
+        )
+    config = editor_config(name, method.settings or ())
+    lm = load_model(model or next(iter(BUILT_IN)), dtype, device, chat=chat)
+    sites: tuple[Site, ...] = ()
+    if kind.changes_weights:
+        sites = find_sites(lm.model, site_choice(method.sites or ["mlp"]), last=method.last)
+    return lm, kind(sites, config).eval()
+
+
+def read(
+    source: str,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    need_paraphrase: bool = True,
+) -> RecordSet:
+    """Read records and say how many bad ones were left out.
+
+    Raises:
+        DataError: see :func:`emendo.data.read_records`.
+    """
+    records = read_records(
+        source, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=need_paraphrase
+    )
+    if bad := records.skipped:
+        why = ", ".join(f"{count} {reason}" for reason, count in records.reasons.items())
+        note(f"{source}: {sum(records.reasons.values())} records were left out ({why}), the first: {bad[0]}")
+    return records
+
+
+def training_records(settings: RunSettings) -> tuple[Sequence[Record], Sequence[Record], int]:
+    """The records to learn from, those to validate on, and how many problems were skipped.
+
+    Validation records come from ``--validation``; for the built-in facts from their validation split; else they are
+    the last 2% of the file (at least 20, at most 100, never more than a fifth), which are then not learnt from.
+
+    Raises:
+        DataError: a file is missing, empty or malformed.
+    """
+    atlas = settings.data == "atlas"
+    records = read(
+        settings.data, skip_bad=settings.skip_bad, limit=settings.limit, split="train" if atlas else None
+    )
+    if settings.validation is not None:
+        held = read(settings.validation, skip_bad=settings.skip_bad)
+        return records, held, len(records.skipped) + len(held.skipped)
+    if atlas:
+        return records, read("atlas", split="validation", limit=settings.training["validate_on"]), 0
+    count = min(max(20, -(-len(records) // 50)), 100, len(records) // 5)
+    return records[: len(records) - count], records[len(records) - count :], len(records.skipped)
+
+
+def passages(path: str | None) -> list[str]:
+    """The paragraphs of a plain text file that are long enough to be worth keeping, one a line.
+
+    Raises:
+        DataError: the file is missing, or has none.
+    """
+    if path is None:
+        return []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--text {path} cannot be read: {error}") from error
+    found = [line.strip() for line in lines if len(line.split()) >= _WORDS]
+    if not found:
+        raise DataError(
+            f"--text {path} has no line of at least {_WORDS} words; give plain text, a paragraph a line."
+        )
+    return found

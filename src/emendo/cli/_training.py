@@ -1,0 +1,117 @@
+"""Carrying a run out: what `emendo train` and `emendo demo` share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from emendo.cli._console import Interrupted, messages, note
+from emendo.cli._loading import passages, training_records
+from emendo.cli._runs import Run, clear
+from emendo.cli._settings import site_choice
+from emendo.data import Record
+from emendo.editors import GradientEditor, editor_class
+from emendo.errors import EmendoError, RequestError
+from emendo.models.loading import LM
+from emendo.models.sites import find_sites
+from emendo.train import TrainResult, train
+from emendo.train.episodes import Episodes
+from emendo.train.progress import Terminal
+
+
+def carry_out(run: Run, lm: LM) -> Run:
+    """Train the run's editor, from the start or from its checkpoint, and save it.
+
+    Raises:
+        Interrupted: by Ctrl-C; says what was saved.
+        EmendoError: something does not fit; a new run has then left the folder as it was.
+    """
+    settings = run.settings
+    records, validation, skipped = training_records(settings)
+    texts = passages(settings.text)
+    editor = new_editor(run, lm)
+    if not run.resuming and (run.folder / "run.json").exists():
+        Episodes(
+            lm, records, settings.config, texts
+        )  # refuses what cannot be learnt before the older run goes
+    run = run.begin([*records, *validation])
+    resume = run.resuming and run.has_checkpoint
+    note(_beginning(lm, editor, len(records), len(validation), resume))
+    again = f"emendo {run.command} --out {run.folder}" + (" --resume" if run.command == "train" else "")
+    try:
+        result = train(
+            lm,
+            editor,
+            records,
+            validation,
+            settings.config,
+            out=run.folder,
+            resume=resume,
+            passages=texts,
+            progress=Terminal(messages()),
+        )
+    except EmendoError:
+        if not run.has_checkpoint:
+            clear(run.folder)
+        raise
+    except KeyboardInterrupt:
+        kept = "the last checkpoint is kept" if run.has_checkpoint else "there was nothing to save yet"
+        raise Interrupted(f"{kept}. Go on with: {again}") from None
+    if result.stopped == "interrupted":
+        raise Interrupted(f"step {result.steps} is saved in {run.folder}. Go on with: {again}")
+    result.editor.info |= {"model_name": settings.model, "data": settings.data}
+    return run.finish(result.editor, result.history, _result(run, result, records, validation, skipped))
+
+
+def new_editor(run: Run, lm: LM) -> GradientEditor:
+    """The untrained editor of a run, the same at every call.
+
+    Raises:
+        RequestError: the method is not one to train.
+    """
+    settings = run.settings
+    kind = editor_class(settings.editor)
+    if not issubclass(kind, GradientEditor):
+        raise RequestError(
+            f"{settings.editor} needs no training. Use it at once: emendo edit --editor {settings.editor} "
+            f"--model {settings.model} PROMPT TARGET"
+        )
+    sites = find_sites(lm.model, site_choice(settings.sites), last=settings.last)
+    torch.manual_seed(settings.config.seed)
+    return kind(sites, kind.Config(**settings.editor_settings)).to(lm.device)
+
+
+def _beginning(lm: LM, editor: GradientEditor, records: int, validation: int, resume: bool) -> str:
+    size = sum(parameter.numel() for parameter in editor.parameters()) / 1e6
+    return (
+        f"{'Going on with' if resume else 'Training'} a {editor.name} editor of {size:.1f} million parameters at "
+        f"{len(editor.sites)} weight matrices of {lm.name}, on {records} facts ({validation} more for validation). "
+        "Ctrl-C saves and stops."
+    )
+
+
+def _result(
+    run: Run, result: TrainResult, records: Sequence[Record], validation: Sequence[Record], skipped: int
+) -> dict[str, Any]:
+    """What `emendo train --json` prints."""
+    marked = "validation "
+    seen = [row for row in result.history if math.isfinite(row.get(f"{marked}loss", math.nan))]
+    best = next((row for row in reversed(seen) if row[f"{marked}kept"]), {})
+    return {
+        "out": str(run.folder),
+        "editor": run.settings.editor,
+        "model": run.settings.model,
+        "fingerprint": result.editor.fingerprint,
+        "parameters": sum(p.numel() for p in result.editor.parameters()),
+        "records": len(records),
+        "validation_records": len(validation),
+        "skipped": skipped,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 1),
+        "stopped": result.stopped,
+        "skipped_steps": result.editor.info["skipped_steps"],
+        "validation": {name.removeprefix(marked): value for name, value in best.items()},
+    }

@@ -1,0 +1,160 @@
+"""Modules that editors share: the residual low-rank block and running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from emendo.models.capture import Factors
+
+
+class RunningStats(nn.Module):
+    """Mean and standard deviation of every row seen, by Chan's pairwise update; all state is buffers.
+
+    Args:
+        width: number of features.
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("m2", torch.zeros(width))
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Take in ``rows [n, width]``."""
+        if len(rows) == 0:
+            return
+        mean = rows.mean(0)
+        apart = rows - mean
+        m2 = apart.mul_(apart).sum(0)
+        total = self.count + len(rows)
+        shift = mean - self.mean
+        self.mean += shift * (len(rows) / total).to(shift.dtype)
+        self.m2 += m2 + shift.square() * (self.count * len(rows) / total).to(shift.dtype)
+        self.count.copy_(total)
+
+    def std(self) -> Tensor:
+        """Unbiased standard deviation ``[width]``; ones before the second row."""
+        if self.count < 2:
+            return torch.ones_like(self.mean)
+        return (self.m2 / (self.count - 1).to(self.m2.dtype)).sqrt()
+
+    def forward(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """``(rows - mean) / (std + 1e-7)``; ``out`` may be the rows themselves."""
+        return torch.sub(rows, self.mean, out=out).div_(self.std() + 1e-7)
+
+
+def joined(factors: Sequence[Factors]) -> tuple[Tensor, list[int]]:
+    """Rows ``[n, d_in + d_out]``, u and delta, of matrices of one shape, and how many are of each matrix."""
+    return torch.cat([torch.cat([f.u, f.delta], -1) for f in factors]), [len(f.u) for f in factors]
+
+
+def normalise_(rows: Tensor, u_stats: RunningStats, delta_stats: RunningStats) -> None:
+    """Rows of :func:`joined` in units of their statistics, in place; in training mode these see them first."""
+    for part, stats in zip(
+        rows.split([len(u_stats.mean), len(delta_stats.mean)], -1), (u_stats, delta_stats), strict=True
+    ):
+        if stats.training:
+            stats.update(part)
+        stats(part, out=part)
+
+
+class LowRankBlock(nn.Module):
+    """MEND Eq. 3a/3b: ``x + clamp(s * (U V x + b) + o, min=0)``, with ``s`` and ``o`` chosen by ``mode``.
+
+    ``U = 0``, ``b = o = 0``, ``s = 1`` at the start, so the block is the identity; ``V`` is Xavier-uniform.
+    The clamp is not a ReLU: at the start the pre-activation is exactly 0, where ReLU's gradient is 0 and
+    clamp's is 1. Both would compute the same; only the clamp ever learns.
+
+    Args:
+        width: features of a row (d = m + n in the paper).
+        rank: rank of ``U V``, at most ``width``.
+        modes: number of matrices that share the block; 0 leaves out ``s`` and ``o``.
+        identity: False gives the ablation "no ID init": Xavier ``U`` and no residual connection.
+    """
+
+    def __init__(self, width: int, rank: int, modes: int, *, identity: bool = True) -> None:
+        super().__init__()
+        rank = min(rank, width)
+        self.identity = identity
+        self.v = nn.Parameter(torch.empty(rank, width))
+        self.u = nn.Parameter(torch.zeros(width, rank))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.scale = nn.Parameter(torch.ones(modes, width)) if modes else None
+        self.shift = nn.Parameter(torch.zeros(modes, width)) if modes else None
+        nn.init.xavier_uniform_(self.v)
+        if not identity:
+            nn.init.xavier_uniform_(self.u, gain=2**0.5)
+
+    def forward(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Rows ``[n, width]`` of all modes, ``sizes`` of each one after the other, to rows of the same shape."""
+        changed: Tensor = _Block.apply(
+            rows, self.v, self.u, self.bias, self.scale, self.shift, tuple(sizes), self.identity
+        )
+        return changed
+
+
+class _Block(torch.autograd.Function):
+    """The block with its gradient written out, so that each elementwise pass over the rows is made once, in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        v: Tensor,
+        u: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        sizes: tuple[int, ...],
+        identity: bool,
+    ) -> Tensor:
+        inner = x @ v.T
+        pre = inner @ u.T  # without the bias, which goes into the shift
+        if scale is None or shift is None:
+            y = pre + bias
+        else:
+            y = torch.empty_like(pre)
+            moved = torch.addcmul(shift, bias, scale)
+            for part in zip(moved, pre.split(sizes), scale, y.split(sizes), strict=True):
+                torch.addcmul(*part[:3], out=part[3])
+        passed = torch.ge(
+            y, 0, out=torch.empty_like(y)
+        )  # as numbers: a product with booleans takes four times as long
+        ctx.save_for_backward(x, v, u, bias, scale, inner, pre, passed)
+        ctx.sizes, ctx.identity = sizes, identity
+        y.clamp_(min=0)
+        return y.add_(x) if identity else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, v, u, bias, scale, inner, pre, passed = ctx.saved_tensors
+        own = gradient * passed
+        to_scale = to_shift = None
+        if scale is None:
+            to_bias = own.sum(0)
+        else:
+            parts = list(zip(own.split(ctx.sizes), pre.split(ctx.sizes), scale, strict=True))
+            to_shift = torch.stack([part.sum(0) for part, _, _ in parts])
+            to_scale = torch.stack([(part * value).sum(0) for part, value, _ in parts]).addcmul_(
+                to_shift, bias
+            )
+            to_bias = (to_shift * scale).sum(0)
+            for part, _, factor in parts:
+                part.mul_(factor)
+        back = own @ u
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = torch.addmm(gradient, back, v) if ctx.identity else back @ v
+        return to_x, back.T @ x, own.T @ inner, to_bias, to_scale, to_shift, None, None

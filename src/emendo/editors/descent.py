@@ -1,0 +1,379 @@
+"""Descent: the change of a few matrices that makes a model say its targets, found step by step.
+
+For each edit, with ``D`` its change of the edited matrices ``W``::
+
+    minimise over D    c_edit * mean NLL(targets | W + D)  +  KL(W || W + D) on one locality text a step
+
+``D`` stands beside the frozen weights and is the product of its *leaves*, which an optimiser moves: one dense matrix,
+or ``left`` and ``right``. The gradient comes as its rank-1 factors, one row per token (:mod:`emendo.models.capture`):
+``G = sum_i delta_i u_i^T``, so ``dL/dleft = G right^T`` and ``dL/dright = left^T G``.
+
+The frozen trunk runs once per text; a step runs the blocks from the first edited one on. Several edits share these
+passes. Each has its own leaves, optimiser state and count of steps, so none depends on what else is in the batch, and
+one that is done makes room for the next.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from emendo.editors.base import Editor
+from emendo.edits.edit import Request
+from emendo.errors import RequestError, TrainingError
+from emendo.low_rank import LowRank
+from emendo.models.capture import Factors, capture
+from emendo.models.lm import LM
+from emendo.models.losses import per_example, token_kl, token_nll
+from emendo.models.sites import Site
+from emendo.models.text import Text, length_buckets
+from emendo.models.trunk import Trunk
+from emendo.models.trunk_cache import TrunkCache
+
+_BYTES = 1.5e9  # of the leaves and optimiser states under way at one time
+_PASS_TOKENS = 2048  # padded tokens of a pass where one edit has many texts
+_AHEAD = 16  # locality texts that are read at one time
+
+Leaves = tuple[Tensor, ...]
+"""A change ``[d_out, d_in]`` as it is, or its factors ``[d_out, r]`` and ``[r, d_in]``."""
+
+
+def dense(site: Site) -> Leaves:
+    """The leaf of a change that may become any matrix: zeros ``[d_out, d_in]``."""
+    return (torch.zeros(site.d_out, site.d_in),)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Descent:
+    """How a change is searched for.
+
+    Attributes:
+        optimizer: what moves the leaves.
+        steps: the most steps of an edit.
+        start: a site to its leaves at the start.
+        project: site name -> what each of its leaves is replaced by after every step.
+        until: an edit is done once its NLL, in nats per target token, is below this; None: once every token of every
+            target is the argmax. Checked before each step.
+        c_edit: weight of the NLL.
+        locality: texts of the locality loss, one for each step, in this order and again from the start; empty for none.
+        clip: largest norm of an edit's whole gradient.
+    """
+
+    optimizer: Optimizer
+    steps: int
+    start: Callable[[Site], Leaves] = dense
+    project: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    until: float | None = None
+    c_edit: float = 1.0
+    locality: Sequence[Text] = ()
+    clip: float = 100.0
+
+    def each(self, lm: LM, sites: tuple[Site, ...], texts: Sequence[Text]) -> dict[str, LowRank]:
+        """A change for each text, every one of them from the clean model, in one batch.
+
+        Raises:
+            TrainingError: a gradient is not finite.
+        """
+        return _Search(self, lm, sites, [[text] for text in texts]).run()
+
+    def together(self, lm: LM, sites: tuple[Site, ...], texts: Sequence[Text]) -> dict[str, LowRank]:
+        """One change for all texts, by their mean loss; it is done when all of them are.
+
+        Raises:
+            TrainingError: a gradient is not finite.
+        """
+        return {name: changes[0] for name, changes in _Search(self, lm, sites, [texts]).run().items()}
+
+
+@dataclass(slots=True, eq=False)
+class _Fit:
+    """One edit under way: its texts, and of each site its leaves with what the optimiser remembers of each."""
+
+    texts: Sequence[Text]
+    leaves: dict[str, Leaves]
+    moments: dict[str, list[list[Tensor]]]
+    step: int = 0
+
+
+class _Search:
+    """The search for the changes of some edits: of several with a text each, or of one with any number of them."""
+
+    def __init__(
+        self, how: Descent, lm: LM, sites: tuple[Site, ...], edits: Sequence[Sequence[Text]]
+    ) -> None:
+        self.how, self.model, self.sites, self.edits = how, lm.model, sites, edits
+        self.store = TrunkCache(Trunk(lm.model, sites), dtype=lm.model.dtype)
+        self.store.ensure(text for texts in edits for text in texts)
+        self.leaves = {
+            site.name: tuple(_repeated(leaf, len(edits), site.weight(lm.model)) for leaf in how.start(site))
+            for site in sites
+        }
+        self.clean: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def run(self) -> dict[str, LowRank]:
+        """By site name, one change for each edit."""
+        size = sum(leaf[0].numel() * leaf.element_size() for own in self.leaves.values() for leaf in own)
+        room = max(1, int(_BYTES // (size * (1 + self.how.optimizer.moments))))
+        waiting = map(self._begin, range(len(self.edits)))
+        moving: list[_Fit] = []
+        while moving := moving + list(islice(waiting, room - len(moving))):
+            moving = self._step(moving)
+        return {
+            name: LowRank(*own) if len(own) == 2 else LowRank.from_dense(*own)
+            for name, own in self.leaves.items()
+        }
+
+    def _begin(self, edit: int) -> _Fit:
+        leaves = {name: tuple(leaf[edit] for leaf in own) for name, own in self.leaves.items()}
+        moments = {
+            name: [[torch.zeros_like(leaf) for _ in range(self.how.optimizer.moments)] for leaf in own]
+            for name, own in leaves.items()
+        }
+        return _Fit(self.edits[edit], leaves, moments)
+
+    def _step(self, moving: list[_Fit]) -> list[_Fit]:
+        """Move each edit that is not done; those that may move again."""
+        count, texts = len(moving), [text for fit in moving for text in fit.texts]
+        parts = [texts] if count > 1 else length_buckets(texts, lambda text: text.size, _PASS_TOKENS)
+        clean = [self._reference(fit.step) for fit in moving] if self.how.locality else []
+        weight = self.how.c_edit * count / len(texts)
+        with _beside(self.model, [fit.leaves for fit in moving]):
+            nll, right, factors = zip(*(self._edit_loss(part, weight) for part in parts), strict=True)
+            if clean:
+                factors = (*factors, self._locality_loss(clean))
+        if self.how.until is None:
+            done = torch.cat(right).view(count, -1).all(1)
+        else:
+            done = torch.cat(nll).view(count, -1).mean(1) < self.how.until
+        moved = [(row, fit) for row, fit in enumerate(moving) if not done[row]]
+        for row, fit in moved:
+            own = row if count > 1 else None
+            self._move(fit, {name: _gradient([f[name] for f in factors], own) for name in fit.leaves})
+        return [fit for _, fit in moved if fit.step < self.how.steps]
+
+    def _move(self, fit: _Fit, gradients: Mapping[str, LowRank]) -> None:
+        slopes = {name: _slopes(fit.leaves[name], gradient) for name, gradient in gradients.items()}
+        norm = math.hypot(*(float(slope.norm()) for own in slopes.values() for slope in own))
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"The gradient of an edit is not finite after {fit.step} steps: take a smaller learning rate."
+            )
+        fit.step += 1
+        scale = min(1.0, self.how.clip / (norm + 1e-6))
+        for name, own in slopes.items():
+            for leaf, slope, moments in zip(fit.leaves[name], own, fit.moments[name], strict=True):
+                move(self.how.optimizer, leaf, slope.scale(scale), moments, fit.step)
+                if name in self.how.project:
+                    leaf.copy_(self.how.project[name](leaf))
+
+    def _edit_loss(self, texts: Sequence[Text], weight: float) -> tuple[Tensor, Tensor, dict[str, Factors]]:
+        """Each text's NLL per target token, whether its whole target is the argmax, and the factors of the loss."""
+        seen: list[Tensor] = []
+
+        def loss() -> Tensor:
+            batch, logits = self.store.logits(texts)
+            labels, owner = batch.labels.to(logits.device), batch.owner.to(logits.device)
+            nll = per_example(token_nll(logits, labels), owner, len(texts))
+            hits = per_example((logits.argmax(-1) == labels).to(nll), owner, len(texts))
+            seen.extend((nll.detach(), hits == 1))
+            return weight * nll
+
+        factors = capture(self.model, self.sites, loss)[1]
+        return seen[0], seen[1], factors
+
+    def _locality_loss(self, clean: Sequence[tuple[Text, Tensor]]) -> dict[str, Factors]:
+        """The factors of the KL of each edit's locality text, in nats per answer token."""
+
+        def loss() -> Tensor:
+            batch, logits = self.store.logits([text for text, _ in clean])
+            values = token_kl(torch.cat([before for _, before in clean]), logits)
+            return per_example(values, batch.owner.to(values.device), len(clean))
+
+        return capture(self.model, self.sites, loss)[1]
+
+    def _reference(self, step: int) -> tuple[Text, Tensor]:
+        """The locality text of a step, and its logits without any change ``[labels, vocabulary]``."""
+        at = step % len(self.how.locality)
+        if at not in self.clean:
+            ahead = self.how.locality[at : at + _AHEAD]
+            self.store.ensure(ahead)
+            rows = self.store.logits(ahead)[1].split([len(text.labels) for text in ahead])
+            self.clean |= dict(enumerate(rows, at))
+        return self.how.locality[at], self.clean[at]
+
+
+@contextmanager
+def _beside(model: nn.Module, changes: Sequence[Mapping[str, Leaves]]) -> Iterator[None]:
+    """Run the model with a change for each of as many equal parts of the batch, none of them copied."""
+
+    def adder(name: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            parts = args[0].reshape(len(changes), -1, args[0].shape[-1])
+            added = [_product(x, own[name]) for x, own in zip(parts, changes, strict=True)]
+            return output + torch.stack(added).view(output.shape)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in changes[0]:
+            stack.callback(model.get_submodule(name).register_forward_hook(adder(name)).remove)
+        yield
+
+
+def _product(x: Tensor, leaves: Leaves) -> Tensor:
+    """``x D^T`` for rows ``x [n, d_in]``."""
+    for leaf in reversed(leaves):
+        x = x @ leaf.to(x).mT
+    return x
+
+
+def _gradient(found: Sequence[Factors], example: int | None) -> LowRank:
+    """``dL/dW`` of one of the examples, or of all together, from the factors of several passes."""
+    rows = [slice(None) if example is None else f.owner == example for f in found]
+    delta = torch.cat([f.delta[own] for f, own in zip(found, rows, strict=True)])
+    u = torch.cat([f.u[own] for f, own in zip(found, rows, strict=True)])
+    many = len(u) > min(u.shape[1], delta.shape[1])
+    return LowRank.from_dense(delta.mT @ u) if many else LowRank(delta.mT, u)
+
+
+def _slopes(leaves: Leaves, gradient: LowRank) -> list[LowRank]:
+    """The gradient by each leaf."""
+    if len(leaves) == 1:
+        return [gradient]
+    left, right = leaves
+    return [
+        LowRank(gradient.left, gradient.right @ right.mT),
+        LowRank(left.mT @ gradient.left, gradient.right),
+    ]
+
+
+def _repeated(leaf: Tensor, edits: int, weight: Tensor) -> Tensor:
+    """A leaf for each edit, on the weight's device and in float32 at least."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return leaf.to(weight.device, dtype).repeat(edits, 1, 1)
+
+
+# --------------------
+# The optimisers of changes, and the settings that come with them.
+#
+# A rule moves any part of a matrix as it would move the whole, so a gradient that comes as factors is formed block by
+# block, where it is used, and never held as a matrix.
+
+_BLOCK = 1 << 16  # entries that are moved at one time, so that they stay in a processor's cache
+
+
+@dataclass(frozen=True, slots=True)
+class RmsProp:
+    """RMSprop, as ``torch.optim.RMSprop``; its first step moves every entry by ``10 * lr``."""
+
+    lr: float
+    decay: float = 0.99
+    eps: float = 1e-8
+    moments: ClassVar[int] = 1
+
+    def move(self, weights: Tensor, gradient: Tensor, moments: Sequence[Tensor], step: int) -> None:
+        """Move ``weights`` in place, at the step of this number, counted from 1."""
+        (square,) = moments
+        square.mul_(self.decay).addcmul_(gradient, gradient, value=1 - self.decay)
+        weights.addcdiv_(gradient, square.sqrt().add_(self.eps), value=-self.lr)
+
+
+@dataclass(frozen=True, slots=True)
+class Adam:
+    """Adam, as ``torch.optim.Adam``."""
+
+    lr: float
+    decay: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    moments: ClassVar[int] = 2
+
+    def move(self, weights: Tensor, gradient: Tensor, moments: Sequence[Tensor], step: int) -> None:
+        """Move ``weights`` in place, at the step of this number, counted from 1."""
+        mean, square = moments
+        first, second = self.decay
+        mean.lerp_(gradient, 1 - first)
+        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        root = square.sqrt().div_(math.sqrt(1 - second**step)).add_(self.eps)
+        weights.addcdiv_(mean, root, value=-self.lr / (1 - first**step))
+
+
+Optimizer = RmsProp | Adam
+
+OPTIMIZERS: Mapping[str, type[Optimizer]] = {"rmsprop": RmsProp, "adam": Adam}
+"""Name -> rule."""
+
+
+def move(
+    optimizer: Optimizer, weights: Tensor, gradient: LowRank, moments: Sequence[Tensor], step: int
+) -> None:
+    """Move ``weights [n, m]`` in place by a gradient that comes as factors.
+
+    Args:
+        optimizer: the rule.
+        weights: what is moved.
+        gradient: its gradient.
+        moments: what the rule remembers, ``optimizer.moments`` tensors like ``weights`` that were zero at the start.
+        step: the number of this step, counted from 1.
+    """
+    height = max(1, _BLOCK // weights.shape[1]) if weights.device.type == "cpu" else len(weights)
+    for at in range(0, len(weights), height):
+        rows = slice(at, at + height)
+        block = gradient.left[rows] @ gradient.right
+        optimizer.move(weights[rows], block, [moment[rows] for moment in moments], step)
+
+
+def usual_rate(lm: LM) -> float:
+    """A learning rate of RMSprop that suits fine-tuning on single edits.
+
+    From 2e9 parameters on it is the paper's (MEND, C.1): 5e-6, or 1e-4 for an encoder-decoder. Below that it is 3e-5
+    for all. There the paper has 1e-6, with which 1 of 8 edits of SmolLM2-135M succeeded within 100 steps; with 3e-5 all
+    did, in 3.5 steps on average, and so did all of three small models (T5, BART, BERT), in 5 to 12.
+    """
+    if lm.model.num_parameters() < 2e9:
+        return 3e-5
+    return 1e-4 if lm.kind == "seq2seq" else 5e-6
+
+
+def check_settings(steps: int, lr: float | None, optimizer: str = "adam") -> None:
+    """Refuse settings that no search can have.
+
+    Raises:
+        RequestError: no step at all, a learning rate that is not above 0, or an optimiser that is not there.
+    """
+    if steps < 1:
+        raise RequestError(f"steps must be at least 1, not {steps}.")
+    if lr is not None and not lr > 0:
+        raise RequestError(f"lr must be above 0, not {lr}.")
+    if optimizer not in OPTIMIZERS:
+        raise RequestError(f"optimizer={optimizer!r} is not one of {', '.join(OPTIMIZERS)}.")
+
+
+# --------------------
+# The editors that find a change by gradient descent on the edit itself, and so need no training.
+
+
+class DescentEditor(Editor):
+    """Base of the editors that search for each change step by step; a method says how (:meth:`descent`)."""
+
+    needs_training = False
+
+    @abstractmethod
+    def descent(self, lm: LM) -> Descent:
+        """How a change of this model is searched for."""
+
+    def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
+        """One change for each request, every one of them from the clean model."""
+        return self.descent(lm).each(lm, self.sites, self.texts(lm, requests))
+
+    def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
+        """One change for all requests, by their mean loss."""
+        return self.descent(lm).together(lm, self.sites, self.texts(lm, requests))

@@ -1,0 +1,241 @@
+"""How an edit is judged: the outer losses and scores of a batch of edits, each on its own texts (MEND, Algorithm 1).
+
+For every edit::
+
+    L = c_edit * (p * NLL on the edit prompt + (1 - p) * NLL on the rewording)
+        + c_loc * mean over locality texts of KL(before || after)                          with p = prompt_share
+
+The loss sees an editor only through the changes, so the edited passes run in micro-batches of similar length. Memory
+does not grow with the number of outer texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from emendo.low_rank import LowRank
+from emendo.models._packing import Packing, edited
+from emendo.models.losses import TokenLoss, per_example, token_nll
+from emendo.models.text import Text, TokenBatch, length_buckets
+
+BUCKET_TOKENS = 768
+"""Padded tokens of one pass through the edited blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One edit and what it is judged by.
+
+    Attributes:
+        edit: the prompt with its target.
+        paraphrase: a rewording with the same target; the edit itself where the record has none.
+        locality: texts whose answers must stay as they are.
+    """
+
+    edit: Text
+    paraphrase: Text
+    locality: tuple[Text, ...]
+
+    def texts(self) -> tuple[Text, ...]:
+        """Every text of the episode."""
+        return (self.edit, self.paraphrase, *self.locality)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights of the outer losses.
+
+    Attributes:
+        c_edit: of the edit loss.
+        prompt_share: share of the edit prompt in it; the rewording has the rest.
+        c_loc: of the locality loss.
+    """
+
+    c_edit: float
+    prompt_share: float = 0.5
+    c_loc: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Means over the episodes of a batch.
+
+    Attributes:
+        loss: ``c_edit * edit_loss + c_loc * locality_loss``.
+        edit_loss: NLL in nats per target token, over edit prompt and rewording as weighted in the loss.
+        locality_loss: KL(before || after) in nats per answer token.
+        success: share of edits whose whole target is the argmax on the edit prompt.
+        generalisation: the same on the rewording.
+        locality: share of locality texts whose answer's argmax tokens are all unchanged.
+    """
+
+    loss: float
+    edit_loss: float
+    locality_loss: float
+    success: float
+    generalisation: float
+    locality: float
+
+
+class Passes(Protocol):
+    """How texts go through a model; see :class:`emendo.models.trunk_cache.TrunkCache`."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model whose matrices are edited."""
+
+    def compared(
+        self,
+        texts: Sequence[Text],
+        kept: int,
+        under: Callable[[Packing], AbstractContextManager[None]],
+        token_loss: TokenLoss,
+    ) -> tuple[TokenBatch, Tensor, Tensor]:
+        """Texts as one batch, run in a context made for the rows that the MLPs see.
+
+        Args:
+            texts: those whose labels are wanted, then ``kept`` whose answers must be those without the context.
+            kept: how many.
+            under: gives the context.
+            token_loss: the loss of a wanted label; of one that must stay it is KL(without || in the context).
+
+        Returns:
+            The batch, and of each of its labels the loss and whether the argmax is the expected one.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class _Outer:
+    """A text that judges the edit of one episode; ``kind`` is 0 edit prompt, 1 rewording, 2 locality."""
+
+    episode: int
+    text: Text
+    kind: int
+    weight: float
+
+
+def _outer_texts(episodes: Sequence[Episode], weights: Weights) -> list[_Outer]:
+    outer = []
+    for index, episode in enumerate(episodes):
+        outer.append(_Outer(index, episode.edit, 0, weights.c_edit * weights.prompt_share))
+        outer.append(_Outer(index, episode.paraphrase, 1, weights.c_edit * (1 - weights.prompt_share)))
+        share = weights.c_loc / len(episode.locality)
+        outer += [_Outer(index, text, 2, share) for text in episode.locality]
+    return outer
+
+
+def _even_buckets(outer: Sequence[_Outer]) -> list[list[_Outer]]:
+    """As few batches as the limit allows, none of them a small rest: each reads the whole vocabulary projection."""
+
+    def cut(tokens: int) -> list[list[_Outer]]:
+        return list(length_buckets(outer, lambda item: item.text.size, tokens))
+
+    few = len(cut(BUCKET_TOKENS))
+    low, high = 1, BUCKET_TOKENS
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(cut(middle)) <= few else (middle + 1, high)
+    return cut(low)
+
+
+def judge(
+    passes: Passes,
+    deltas: Mapping[str, LowRank],
+    episodes: Sequence[Episode],
+    weights: Weights,
+    *,
+    together: int = 1,
+    backward: bool = False,
+    edit_loss: TokenLoss = token_nll,
+) -> Outcome:
+    """Losses and scores of each change on its own texts.
+
+    Args:
+        passes: how texts go through the model.
+        deltas: by site, one change for every ``together`` episodes.
+        episodes: what the changes were made from.
+        weights: of the losses.
+        together: how many consecutive episodes share one change.
+        backward: back-propagate the mean loss, micro-batch by micro-batch, to whatever the changes and the model have
+            that requires gradients.
+        edit_loss: the loss of edit prompts and rewordings at each label.
+    """
+    outer = _outer_texts(episodes, weights)
+    losses = [0.0, 0.0, 0.0]
+    correct = [0.0, 0.0, 0.0]
+    for part in _even_buckets(outer):
+        part.sort(key=lambda item: item.kind)
+        value, right = _bucket(passes, deltas, part, together, edit_loss)
+        kinds = torch.tensor([item.kind for item in part])
+        shares = value.new_tensor([item.weight for item in part])
+        if backward:
+            (value @ shares / len(episodes)).backward()
+        for kind in range(3):
+            losses[kind] += float(value.detach()[kinds == kind].sum())
+            correct[kind] += float(right[kinds == kind].sum())
+    count = len(episodes)
+    kept = sum(item.kind == 2 for item in outer)
+    edit = (weights.prompt_share * losses[0] + (1 - weights.prompt_share) * losses[1]) / count
+    locality = losses[2] / kept
+    return Outcome(
+        loss=weights.c_edit * edit + weights.c_loc * locality,
+        edit_loss=edit,
+        locality_loss=locality,
+        success=correct[0] / count,
+        generalisation=correct[1] / count,
+        locality=correct[2] / kept,
+    )
+
+
+def _bucket(
+    passes: Passes,
+    deltas: Mapping[str, LowRank],
+    part: list[_Outer],
+    together: int,
+    edit_loss: TokenLoss,
+) -> tuple[Tensor, Tensor]:
+    """For some outer texts, each under its own change: loss ``[texts]`` and all-tokens-right ``[texts]``.
+
+    The loss is NLL for edit prompts and rewordings and KL against the unedited model for locality texts, which
+    come last.
+    """
+    rows = torch.tensor([item.episode // together for item in part])
+    batch, values, right = passes.compared(
+        [item.text for item in part],
+        sum(item.kind == 2 for item in part),
+        lambda packing: edited(passes.model, deltas, rows, packing),
+        edit_loss,
+    )
+    owner = batch.owner.to(values.device)
+    all_right = per_example(right.to(values), owner, len(part)).eq(1)
+    return per_example(values, owner, len(part)), all_right.float().cpu()
+
+
+def backward_through(
+    deltas: Mapping[str, LowRank], judged: Callable[[Mapping[str, LowRank]], Outcome]
+) -> Outcome:
+    """Judge changes as leaves, collecting ``dL/d(change)``, then go back once through what made them.
+
+    Args:
+        deltas: the changes, with their graph.
+        judged: judges them and back-propagates to them.
+    """
+    leaves = {
+        name: LowRank(*(factor.detach().requires_grad_(factor.requires_grad) for factor in (d.left, d.right)))
+        for name, d in deltas.items()
+    }
+    outcome = judged(leaves)
+    ends, gradients = [], []
+    for name, delta in deltas.items():
+        for end, leaf in ((delta.left, leaves[name].left), (delta.right, leaves[name].right)):
+            if leaf.grad is not None:
+                ends.append(end)
+                gradients.append(leaf.grad)
+    torch.autograd.backward(ends, gradients)
+    return outcome

@@ -1,0 +1,1 @@
+"""Edits as values: low-rank changes of a few matrices that are applied, saved, merged, fused and exported."""

@@ -1,0 +1,1 @@
+"""Language models as emendo sees them: loading, texts, editable sites, the frozen trunk, and gradient factors."""

@@ -1,0 +1,143 @@
+"""Edits as PEFT adapters, served by PEFT itself; adapters as edits; merged checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from cases import build_lm, records, unchanged
+from emendo.edits.edit import Edit, Origin, Request
+from emendo.edits.peft import from_peft, prove, to_merged, to_peft
+from emendo.errors import MismatchError, RequestError, StorageError
+from emendo.low_rank import LowRank
+from emendo.models.lm import LM
+from emendo.models.loading import load
+from emendo.models.sites import find_sites
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # PEFT
+
+PROMPTS = [record.prompt for record in records(3)]
+
+
+def an_edit(lm: LM, rank: int = 5) -> Edit:
+    """A random change, of another rank in each block, large enough to matter."""
+    torch.manual_seed(2)
+    deltas = {}
+    for site in find_sites(lm.model):
+        r = rank + site.block
+        delta = LowRank(torch.randn(site.d_out, r), torch.randn(r, site.d_in))
+        deltas[site.name] = delta.scale(0.1 * float(site.weight(lm.model).norm() / delta.norm()))
+    origin = Origin(lm.fingerprint, lm.name, "made up", {}, (Request(PROMPTS[0], "Oslo"),), "2026-01-01")
+    return Edit(deltas, origin)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gptj"])
+def test_peft_serves_the_edit(tmp_path: Path, kind: str) -> None:
+    lm = build_lm(kind)
+    edit = an_edit(lm)
+    with unchanged(lm.model):
+        with edit.applied(lm):
+            expected = lm.next_logits(PROMPTS)
+        clean = lm.next_logits(PROMPTS)
+    assert to_peft(edit, lm, tmp_path / "adapter").error == 0.0
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == edit.rank  # uniform, padded with zeros
+    assert config["fan_in_fan_out"] == (kind == "gpt2")
+    other = build_lm(kind)
+    PeftModel.from_pretrained(other.model, str(tmp_path / "adapter")).eval()
+    found = other.next_logits(PROMPTS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - clean).abs().max() > 0.1
+    assert "Oslo" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_proof_leaves_the_model_as_it_was(tmp_path: Path, tiny_llama: LM) -> None:
+    edit = an_edit(tiny_llama)
+    to_peft(edit, tiny_llama, tmp_path / "adapter")
+    assert prove(edit, tiny_llama, tmp_path / "adapter") < 1e-4
+    other = Edit({name: delta.scale(2.0) for name, delta in edit.deltas.items()}, edit.origin)
+    assert prove(other, tiny_llama, tmp_path / "adapter", PROMPTS) > 0.1
+
+
+def test_a_capped_rank_states_its_error(tmp_path: Path, tiny_llama: LM) -> None:
+    edit = an_edit(tiny_llama)
+    adapter = to_peft(edit, tiny_llama, tmp_path / "adapter", max_rank=4)
+    assert adapter.rank == 4
+    back = from_peft(tmp_path / "adapter", tiny_llama)
+    lost = sum(float((edit.deltas[n].dense() - back.deltas[n].dense()).square().sum()) for n in edit.deltas)
+    size = sum(float(delta.dense().square().sum()) for delta in edit.deltas.values())
+    assert adapter.error == pytest.approx((lost / size) ** 0.5, rel=1e-4)
+    assert 0.1 < adapter.error < 1
+    assert to_peft(edit, tiny_llama, tmp_path / "wide", max_rank=16).rank == 16
+    assert from_peft(tmp_path / "wide", tiny_llama).rank == 16
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_adapter_that_peft_trained_is_read_as_an_edit(tmp_path: Path, kind: str) -> None:
+    lm = build_lm(kind)
+    modules = [site.name.rpartition(".")[2] for site in find_sites(lm.model)]
+    config = LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=sorted(set(modules)),
+        rank_pattern={modules[-1]: 2},
+        alpha_pattern={modules[-1]: 6},
+        fan_in_fan_out=kind == "gpt2",
+    )
+    other = build_lm(kind)
+    wrapped = get_peft_model(other.model, config)
+    torch.manual_seed(0)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    wrapped.save_pretrained(str(tmp_path / "adapter"))
+    expected = other.next_logits(PROMPTS)
+    edit = from_peft(tmp_path / "adapter", lm)
+    with unchanged(lm.model), edit.applied(lm):
+        torch.testing.assert_close(lm.next_logits(PROMPTS), expected.detach(), rtol=1e-4, atol=1e-4)
+        assert (lm.next_logits(PROMPTS) - build_lm(kind).next_logits(PROMPTS)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias")],
+)
+def test_adapters_that_are_more_than_low_rank_changes_are_refused(
+    tmp_path: Path, tiny_llama: LM, change: dict[str, object], words: str
+) -> None:
+    to_peft(an_edit(tiny_llama), tiny_llama, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(RequestError, match=words):
+        from_peft(tmp_path / "adapter", tiny_llama)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merged_checkpoint_holds_the_edit(tmp_path: Path, tiny_llama: LM, dtype: torch.dtype) -> None:
+    edit = an_edit(tiny_llama)
+    loss = to_merged(edit, tiny_llama, tmp_path / "merged", dtype=dtype).loss
+    assert loss < 1e-5 if dtype == torch.float32 else 1e-3 < loss < 0.1
+    with edit.applied(tiny_llama):
+        expected = tiny_llama.next_logits(PROMPTS)
+    found = load(tmp_path / "merged", dtype=dtype).next_logits(PROMPTS)
+    close = 1e-4 if dtype == torch.float32 else 0.5
+    torch.testing.assert_close(found.float(), expected, rtol=close, atol=close)
+
+
+def test_what_is_refused(tmp_path: Path, tiny_llama: LM, tiny_gpt2: LM) -> None:
+    edit = an_edit(tiny_llama)
+    with pytest.raises(MismatchError):
+        to_peft(edit, tiny_gpt2, tmp_path / "adapter")
+    with pytest.raises(RequestError, match="max_rank=0"):
+        to_peft(edit, tiny_llama, tmp_path / "adapter", max_rank=0)
+    to_peft(edit, tiny_llama, tmp_path / "adapter")
+    with pytest.raises(StorageError, match="already exists"):
+        to_peft(edit, tiny_llama, tmp_path / "adapter")
+    with pytest.raises(StorageError, match="does not exist"):
+        from_peft(tmp_path / "nothing", tiny_llama)

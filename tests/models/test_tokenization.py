@@ -1,0 +1,234 @@
+"""Texts to tokens and batches, against slow, obvious references."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import zip_longest
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from cases import BEGIN, END, build_tokenizer, records
+from emendo.errors import RequestError
+from emendo.models.text import Text, collate, length_buckets
+from emendo.models.tokenization import encode
+
+PLAIN, WITH_BOS = build_tokenizer(), build_tokenizer(bos=True)
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+
+
+def reference(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> Text:
+    """The answer begins at the first token that holds a byte beyond the prompt's.
+
+    In a byte-level vocabulary every character of a token stands for one byte of the text.
+    """
+    ids = tokenizer(f"{prompt} {answer}")["input_ids"]
+    end, edge = 0, len(prompt.encode())
+    for index, token in enumerate(tokenizer.convert_ids_to_tokens(ids)):
+        end += 0 if token == BEGIN else len(token)
+        if end > edge:
+            return Text(tuple(ids), index)
+    raise AssertionError("the answer has no token")
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, WITH_BOS], ids=["no BOS", "BOS"])
+@given(pairs=st.lists(st.tuples(words, words), min_size=1, max_size=4))
+def test_span_of_the_answer(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> None:
+    assume(all(prompt.strip() and answer.strip() for prompt, answer in pairs))
+    expected = [reference(tokenizer, prompt.rstrip(), answer.strip()) for prompt, answer in pairs]
+    assert encode(tokenizer, pairs) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("The capital of Đakovo is", "Zürich"),
+        ("日本の首都は", "東京"),
+        ("👩‍👩‍👧 means", "family 👨‍👩‍👦"),
+        ("e\u0301tude is", "naïve"),
+        ("  indented prompt", "x"),
+        ("x", "y"),
+        ("It costs", "$5, or 5%"),
+        ("first line\nsecond", "a\nb"),
+        ("ends in a zero-width space\u200b", "x"),
+    ],
+)
+def test_unicode_and_odd_texts(prompt: str, answer: str) -> None:
+    for tokenizer in (PLAIN, WITH_BOS):
+        (text,) = encode(tokenizer, [(prompt, answer)])
+        assert text == reference(tokenizer, prompt, answer)
+        assert tokenizer.decode(text.labels) == f" {answer}"
+
+
+@pytest.mark.parametrize("gap", ["", " ", "  ", "\n"])
+def test_white_space_where_prompt_and_answer_meet_does_not_matter(gap: str) -> None:
+    expected = encode(PLAIN, [("The capital is", "Paris")])
+    assert encode(PLAIN, [(f"The capital is{gap}", f"{gap}Paris{gap}")]) == expected
+
+
+def test_inputs_and_labels() -> None:
+    text = Text((5, 6, 7, 8), 2)
+    assert text.inputs == (5, 6, 7)
+    assert text.labels == (7, 8)
+
+
+def test_a_closing_token_is_no_part_of_the_answer() -> None:
+    tokenizer = build_tokenizer()
+    backend: Any = tokenizer
+    backend.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, tokenizer.eos_token_id)]
+    )
+    assert tokenizer("a b")["input_ids"][-1] == tokenizer.eos_token_id
+    assert encode(tokenizer, [("The capital is", "Paris")]) == encode(PLAIN, [("The capital is", "Paris")])
+
+
+def test_a_word_level_tokenizer() -> None:
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "c": 3}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    assert encode(tokenizer, [("a b", "c"), ("a", "b c odd")]) == [Text((1, 2, 3), 2), Text((1, 2, 3, 0), 1)]
+
+
+def test_all_is_tokenised_once() -> None:
+    calls: list[list[str]] = []
+
+    class Counting:
+        is_fast = True
+
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            calls.append(texts)
+            return PLAIN(texts, **options)
+
+    counting: Any = Counting()
+    assert encode(counting, [("a", "b"), ("c", "d")]) == encode(PLAIN, [("a", "b"), ("c", "d")])
+    assert calls == [["a b", "c d"]]
+    assert encode(counting, []) == []
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "words"),
+    [
+        ("", "x", "prompt is empty"),
+        (" \n", "x", "prompt is empty"),
+        ("x", "", "target is empty"),
+        ("x", " \t", "target is empty"),
+    ],
+)
+def test_empty_texts(prompt: str, answer: str, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        encode(PLAIN, [("fine", "fine"), (prompt, answer)])
+
+
+def test_too_long_for_the_context() -> None:
+    pair = ("The capital of Bababa is", "Paris")
+    (text,) = encode(PLAIN, [pair], max_tokens=1000)
+    length = len(text.ids)
+    assert encode(PLAIN, [pair], max_tokens=length) == [text]
+    with pytest.raises(RequestError) as error:
+        encode(PLAIN, [pair], max_tokens=length - 1)
+    for number in (length, length - 1, text.start, length - text.start):
+        assert str(number) in str(error.value)
+
+
+def test_a_tokenizer_without_offsets() -> None:
+    slow: Any = SimpleNamespace(is_fast=False)
+    with pytest.raises(RequestError, match="fast tokenizer"):
+        encode(slow, [("a", "b")])
+
+
+def test_a_prompt_that_shares_its_only_token_with_the_target() -> None:
+    backend = Tokenizer(models.WordLevel({"a b": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    with pytest.raises(RequestError, match="no token of its own"):
+        encode(tokenizer, [("a", "b")])
+
+
+def test_a_target_without_a_token() -> None:
+    backend = Tokenizer(models.BPE())  # not byte-level: characters that it has not seen vanish
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.train_from_iterator(["abc"], trainers.BpeTrainer(vocab_size=10, show_progress=False))
+    with pytest.raises(RequestError, match="no token for the target 'é'"):
+        encode(PreTrainedTokenizerFast(tokenizer_object=backend), [("abc", "é")])
+
+
+# ------------------------------------------------------------------------------------------- batches
+
+spans = st.integers(2, 9).flatmap(
+    lambda n: st.tuples(st.lists(st.integers(1, 99), min_size=n, max_size=n), st.integers(1, n - 1))
+)
+texts = st.lists(spans.map(lambda span: Text(tuple(span[0]), span[1])), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@given(texts=texts, pad_id=st.integers(0, 99))
+def test_padded_batch(side: Literal["left", "right"], texts: list[Text], pad_id: int) -> None:
+    batch = collate(texts, pad_id, side)
+    length = max(len(text.inputs) for text in texts)
+    assert len(batch) == len(texts)
+    assert batch.input_ids.shape == batch.attention_mask.shape == (len(texts), length)
+    expected_positions, expected_labels, expected_owner = [], [], []
+    for row, text in enumerate(texts):
+        padding, real = length - len(text.inputs), list(text.inputs)
+        if side == "left":
+            assert batch.input_ids[row].tolist() == [pad_id] * padding + real
+            assert batch.attention_mask[row].tolist() == [0] * padding + [1] * len(real)
+        else:
+            assert batch.input_ids[row].tolist() == real + [pad_id] * padding
+            assert batch.attention_mask[row].tolist() == [1] * len(real) + [0] * padding
+        shift = row * length + (padding if side == "left" else 0)
+        for index in range(text.start, len(text.ids)):
+            expected_positions.append(shift + index - 1)  # a token is predicted at the one before it
+            expected_labels.append(text.ids[index])
+            expected_owner.append(row)
+    assert batch.positions.tolist() == expected_positions
+    assert batch.labels.tolist() == expected_labels
+    assert batch.owner.tolist() == expected_owner
+    assert batch.attention_mask.flatten()[batch.positions].all()
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+
+
+@given(texts=texts, data=st.data())
+def test_sources_are_padded_on_the_right_beside_what_the_decoder_reads(
+    texts: list[Text], data: st.DataObject
+) -> None:
+    sources = [tuple(data.draw(st.lists(st.integers(1, 99), min_size=1, max_size=7))) for _ in texts]
+    both = [replace(text, source=source) for text, source in zip(texts, sources, strict=True)]
+    batch, plain = collate(both, 5), collate(texts, 5)
+    assert batch.source_ids is not None and batch.source_mask is not None
+    width = max(map(len, sources))
+    for row, text in enumerate(both):
+        padding = width - len(text.source)
+        assert batch.source_ids[row].tolist() == [*text.source, *[5] * padding]
+        assert batch.source_mask[row].tolist() == [1] * len(text.source) + [0] * padding
+        assert text.trunk == text.source
+        assert text.size == len(text.source) + len(text.inputs)
+    assert torch.equal(batch.trunk_mask, batch.source_mask)
+    assert torch.equal(plain.trunk_mask, plain.attention_mask)
+    for name in ("input_ids", "attention_mask", "positions", "labels", "owner"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name))
+
+
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 60))
+def test_length_buckets(lengths: list[int], tokens: int) -> None:
+    items = list(enumerate(lengths))
+    buckets = list(length_buckets(items, lambda item: item[1], tokens))
+    flat = [item for bucket in buckets for item in bucket]
+    assert sorted(flat) == items
+    assert [length for _, length in flat] == sorted(lengths)
+    for bucket, following in zip_longest(buckets, buckets[1:]):
+        assert bucket
+        assert len(bucket) == 1 or len(bucket) * bucket[-1][1] <= tokens
+        if following:  # one more would not have fitted
+            assert (len(bucket) + 1) * following[0][1] > tokens
+
+
+def test_made_up_facts_fit_the_tiny_models() -> None:
+    facts = encode(PLAIN, [(record.prompt, record.target) for record in records(20)], max_tokens=40)
+    assert all(1 <= len(text.labels) < len(text.ids) for text in facts)
