@@ -5,7 +5,7 @@ Everything is built from configs and seeds; nothing is downloaded, and nothing i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +49,7 @@ __all__ = [
     "VOCABULARY",
     "WIDTH",
     "EditorCase",
+    "Recorded",
     "build_lm",
     "build_model",
     "build_tokenizer",
@@ -59,6 +60,22 @@ __all__ = [
     "records_for",
     "unchanged",
 ]
+
+
+class Recorded:
+    """A progress display that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.updates: list[tuple[str, int, int]] = []
+        self.figures: dict[str, Mapping[str, float]] = {}
+        self.reports: list[tuple[str, Mapping[str, float]]] = []
+
+    def update(self, task: str, done: int, total: int, figures: Mapping[str, float] | None = None) -> None:
+        self.updates.append((task, done, total))
+        self.figures[task] = figures or {}
+
+    def report(self, heading: str, figures: Mapping[str, float], remark: str = "") -> None:
+        self.reports.append((heading, figures))
 
 
 def build_tokenizer(kind: str = "llama", *, bos: bool = False) -> PreTrainedTokenizerBase:

@@ -17,8 +17,9 @@ from rich.table import Table
 
 from emendo._storage import new_file
 from emendo._version import __version__
-from emendo.cli._console import Work, emit, messages, note, output, working
-from emendo.train.progress import Quiet, Terminal
+from emendo.cli._console import emit, note, output
+from emendo.cli._progress import show_progress
+from emendo.progress import Progress
 from reproduction.mend_paper import tables
 from reproduction.mend_paper.budgets import EDITORS, Choice, seconds
 from reproduction.mend_paper.cells import Cell, Folder, Result, digest
@@ -34,7 +35,7 @@ class Shown(View):
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._work: Work | None = None
+        self._progress: Progress | None = None
         self._begin = 0.0
 
     def cell(self, cell: Cell | Memory, place: int, total: int) -> None:
@@ -53,21 +54,23 @@ class Shown(View):
         ]
         note(f"    {'; '.join(found)}; {_minutes(time.monotonic() - self._begin)}")
 
-    def work(self, what: str, done: int, total: int) -> None:
+    def update(self, task: str, done: int, total: int, figures: Mapping[str, float] | None = None) -> None:
         """Move a bar."""
-        if self._work is None:
-            self._work = self._stack.enter_context(working())
-        self._work(what, done, total)
+        self._shown().update(task, done, total, figures)
 
-    def training(self) -> Quiet:
-        """A live view of a training."""
-        self.close()
-        return Terminal(messages())
+    def report(self, heading: str, figures: Mapping[str, float], remark: str = "") -> None:
+        """Print a line of figures."""
+        self._shown().report(heading, figures, remark)
+
+    def _shown(self) -> Progress:
+        if self._progress is None:
+            self._progress = self._stack.enter_context(show_progress())
+        return self._progress
 
     def close(self) -> None:
         """Take the bars away."""
         self._stack.close()
-        self._work = None
+        self._progress = None
 
 
 def describe(cell: Cell | Memory) -> str:

@@ -11,7 +11,7 @@ Mitchell et al., "Fast Model Editing at Scale", ICLR 2022: Eq. 1 (edit success),
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,9 +30,8 @@ from emendo.models.text import Text
 from emendo.models.tokenization import passage_texts, to_texts
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
+from emendo.progress import SILENT, Progress
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 Kind = Literal["prompt", "rewording", "near", "far", "passage"]
 Sums = dict[str, float]
 """What one fact's texts add up to, by name: ``"rewording hit"``, ``"passage nll after"`` and so on."""
@@ -83,7 +82,7 @@ def measure(
     passages: Sequence[str] = (),
     *,
     k: int = 1,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Scores:
     """Make the edits and score every text of their records under them.
 
@@ -124,8 +123,7 @@ def measure(
             for item, sums in _scored(part, asked, first, store, None if host is lm else host):
                 for name, value in sums.items():
                     facts[item.fact][name] += value
-        if progress is not None:
-            progress("edits", groups.stop, edits)
+        progress.update("edits", groups.stop, edits)
     return Scores(tuple(map(dict, facts)), seconds / len(facts), tuple(ranks), tuple(norms), host is not lm)
 
 

@@ -23,7 +23,7 @@ from emendo.models._sampling import sampled
 from emendo.models.lm import LM
 from emendo.models.loading import cache_folder
 from emendo.models.tokenization import to_texts
-from emendo.train.progress import Quiet
+from emendo.progress import Progress
 
 _SEED = 0
 _TOKENS = 10  # of a continuation
@@ -77,7 +77,7 @@ def read_passages(path: Path, train: int = 300, test: int = 150) -> Passages:
 
 
 def continuations(
-    prompts: Sequence[str], count: int, load: Callable[[], LM], key: str, progress: Quiet
+    prompts: Sequence[str], count: int, load: Callable[[], LM], key: str, progress: Progress
 ) -> tuple[Record, ...]:
     """Records for the first `count` prompts that can be used, sampled once and kept in the cache folder.
 
@@ -86,7 +86,7 @@ def continuations(
         count: how many records to make.
         load: loads the model, where it has to be asked.
         key: names the model and anything else that made the prompts.
-        progress: what hears how far it is.
+        progress: receives how far it is.
 
     Raises:
         DataError: there are not enough prompts.
@@ -100,7 +100,7 @@ def continuations(
         torch.manual_seed(_SEED)
         for record in sample(load(), prompts):
             records.append(record)
-            progress.step(len(records), count, {})
+            progress.update("continuations", len(records), count)
             if len(records) == count:
                 break
     if len(records) < count:

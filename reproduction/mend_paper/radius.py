@@ -8,8 +8,9 @@ from dataclasses import replace
 from emendo.data.schema import Record
 from emendo.editors import Editor
 from emendo.models.lm import LM
+from emendo.progress import SILENT, Progress
 from reproduction.mend_paper.figures import figures
-from reproduction.mend_paper.measure import Progress, measure
+from reproduction.mend_paper.measure import measure
 
 FACTS = 24
 """Validation facts that the radius is found on, at most."""
@@ -22,7 +23,7 @@ def matching_radius(
     other: Editor,
     records: Sequence[Record],
     passages: Sequence[str],
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> float:
     """The largest radius at which the cache's drawdown is no more than the other editor's.
 
@@ -45,8 +46,7 @@ def matching_radius(
     def fits(radius: float) -> bool:
         nonlocal tries
         tries += 1
-        if progress is not None:
-            progress("radius", tries, max(tries, 2 * _HALVINGS))
+        progress.update("radius", tries, max(tries, 2 * _HALVINGS))
         cache.config = replace(cache.config, radius=radius)
         return drawdown(cache) <= allowed
 

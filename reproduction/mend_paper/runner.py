@@ -17,9 +17,9 @@ from emendo._storage import new_file, read_json, write_json
 from emendo._version import __version__
 from emendo.editors import Editor, GradientEditor, editor_class
 from emendo.models.sites import Site, find_sites
+from emendo.progress import Progress, Silent
 from emendo.train import train
 from emendo.train.checkpoint import FILE
-from emendo.train.progress import Quiet
 from reproduction.mend_paper.cells import Cell, Folder, Result, digest
 from reproduction.mend_paper.figures import figures
 from reproduction.mend_paper.measure import measure
@@ -28,7 +28,7 @@ from reproduction.mend_paper.radius import matching_radius
 from reproduction.mend_paper.sources import Bench, Source, probes
 
 
-class View:
+class View(Silent):
     """Hears what is being done and says nothing; the interface of every view."""
 
     def cell(self, cell: Cell | Memory, place: int, total: int) -> None:
@@ -37,12 +37,9 @@ class View:
     def done(self, cell: Cell | Memory, result: Result) -> None:
         """A cell is done."""
 
-    def work(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total`` pieces of something are done."""
-
-    def training(self) -> Quiet:
-        """What hears of a training."""
-        return Quiet()
+    def training(self) -> Progress:
+        """Receives the progress of a training."""
+        return self
 
 
 class Runner:
@@ -97,7 +94,7 @@ class Runner:
             task.test[: cell.facts],
             task.test_passages,
             k=cell.k,
-            progress=self.view.work,
+            progress=self.view,
         )
         return Result(figures(scores), training_of(editor), round(time.monotonic() - begin, 1), note)
 
@@ -141,7 +138,7 @@ class Runner:
         kept = self.folder.radius(cell.key(bench.lm.fingerprint, bench.sizes))
         if not kept.exists():
             cache, other, task = self.editor(bench, cell), self.editor(bench, matched), bench.task
-            radius = matching_radius(bench.lm, cache, other, task.validation, task.passages, self.view.work)
+            radius = matching_radius(bench.lm, cache, other, task.validation, task.passages, self.view)
             with new_file(kept) as temporary:
                 write_json(temporary, {"radius": radius})
         return float(read_json(kept)["radius"])

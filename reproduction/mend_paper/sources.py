@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from emendo.data.schema import Probe, Record
 from emendo.models.lm import LM
 from emendo.models.loading import load
-from emendo.train.progress import Quiet
+from emendo.progress import SILENT, Progress
 from reproduction.mend_paper import tasks, zoo
 from reproduction.mend_paper.tasks import Task
 
@@ -46,12 +46,12 @@ class Stored:
     Attributes:
         data: the folder with the files that some tasks read.
         dtype: of the models.
-        progress: hears how far the making of a model or of data is.
+        progress: receives how far the making of a model or of data is.
     """
 
     data: Path | None = None
     dtype: str = "float32"
-    progress: Quiet = field(default_factory=Quiet)
+    progress: Progress = SILENT
 
     def bench(self, task: str) -> Bench:
         """A task and its model.
@@ -61,9 +61,8 @@ class Stored:
             DataError: a file that it needs is missing or malformed.
             ModelError: its model cannot be made or loaded.
         """
-        with self.progress:
-            found = tasks.task(task, data=self.data, progress=self.progress)
-            return Bench(found, load(self._place(found.model), dtype=self.dtype))
+        found = tasks.task(task, data=self.data, progress=self.progress)
+        return Bench(found, load(self._place(found.model), dtype=self.dtype))
 
     def material(self, model: str) -> tuple[str | Path, Sequence[Record]]:
         """What a model is loaded by, and records to train on it: those of the task of its name, else built-in facts.
@@ -71,9 +70,8 @@ class Stored:
         Raises:
             ModelError: it cannot be made.
         """
-        with self.progress:
-            task = tasks.task(model if model in zoo.RECIPES else "atlas", progress=self.progress)
-            return self._place(model), task.train[:100]
+        task = tasks.task(model if model in zoo.RECIPES else "atlas", progress=self.progress)
+        return self._place(model), task.train[:100]
 
     def _place(self, model: str) -> str | Path:
         return zoo.make(model, self.progress) if model in zoo.RECIPES else model

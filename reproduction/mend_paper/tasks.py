@@ -12,7 +12,7 @@ from emendo.data import read_records
 from emendo.data.schema import Record
 from emendo.errors import DataError, RequestError
 from emendo.models import loading as models
-from emendo.train.progress import Quiet
+from emendo.progress import SILENT, Progress
 from reproduction.mend_paper.facts import FACTS, as_claims, known, with_known_probes
 from reproduction.mend_paper.passages import continuations, read_passages
 
@@ -55,13 +55,13 @@ class Task:
     test_passages: tuple[str, ...] = ()
 
 
-def task(name: str, *, data: Path | None = None, progress: Quiet | None = None) -> Task:
+def task(name: str, *, data: Path | None = None, progress: Progress = SILENT) -> Task:
     """The task of a name.
 
     Args:
         name: one of `TASKS`.
         data: the folder with the files that some tasks read.
-        progress: what hears how far the making of the data is; only "wikitext" takes more than seconds.
+        progress: receives how far the making of the data is; only "wikitext" takes more than seconds.
 
     Raises:
         RequestError: there is no such task.
@@ -69,7 +69,7 @@ def task(name: str, *, data: Path | None = None, progress: Quiet | None = None) 
     """
     if name not in TASKS:
         raise RequestError(f"There is no task {name!r}; choose one of {', '.join(TASKS)}.")
-    return TASKS[name](name, data, progress or Quiet())
+    return TASKS[name](name, data, progress)
 
 
 def check(names: Iterable[str], data: Path | None) -> None:
@@ -83,7 +83,7 @@ def check(names: Iterable[str], data: Path | None) -> None:
             _file(name, data, file)
 
 
-def _counterfact(name: str, data: Path | None, progress: Quiet, validation: int = 200) -> Task:
+def _counterfact(name: str, data: Path | None, progress: Progress, validation: int = 200) -> Task:
     records = read_records(_file(name, data, "counterfact-train.json")).records
     test = read_records(_file(name, data, "counterfact-dev.json")).records
     return Task(
@@ -97,7 +97,7 @@ def _counterfact(name: str, data: Path | None, progress: Quiet, validation: int 
     )
 
 
-def _zsre(name: str, data: Path | None, progress: Quiet, sizes: tuple[int, int] = (450, 50)) -> Task:
+def _zsre(name: str, data: Path | None, progress: Progress, sizes: tuple[int, int] = (450, 50)) -> Task:
     found = read_records(_file(name, data, "zsre-mend-dev.json"), skip_bad=True)
     train, rest = found[: sizes[0]], found[sizes[0] :]
     return Task(
@@ -112,14 +112,14 @@ def _zsre(name: str, data: Path | None, progress: Quiet, sizes: tuple[int, int] 
     )
 
 
-def _atlas(name: str, data: Path | None, progress: Quiet) -> Task:
+def _atlas(name: str, data: Path | None, progress: Progress) -> Task:
     train, validation, test = (
         read_records("atlas", split=s).records for s in ("train", "validation", "test")
     )
     return Task(name, _SMOLLM, "qa", train, validation, test, "the built-in facts in their own split")
 
 
-def _questions(name: str, data: Path | None, progress: Quiet) -> Task:
+def _questions(name: str, data: Path | None, progress: Progress) -> Task:
     train, validation, test = _known()
     return Task(
         name,
@@ -133,7 +133,7 @@ def _questions(name: str, data: Path | None, progress: Quiet) -> Task:
     )
 
 
-def _fact_checking(name: str, data: Path | None, progress: Quiet) -> Task:
+def _fact_checking(name: str, data: Path | None, progress: Progress) -> Task:
     train, validation, test = _known()
     return Task(
         name,
@@ -149,7 +149,7 @@ def _fact_checking(name: str, data: Path | None, progress: Quiet) -> Task:
 
 
 def _wikitext(
-    name: str, data: Path | None, progress: Quiet, sizes: tuple[int, int, int] = (500, 50, 150)
+    name: str, data: Path | None, progress: Progress, sizes: tuple[int, int, int] = (500, 50, 150)
 ) -> Task:
     found = read_passages(_file(name, data, "wikitext2-valid.txt"))
     records = continuations(found.prompts, sum(sizes), partial(models.load, _SMOLLM), _SMOLLM, progress)
@@ -168,7 +168,7 @@ def _wikitext(
     )
 
 
-TASKS: dict[str, Callable[[str, Path | None, Quiet], Task]] = {
+TASKS: dict[str, Callable[[str, Path | None, Progress], Task]] = {
     "counterfact": _counterfact,
     "zsre": _zsre,
     "atlas": _atlas,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emendo.train.progress import Quiet
+from emendo.progress import Progress
 
 _IGNORED = -100  # what transformers leaves out of its losses
 _WARM_UP = 0.05  # share of the steps in which the learning rate rises
@@ -49,7 +49,7 @@ def train(
     epochs: int,
     rate: float,
     size: int,
-    progress: Quiet,
+    progress: Progress,
     seed: int,
 ) -> None:
     """Train all weights of a model with AdamW and a cosine schedule, on examples that are drawn anew each epoch."""
@@ -73,7 +73,7 @@ def train(
             schedule.step()
             optimizer.zero_grad()
             step += 1
-            progress.step(step, steps, {"loss": float(loss.detach())})
+            progress.update("training", step, steps, {"loss": float(loss.detach())})
     model.eval()
 
 

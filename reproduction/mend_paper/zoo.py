@@ -34,7 +34,7 @@ from emendo.data import atlas
 from emendo.data.schema import Record
 from emendo.errors import ModelError
 from emendo.models.loading import _quiet, cache_folder
-from emendo.train.progress import Quiet
+from emendo.progress import SILENT, Progress
 from reproduction.mend_paper.facts import CLASSES, FACTS, claims, known, wordings
 from reproduction.mend_paper.training import Example, accuracy, encoder, train
 
@@ -64,13 +64,13 @@ class Recipe:
 
 
 def make(
-    name: str, progress: Quiet | None = None, *, facts: tuple[int, int] = FACTS, epochs: int | None = None
+    name: str, progress: Progress = SILENT, *, facts: tuple[int, int] = FACTS, epochs: int | None = None
 ) -> Path:
     """The folder of a model and its tokenizer, made on first use and kept in the cache folder.
 
     Args:
         name: one of `RECIPES`.
-        progress: what hears how far the training is.
+        progress: receives how far the training is.
         facts: how many facts of the training and of the test split to know.
         epochs: passes over the facts, where not the recipe's.
 
@@ -85,7 +85,7 @@ def make(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary) / "new"
-        _make(name, RECIPES[name], new, progress or Quiet(), facts, epochs)
+        _make(name, RECIPES[name], new, progress, facts, epochs)
         try:
             new.rename(folder)
         except OSError:  # another process was faster
@@ -103,7 +103,7 @@ def _claims(record: Record, wording: int) -> list[tuple[str, str]]:
 
 
 def _make(
-    name: str, recipe: Recipe, folder: Path, progress: Quiet, facts: tuple[int, int], epochs: int | None
+    name: str, recipe: Recipe, folder: Path, progress: Progress, facts: tuple[int, int], epochs: int | None
 ) -> None:
     """Train a model and write it, its tokenizer and how well it knows the facts."""
     begin, begin_cpu = time.perf_counter(), time.process_time()

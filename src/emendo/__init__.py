@@ -5,6 +5,7 @@ Training is in :mod:`emendo.train`, measuring in :mod:`emendo.evaluate`.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from emendo.errors import EmendoError
     from emendo.models.loading import LM, load
     from emendo.models.sites import find_sites
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the application asks
 
 _WHERE = {
     "LM": "emendo.models.loading",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import build_lm, records
+from cases import Recorded, build_lm, records
 from emendo.data import Probe, Record
 from emendo.data.schema import Consequence
 from emendo.editors.gradient import edit_factors
@@ -246,10 +246,10 @@ def test_generation_stays_within_the_context(tiny_gpt2: LM) -> None:
 
 
 def test_the_editor_keeps_its_mode_and_progress_is_told(tiny_llama: LM) -> None:
-    editor, seen = mend(tiny_llama, 1.0).train(), []
-    evaluate(tiny_llama, editor, records(3), batch=2, progress=lambda *what: seen.append(what))
+    editor, progress = mend(tiny_llama, 1.0).train(), Recorded()
+    evaluate(tiny_llama, editor, records(3), batch=2, progress=progress)
     assert editor.training
-    assert seen == [("edits", 2, 3), ("edits", 3, 3)]
+    assert progress.updates == [("edits", 2, 3), ("edits", 3, 3)]
 
 
 @pytest.mark.parametrize("setting", [{"limit": 0}, {"batch": 0}, {"new_tokens": 0}])

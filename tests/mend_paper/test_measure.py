@@ -14,7 +14,7 @@ from reproduction.mend_paper.figures import PROTOCOL, figures
 from reproduction.mend_paper.measure import PASSAGE_TOKENS, PASSAGES, measure
 from torch import Tensor
 
-from cases import build_lm, plain_logits, records_for, unchanged
+from cases import Recorded, build_lm, plain_logits, records_for, unchanged
 from emendo.data import Record
 from emendo.editors import Editor
 from emendo.editors.enn import Enn, EnnConfig
@@ -210,9 +210,9 @@ def test_the_order_of_work_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_progress_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reproduction.mend_paper.measure.EDITS", 4)
-    lm, told = build_lm("llama"), []
-    measure(lm, mend(lm), records_for(lm, 7), k=2, progress=lambda *work: told.append(work))
-    assert told == [("edits", 2, 3), ("edits", 3, 3)]
+    lm, progress = build_lm("llama"), Recorded()
+    measure(lm, mend(lm), records_for(lm, 7), k=2, progress=progress)
+    assert progress.updates == [("edits", 2, 3), ("edits", 3, 3)]
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

@@ -21,8 +21,8 @@ from reproduction.mend_paper.sources import probes
 from emendo.data import Record
 from emendo.editors import Editor
 from emendo.evaluate.metrics import Interval
+from emendo.progress import Progress
 from emendo.train import train
-from emendo.train.progress import Quiet
 from mend_paper.tiny import SETTINGS, Tiny, mend, task
 
 
@@ -45,9 +45,9 @@ class Log(View):
     def done(self, cell: Cell | Memory, result: Result) -> None:
         self.results.append(result)
 
-    def training(self) -> Quiet:
+    def training(self) -> Progress:
         self.trainings += 1
-        return Quiet()
+        return self
 
 
 def test_a_cell_is_trained_measured_and_kept(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from reproduction.mend_paper.passages import continuations, read_passages, sampl
 from emendo.data.schema import Record
 from emendo.errors import DataError, RequestError
 from emendo.models.lm import LM
-from emendo.train.progress import Quiet
+from emendo.progress import SILENT
 
 WORDS = (
     "The red fox crosses a wide river near the old mill while rain falls on every roof of that town".split()
@@ -176,11 +176,11 @@ class TestPassages:
             loaded.append(1)
             return tiny_gpt2
 
-        first = continuations(("x", "y", "z"), 2, load, "tiny", Quiet())
-        assert continuations(("x", "y", "z"), 2, load, "tiny", Quiet()) == first
+        first = continuations(("x", "y", "z"), 2, load, "tiny", SILENT)
+        assert continuations(("x", "y", "z"), 2, load, "tiny", SILENT) == first
         assert [found.id for found in first] == ["x", "y"] and len(loaded) == 1
         with pytest.raises(DataError, match="Only 3 of 3 passages"):
-            continuations(("x", "y", "z"), 4, load, "tiny", Quiet())
+            continuations(("x", "y", "z"), 4, load, "tiny", SILENT)
 
     def test_the_task(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         wikitext(tmp_path, 500)

@@ -18,16 +18,16 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from emendo.errors import ModelError
 from emendo.models import loading as models
-from emendo.train.progress import Quiet
+from emendo.progress import SILENT, Silent
 
 TINY = (6, 3)
 
 
-class Counter(Quiet):
+class Counter(Silent):
     def __init__(self) -> None:
         self.losses: list[float] = []
 
-    def step(self, step: int, steps: int, figures: object) -> None:
+    def update(self, task: str, done: int, total: int, figures: object = None) -> None:
         self.losses.append(figures["loss"])  # type: ignore[index]
 
 
@@ -118,7 +118,7 @@ def test_each_epoch_is_drawn_anew() -> None:
         drawn.append(random.random())
         return [Example((1, 2), (0,))]
 
-    train(BertForSequenceClassification(config), draw, 3, 1e-3, 4, Quiet(), 0)
+    train(BertForSequenceClassification(config), draw, 3, 1e-3, 4, SILENT, 0)
     assert len(set(drawn[1:])) == 3  # the first draw only counts the examples
 
 

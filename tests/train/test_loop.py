@@ -13,14 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import build_lm, records, unchanged
+from cases import Recorded, build_lm, records, unchanged
 from emendo.editors.mend import Mend, MendConfig
 from emendo.editors.objective import Outcome
 from emendo.errors import MismatchError, RequestError, TrainingError
 from emendo.models.lm import LM
 from emendo.models.sites import find_sites
 from emendo.train import TrainConfig, TrainResult, loop, train
-from emendo.train.progress import Quiet
 
 CONFIG = TrainConfig(
     steps=12, batch=2, lr=1e-3, warmup=2, validate_every=4, validate_on=2, checkpoint_every=1e9
@@ -96,23 +95,14 @@ def test_the_same_seed_gives_the_same_editor(lm: LM) -> None:
 
 
 def test_progress_hears_steps_validations_and_the_trunk(lm: LM) -> None:
-    heard: dict[str, list[Any]] = {"step": [], "validation": [], "trunk": []}
-
-    class Ear(Quiet):
-        def trunk(self, done: int, total: int) -> None:
-            heard["trunk"].append((done, total))
-
-        def step(self, step: int, steps: int, figures: Any) -> None:
-            heard["step"].append((step, steps, set(figures)))
-
-        def validation(self, step: int, figures: Any, best: bool) -> None:
-            heard["validation"].append(step)
-
-    go(lm, progress=Ear())
-    assert heard["validation"] == [4, 8, 12]
-    assert [(step, steps) for step, steps, _ in heard["step"]] == [(10, 12)]
-    assert {"loss", "success", "locality", "episodes/s", "time left"} <= heard["step"][0][2]
-    assert heard["trunk"][-1][0] == heard["trunk"][-1][1]
+    progress = Recorded()
+    go(lm, progress=progress)
+    assert [heading.split() for heading, _ in progress.reports] == [["step", f"{n}"] for n in (4, 8, 12)]
+    (training,) = (row for row in progress.updates if row[0] == "training")
+    assert training == ("training", 10, 12)
+    assert {"loss", "success", "locality", "episodes/s", "time left"} <= progress.figures["training"].keys()
+    trunk = [row for row in progress.updates if row[0] == "frozen part"]
+    assert trunk[-1][1] == trunk[-1][2]
 
 
 @pytest.mark.parametrize(

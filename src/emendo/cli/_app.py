@@ -37,7 +37,7 @@ from emendo.cli import (
     train,
     undo,
 )
-from emendo.cli._console import Interrupted, complain
+from emendo.cli._console import Interrupted, complain, show_log
 from emendo.errors import EmendoError, FramingWarning
 
 HELP = """Edit language models: give an input and the output you want, get a small, reversible change.
@@ -79,7 +79,7 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            with _warnings_in_words():
+            with _warnings_in_words(), show_log():
                 return super().invoke(ctx)
         except EmendoError as error:
             if ctx.params.get("debug"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 WIDTH = 110
 """Of tables that no terminal limits."""
@@ -46,31 +46,22 @@ def emit(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-class Work:
-    """Bars of named pieces of work; an object of this class is what ``evaluate`` tells its progress."""
+class _Notes(logging.Handler):
+    """Shows log records as notes."""
 
-    def __init__(self, bars: Progress) -> None:
-        self.bars = bars
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total`` are done."""
-        if what not in self._tasks:
-            self._tasks[what] = self.bars.add_task(what, total=total)
-        self.bars.update(self._tasks[what], completed=done, total=total)
+    def emit(self, record: logging.LogRecord) -> None:
+        note(escape(self.format(record)))
 
 
 @contextmanager
-def working() -> Iterator[Work]:
-    """Bars on standard error, as long as the block runs."""
-    columns = (
-        TextColumn("{task.description:>20}"),
-        BarColumn(bar_width=32),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=messages(), transient=True) as bars:
-        yield Work(bars)
+def show_log() -> Iterator[None]:
+    """Show the warnings that emendo logs inside the block."""
+    handler = _Notes(logging.WARNING)
+    logging.getLogger("emendo").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("emendo").removeHandler(handler)
 
 
 @contextmanager

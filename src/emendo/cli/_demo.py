@@ -13,7 +13,8 @@ import torch
 from emendo._storage import new_file, read_json, write_json
 from emendo._version import __version__
 from emendo.cli._before_after import UNRELATED, make_edit
-from emendo.cli._console import note, output, working
+from emendo.cli._console import note, output
+from emendo.cli._progress import show_progress
 from emendo.cli._runs import Run, digest
 from emendo.cli._tables import before_after, scores
 from emendo.data import Probe, Record
@@ -77,9 +78,9 @@ def show_scores(
         scores(found["figures"])
         return
     note(f"Measuring {len(records)} edits.")
-    with working() as work:
+    with show_progress() as progress:
         damage = Damage(PASSAGES[:_PASSAGES]) if lm.kind == "causal" else None
-        evaluation = evaluate(lm, editor, records, damage=damage, progress=work)
+        evaluation = evaluate(lm, editor, records, damage=damage, progress=progress)
     scores(evaluation.as_dict())
     _report(page, run, lm, evaluation, edit, rows)
     with new_file(kept) as temporary:  # last: what it stands for is all there

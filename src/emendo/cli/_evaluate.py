@@ -9,9 +9,10 @@ from statistics import fmean
 from typing import Any
 
 from emendo._storage import new_file
-from emendo.cli._console import note, working
+from emendo.cli._console import note
 from emendo.cli._loading import passages
 from emendo.cli._processes import Processes
+from emendo.cli._progress import show_progress
 from emendo.data import Record
 from emendo.data.abilities import OPENINGS, PASSAGES, abilities
 from emendo.editors import Editor
@@ -193,7 +194,7 @@ def _measured(
     parts: RunFolder | None,
     share: tuple[int, int] = (0, 1),
 ) -> Evaluation | Sequential:
-    with working() as work:
+    with show_progress() as progress:
         if ask.sequential:
             gate = Guarding(lm, editor) if ask.guard else None
             return sequence(
@@ -206,7 +207,7 @@ def _measured(
                 gate=gate,
                 parts=parts,
                 harness=ask.harness,
-                progress=work,
+                progress=progress,
             )
         return evaluate(
             lm,
@@ -219,7 +220,7 @@ def _measured(
             parts=parts,
             share=share,
             harness=ask.harness if share[1] == 1 else None,
-            progress=work,
+            progress=progress,
         )
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from emendo.cli._console import Interrupted, messages, note
+from emendo.cli._console import Interrupted, note
 from emendo.cli._loading import passages, training_records
+from emendo.cli._progress import show_progress
 from emendo.cli._runs import Run, clear
 from emendo.cli._settings import site_choice
 from emendo.data import Record
@@ -19,7 +20,6 @@ from emendo.models.loading import LM
 from emendo.models.sites import find_sites
 from emendo.train import TrainResult, train
 from emendo.train.episodes import Episodes
-from emendo.train.progress import Terminal
 
 
 def carry_out(run: Run, lm: LM) -> Run:
@@ -42,17 +42,18 @@ def carry_out(run: Run, lm: LM) -> Run:
     note(_beginning(lm, editor, len(records), len(validation), resume))
     again = f"emendo {run.command} --out {run.folder}" + (" --resume" if run.command == "train" else "")
     try:
-        result = train(
-            lm,
-            editor,
-            records,
-            validation,
-            settings.config,
-            out=run.folder,
-            resume=resume,
-            passages=texts,
-            progress=Terminal(messages()),
-        )
+        with show_progress() as progress:
+            result = train(
+                lm,
+                editor,
+                records,
+                validation,
+                settings.config,
+                out=run.folder,
+                resume=resume,
+                passages=texts,
+                progress=progress,
+            )
     except EmendoError:
         if not run.has_checkpoint:
             clear(run.folder)

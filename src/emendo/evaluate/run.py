@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from statistics import fmean, median
@@ -33,6 +33,7 @@ from emendo.models.lm import LM
 from emendo.models.sites import find_sites
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
+from emendo.progress import SILENT, Progress
 
 SINGLE_EDITS = 20
 """Edits that are made alone, for their time."""
@@ -53,7 +54,7 @@ def evaluate(
     parts: Parts | None = None,
     share: tuple[int, int] = (0, 1),
     harness: Harness | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Evaluation:
     """Edit every record's fact into the clean model and score the edited model on the record's prompts.
 
@@ -73,7 +74,7 @@ def evaluate(
         parts: where the results are kept on the way; what it holds already is not measured again.
         share: which part of the work this process does, and of how many; the results are those of this part alone.
         harness: tasks to ask of the clean model and of the one with the first edit of several facts.
-        progress: told how far the work has come.
+        progress: receives how far the work has come.
 
     Raises:
         RequestError: there are no records, or a text does not fit the model's context.
@@ -94,7 +95,7 @@ def evaluate(
     editor.eval()
     try:
         with torch.no_grad():
-            run = _Run(lm, editor, chosen, ways, damage, progress or (lambda what, done, total: None))
+            run = _Run(lm, editor, chosen, ways, damage, progress)
             asks = harness if harness is not None and unmeasured(editor, together == 1) is None else None
             if asks is not None:
                 asks.begin(lm)
@@ -157,7 +158,7 @@ class _Run:
                     parts.write(number, found)
             results.update(zip(indices, found, strict=True))
             done += len(groups)
-            self.progress("edits", done, total)
+            self.progress.update("edits", done, total)
         return tuple(results[index] for index in sorted(results))
 
     def seconds_alone(self) -> float:
@@ -304,9 +305,6 @@ def cost(lm: LM, editor: Editor) -> dict[str, float]:
 
 # --------------------
 # How an evaluation is done: what is asked, in which parts, and who hears of it.
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 class Parts(Protocol):

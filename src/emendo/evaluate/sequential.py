@@ -28,13 +28,14 @@ from emendo.evaluate.edited_models import EditedModels, existing_edit
 from emendo.evaluate.evaluation import Evaluation
 from emendo.evaluate.harness import Harness, unmeasured
 from emendo.evaluate.results import Result, finite, plain
-from emendo.evaluate.run import Parts, Progress
+from emendo.evaluate.run import Parts
 from emendo.evaluate.scores import figures
 from emendo.low_rank import LowRank, applied
 from emendo.models.lm import LM
 from emendo.models.sites import find_sites
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
+from emendo.progress import SILENT, Progress
 
 Gate = Callable[[Request, Mapping[str, LowRank]], bool]
 """Given what an edit was asked for and its change, while the earlier ones are attached to the model: whether it may
@@ -55,7 +56,7 @@ def sequence(
     gate: Gate | None = None,
     parts: Parts | None = None,
     harness: Harness | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Sequential:
     """Make one edit after the other, and ask for the earlier ones again now and then.
 
@@ -69,7 +70,7 @@ def sequence(
         gate: what lets an edit stay; one that it refuses is taken off, and asked for all the same.
         parts: where the results are kept on the way; what is there is not asked again, though its edits are made again.
         harness: tasks to ask of the clean model and of the one with all edits.
-        progress: told how far the work has come.
+        progress: receives how far the work has come.
 
     Raises:
         RequestError: there are no records, a text does not fit the model's context, or too many facts for the editor.
@@ -86,10 +87,9 @@ def sequence(
     editor.eval()
     try:
         with torch.no_grad():
-            tell = progress or (lambda what, done, total: None)
             if harness is not None and unmeasured(editor, single=False) is None:
                 harness.begin(lm)
-            run = _Run(lm, editor, records, generated, damage, gate, parts, tell)
+            run = _Run(lm, editor, records, generated, damage, gate, parts, progress)
             found = run.measure(sorted({count for count in at if count < len(records)} | {len(records)}))
             return found if harness is None else replace(found, harness=run.ask_harness(harness))
     finally:
@@ -188,7 +188,7 @@ class _Run:
             refused = not self._add(self._request(index))
             seen = {} if self.gate is None else {"refused": float(refused)}
         seconds = time.perf_counter() - start
-        self.progress("edits", index + 1, len(self.records))
+        self.progress.update("edits", index + 1, len(self.records))
         if not ask:
             return Result(self.records[index], (), 0, 0.0)
         asked = existing_edit(self.lm, self.editor, self.state, seconds, self.store)
@@ -223,7 +223,7 @@ class _Run:
         self._ask(cases, asked)
         if self.generated:
             score_generated([(0, case) for case in cases], asked, self.clean)
-        self.progress(f"asked again after {count}", count, count)
+        self.progress.update(f"asked again after {count}", count, count)
         return [self._result(index, self.cases[index], asked, seen) for index in range(count)]
 
     def _ask(self, cases: Sequence[Case], asked: EditedModels) -> Sequence[Case]:

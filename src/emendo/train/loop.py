@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +25,13 @@ from emendo.models.lm import LM
 from emendo.models.loading import cache_folder
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
+from emendo.progress import SILENT, Progress
 from emendo.train import checkpoint
 from emendo.train.config import TrainConfig
 from emendo.train.episodes import GROUP, Episodes
-from emendo.train.progress import Quiet
 from emendo.train.step import Ahead, look_ahead, training_step, validation_step
 
+_LOG = logging.getLogger(__name__)
 _OWN = 512
 """Passages that a decoder writes to be kept, at most."""
 _BAD_IN_A_ROW = 5
@@ -65,7 +67,7 @@ def train(
     out: Path | None = None,
     resume: bool = False,
     passages: Sequence[str] = (),
-    progress: Quiet | None = None,
+    progress: Progress = SILENT,
 ) -> TrainResult:
     """Train an editor on records.
 
@@ -79,7 +81,7 @@ def train(
         resume: go on from the checkpoint in ``out``; the losses are those of an uninterrupted run.
         passages: running text for ``config.text``; without any, a decoder writes it itself
             (:func:`emendo.models._sampling.own_passages`).
-        progress: hears how it goes.
+        progress: receives the steps and the validations.
 
     Raises:
         TrainingError: nothing to train on, or non-finite losses several steps in a row.
@@ -99,11 +101,11 @@ class _Run:
         config: TrainConfig,
         out: Path | None,
         passages: Sequence[str],
-        progress: Quiet | None,
+        progress: Progress,
     ) -> None:
         editor.belong(lm)
         self.editor, self.config, self.out = editor, config, out
-        self.progress = progress or Quiet()
+        self.progress = progress
         self.began = time.monotonic()
         self.episodes = Episodes(lm, records, config, passages or self._own(lm))
         self.held_out = held_out(lm, validation, config)
@@ -134,7 +136,7 @@ class _Run:
         started = self.began - self.state.seconds
         saved = time.monotonic()
         stopped = "finished"
-        with self.progress, interruptible(self.progress.note) as interrupted:
+        with interruptible() as interrupted:
             while self.state.step < self.config.steps:
                 self.state.seconds = time.monotonic() - started
                 if interrupted():
@@ -219,7 +221,7 @@ class _Run:
         def tell(count: int) -> None:
             nonlocal done
             done += count
-            self.progress.trunk(done, len(missing))
+            self.progress.update("frozen part", done, len(missing))
 
         self.store.ensure(missing, tell)
 
@@ -241,7 +243,7 @@ class _Run:
             "time left": self.state.seconds * (1 - done) / done,
         }
         self.state.history.append({"step": self.state.step, **means})
-        self.progress.step(self.state.step, self.config.steps, shown)
+        self.progress.update("training", self.state.step, self.config.steps, shown)
 
     def _validate(self) -> None:
         """Keep the best editor, and count the validations since then."""
@@ -271,7 +273,7 @@ class _Run:
         self.state.history.append(
             {"step": self.state.step, **{f"validation {name}": value for name, value in row.items()}}
         )
-        self.progress.validation(self.state.step, means, better)
+        self.progress.report(f"step {self.state.step:>5}", means, "best so far" if better else "")
 
     def _save(self) -> None:
         assert self.out is not None
@@ -348,7 +350,7 @@ def figures(outcome: Outcome) -> dict[str, float]:
 
 
 @contextmanager
-def interruptible(tell: Callable[[str], None]) -> Iterator[Any]:
+def interruptible() -> Iterator[Any]:
     """Ctrl-C asks the loop to stop after its step; a second one stops at once. Elsewhere signals stay as they are."""
     asked = False
 
@@ -357,7 +359,9 @@ def interruptible(tell: Callable[[str], None]) -> Iterator[Any]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        tell("Stopping after this step. Ctrl-C again stops at once; then only the last checkpoint is kept.")
+        _LOG.warning(
+            "Stopping after this step. Ctrl-C again stops at once; then only the last checkpoint is kept."
+        )
 
     try:
         before = signal.signal(signal.SIGINT, ask)
