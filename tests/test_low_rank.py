@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cases import ARCHITECTURES, VOCABULARY, build_lm, build_model, plain_logits, random_texts, unchanged
-from emendo.low_rank import LowRank, applied
+from emendo.errors import RequestError
+from emendo.low_rank import LowRank, RowGroups, applied
 from emendo.models.lm import LM
 from emendo.models.sites import Site, find_sites
 from emendo.models.text import collate
@@ -246,3 +247,47 @@ def test_two_changes_at_once_add_up() -> None:
         stacked = lm.model(ids).logits
     with applied(lm.model, {name: first[name] + second[name] for name in first}):
         close(lm.model(ids).logits, stacked)
+
+
+@pytest.mark.parametrize(
+    "groups", [[(2, 0), (3,)], [(0, 1), (2,), (3,)]], ids=["row 1 in no group", "all rows"]
+)
+@pytest.mark.parametrize("flat", [False, True])
+def test_each_group_of_rows_gets_its_change(groups: list[tuple[int, ...]], flat: bool) -> None:
+    """As one row after the other, with the same gradients; also where a model flattens its tokens."""
+    changes = [
+        LowRank(torch.randn(5, rank, dtype=torch.float64), torch.randn(rank, 3, dtype=torch.float64))
+        for rank in (1, 2, 3)[: len(groups)]
+    ]
+    leaves = [leaf.requires_grad_() for change in changes for leaf in (change.left, change.right)]
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    rows = RowGroups(4, list(zip(groups, changes, strict=True)))
+    found = rows(x.flatten(0, 1) if flat else x)
+    expected = torch.zeros(4, 2, 5, dtype=torch.float64)
+    for members, change in zip(groups, changes, strict=True):
+        for row in members:
+            expected = expected.index_add(0, torch.tensor([row]), change(x[row])[None])
+    close(found, expected)
+    weights = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad((y * weights).sum(), [x, *leaves]) for y in (found, expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        close(mine, other)
+
+
+def test_a_row_in_no_group_keeps_every_bit() -> None:
+    matrix = torch.nn.Linear(3, 4)
+    with torch.no_grad():
+        matrix.weight.zero_(), matrix.bias.copy_(torch.tensor([0.0, -0.0, torch.inf, 1e-45]))
+        rows = RowGroups(2, [((1,), LowRank(torch.ones(4, 1), torch.ones(1, 3)))])
+        x = torch.ones(2, 3)
+        before = matrix(x)
+        with applied(torch.nn.ModuleDict({"m": matrix}), {"m": rows}):
+            after = matrix(x)
+    assert torch.equal(after[0].view(torch.int32), before[0].view(torch.int32))
+    assert torch.equal(after[1], before[1] + 3)
+
+
+def test_another_number_of_rows_is_refused() -> None:
+    rows = RowGroups(2, [((0,), LowRank(torch.ones(4, 1), torch.ones(1, 3)))])
+    with pytest.raises(RequestError, match=r"2 rows.* batch of 3"):
+        rows(torch.ones(3, 5, 3))

@@ -1,22 +1,28 @@
-"""Low-rank changes of weight matrices, kept as factors.
+"""Low-rank changes of weight matrices, kept as factors, and the hook that applies them.
 
-Layout, everywhere in emendo: a change of a matrix that maps ``d_in`` to ``d_out`` features is
+Throughout emendo, a change of a matrix that maps ``d_in`` features to ``d_out`` is
 
     dW = left @ right        left [..., d_out, r]    right [..., r, d_in]
 
-and is applied to rows ``x [..., d_in]`` as ``(x @ right^T) @ left^T``. Leading dimensions, where there are
-any, count examples that each have a change of their own. The product is formed only by :meth:`dense`.
+and is applied to rows ``x [..., d_in]`` as ``(x @ right^T) @ left^T``. A leading dimension holds one change for each
+example. Only :meth:`LowRank.dense` forms the product.
+
+:func:`applied` is the only place where a change meets a model: a forward hook that adds ``change(x)`` to a matrix's
+output. A change is any function of the matrix's input rows: a :class:`LowRank` for the whole batch or for each example,
+:class:`RowGroups` for groups of rows, and the packed rows of :mod:`emendo.models._packing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+
+from emendo.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,20 +53,20 @@ class LowRank:
         return (x @ right) @ left
 
     def __getitem__(self, index: int | Tensor | slice) -> LowRank:
-        """The changes of some of the examples."""
+        """The changes of selected examples."""
         return LowRank(self.left[index], self.right[index])
 
     def take(self, index: Tensor) -> LowRank:
-        """The changes of the examples ``index [n]``, in that order; its backward pass is faster than indexing's."""
+        """The changes of the examples ``index [n]`` in that order; differentiates faster than indexing."""
         return LowRank(self.left.index_select(0, index), self.right.index_select(0, index))
 
     def __add__(self, other: LowRank) -> LowRank:
-        """The sum of two changes; ranks add."""
+        """The sum of two changes; their ranks add up."""
         return LowRank.concatenate([self, other])
 
     @classmethod
     def concatenate(cls, changes: Sequence[LowRank]) -> LowRank:
-        """The sum of several changes of one matrix; ranks add, nothing is lost."""
+        """The exact sum of several changes of one matrix; their ranks add up."""
         if len(changes) == 1:
             return changes[0]
         return cls(torch.cat([c.left for c in changes], -1), torch.cat([c.right for c in changes], -2))
@@ -80,14 +86,14 @@ class LowRank:
         return LowRank(self.left.transpose(0, 1).flatten(1), self.right.flatten(0, 1))
 
     def group(self, size: int) -> LowRank:
-        """The sums of every ``size`` consecutive changes: ``[examples / size, d_out, size * r]`` and its like."""
+        """The sum of every ``size`` consecutive changes: ``left`` becomes ``[examples / size, d_out, size * r]``."""
         count, d_out, rank = self.left.shape
         left = self.left.view(count // size, size, d_out, rank).transpose(1, 2).flatten(2)
         return LowRank(left, self.right.reshape(count // size, size * rank, -1))
 
     @classmethod
     def stack(cls, changes: Sequence[LowRank]) -> LowRank:
-        """Several changes of one matrix as one for each example; lower ranks are filled up with zeros."""
+        """Several changes of one matrix as one batch of changes; lower ranks are padded with zeros."""
         rank = max(change.rank for change in changes)
         left = [pad(change.left, (0, rank - change.rank)) for change in changes]
         right = [pad(change.right, (0, 0, 0, rank - change.rank)) for change in changes]
@@ -95,14 +101,14 @@ class LowRank:
 
     @classmethod
     def from_dense(cls, change: Tensor) -> LowRank:
-        """A dense change ``[..., d_out, d_in]`` as it is: one factor is the identity, nothing is lost or computed."""
+        """A dense change ``[..., d_out, d_in]`` as factors, one of which is the identity; exact."""
         d_out, d_in = change.shape[-2:]
         eye = torch.eye(min(d_out, d_in), dtype=change.dtype, device=change.device)
         eye = eye.expand(*change.shape[:-2], *eye.shape)
         return cls(change, eye) if d_in <= d_out else cls(eye, change)
 
     def dense(self) -> Tensor:
-        """``dW [..., d_out, d_in]`` itself."""
+        """The product ``dW [..., d_out, d_in]``."""
         return self.left @ self.right
 
     def norm(self) -> Tensor:
@@ -111,19 +117,19 @@ class LowRank:
         return ((left.mT @ left) * (right @ right.mT)).sum((-2, -1)).clamp(min=0).sqrt()
 
     def compact(self, rank: int | None = None, tolerance: float = 0.0) -> LowRank:
-        """The best approximation of lower rank, by QR of both factors and an SVD of their small core.
+        """The best approximation of lower rank (Eckart-Young), by QR of both factors and an SVD of their small core.
 
         Args:
-            rank: the most columns to keep; by default as many as ``tolerance`` asks for.
+            rank: largest number of columns to keep; by default ``tolerance`` alone decides.
             tolerance: drop trailing singular values while ``||dropped|| <= tolerance * ||dW||``. With 0, only
-                what is numerically zero in the factors' dtype is dropped.
+                singular values that are numerically zero in the factors' dtype are dropped.
 
         Returns:
             One change with orthogonal columns; ``left`` and ``right`` share the singular values evenly.
         """
         if self.batched:
             raise ValueError(
-                "compact() takes one change, not one for each example; call sum() or index first."
+                "compact() takes one change, not a batch of them: call sum() first, or index one example."
             )
         q_left, r_left = torch.linalg.qr(self.left.double())
         q_right, r_right = torch.linalg.qr(self.right.double().mT)
@@ -142,47 +148,102 @@ class LowRank:
 Deltas = Mapping[str, LowRank]
 """Module name -> its change."""
 
+Change = Callable[[Tensor], Tensor]
+"""Inputs ``x [..., d_in]`` of a matrix -> what is added to its outputs, as many numbers as ``[..., d_out]`` has."""
+
 
 @contextmanager
-def applied(model: nn.Module, deltas: Deltas) -> Iterator[None]:
-    """Run ``model`` with the changes added beside its matrices; the weights are never touched.
+def applied(model: nn.Module, changes: Mapping[str, LowRank | Change]) -> Iterator[None]:
+    """Run ``model`` with changes added beside its matrices; the weights themselves are never touched.
 
-    Each change is a forward hook that adds ``dW x`` to the module's output, so it is differentiable in the
-    factors, blind to how the module stores its weight, and gone without trace afterwards, also after an
-    exception. Changes with an examples dimension give row ``i`` of the batch change ``i``.
+    Each change is a forward hook that adds ``change(x)`` to a module's output. It is differentiable in the factors,
+    independent of how the module stores its weight, and removed on exit, also after an exception. A batched
+    :class:`LowRank` gives row ``i`` of the batch change ``i``.
+
+    Args:
+        model: the model.
+        changes: module name -> its change.
     """
-    handles = []
-    try:
-        for name, delta in deltas.items():
-            handles.append(model.get_submodule(name).register_forward_hook(_adder(delta)))
+    with ExitStack() as stack:
+        for name, change in changes.items():
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_hook(_hook(_on_rows(change))).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-class _adder:  # noqa: N801 - a function with a memory of what it cast
-    """The forward hook of one change; keeps its factors in the dtype and on the device of the stream.
+def _hook(change: Change) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + change(args[0]).view(output.shape)
 
-    A change whose factors are larger than the matrix it changes (many edits composed, a dense change) is multiplied out
-    once, so that it never costs more than the matrix does.
+    return hook
+
+
+def _on_rows(change: LowRank | Change) -> Change:
+    return _Cast(change) if isinstance(change, LowRank) else change
+
+
+class _Cast:
+    """A change in the dtype and on the device of the rows it was last applied to.
+
+    A change whose factors are larger than the matrix it changes (many composed edits, a dense change) is multiplied out
+    once, so it never costs more than the matrix does.
     """
 
     def __init__(self, delta: LowRank) -> None:
         self.left, self.right = delta.left.mT, delta.right.mT
         self.dense: Tensor | None = None
         rank, (d_in, d_out) = delta.rank, (self.right.shape[-2], self.left.shape[-1])
-        learnt = self.left.requires_grad or self.right.requires_grad
-        if not delta.batched and not learnt and rank * (d_in + d_out) > d_in * d_out:
+        trained = self.left.requires_grad or self.right.requires_grad
+        if not delta.batched and not trained and rank * (d_in + d_out) > d_in * d_out:
             self.dense = self.right @ self.left
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0]
+    def __call__(self, x: Tensor) -> Tensor:
         if self.right.dtype != x.dtype or self.right.device != x.device:
             self.left, self.right = self.left.to(x), self.right.to(x)
             self.dense = self.dense if self.dense is None else self.dense.to(x)
         if self.dense is not None:
-            return output + x @ self.dense
+            return x @ self.dense
         if self.right.dim() == 3 and x.dim() == 2:  # some blocks (OPT's) flatten their tokens
             x = x.reshape(len(self.right), -1, x.shape[-1])
-        return output + ((x @ self.right) @ self.left).view(output.shape)
+        return (x @ self.right) @ self.left
+
+
+class RowGroups:
+    """A change of one matrix that differs between groups of rows of a batch.
+
+    The rows of a group share their arithmetic. A row in no group keeps its output bit for bit.
+
+    Args:
+        size: number of rows of a batch.
+        groups: the row indices of each group, and the group's change; no row is in two groups.
+    """
+
+    def __init__(self, size: int, groups: Sequence[tuple[Sequence[int], LowRank | Change]]) -> None:
+        self.size = size
+        self.changes = [_on_rows(change) for _, change in groups]
+        self.counts = [len(rows) for rows, _ in groups]
+        self.order = torch.tensor([row for rows, _ in groups for row in rows])
+        self.complete = self.order.equal(torch.arange(size))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What is added to the outputs of ``x [size, ..., d_in]``, or of ``x [size * tokens, d_in]``.
+
+        Raises:
+            RequestError: the batch has another number of rows.
+        """
+        if x.dim() == 2 and len(x) % self.size == 0:  # some blocks (OPT's) flatten their tokens
+            x = x.view(self.size, -1, x.shape[-1])
+        if len(x) != self.size:
+            raise RequestError(
+                f"Edits were given for {self.size} rows, but the model was called with a batch of {len(x)}."
+            )
+        self.order = self.order.to(x.device)
+        rows = x if self.complete else x.index_select(0, self.order)
+        parts = zip(self.changes, rows.split(self.counts), strict=True)
+        added = torch.cat([change(part) for change, part in parts])
+        if self.complete:
+            return added
+        nothing = added.new_full(
+            (self.size, *added.shape[1:]), -0.0
+        )  # unlike 0.0, it changes no number, not even -0.0
+        return nothing.index_copy(0, self.order, added)

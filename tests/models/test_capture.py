@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cases import ARCHITECTURES, VOCABULARY, build_model, plain_logits, random_texts, unchanged
 from emendo.errors import ModelError
-from emendo.models.capture import Factors, capture, finite, move
+from emendo.models.capture import Factors, all_finite, capture, move
 from emendo.models.lm import LM
 from emendo.models.losses import per_example, token_nll
 from emendo.models.sites import Site, find_sites
@@ -244,9 +244,9 @@ def test_move() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_seen_wherever_it_stands(bad: float) -> None:
     values = [torch.ones(3, 4), torch.full((2,), 3e38)]  # their sum is not finite, each of them is
-    assert finite(values)
+    assert all_finite(values)
     for place in range(2):
         broken = [value.clone() for value in values]
         broken[place].view(-1)[-1] = bad
-        assert not finite(broken)
-    assert not finite([torch.tensor([bad, -bad])])
+        assert not all_finite(broken)
+    assert not all_finite([torch.tensor([bad, -bad])])

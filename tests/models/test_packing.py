@@ -1,15 +1,17 @@
-"""MLPs on the rows that matter give what the whole padded batch gives, in every architecture."""
+"""MLPs that compute only the rows that matter give the results of the whole padded batch, in every architecture."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from cases import ARCHITECTURES, build_lm, random_texts, unchanged
 from emendo.editors.gradient import edit_factors
 from emendo.low_rank import LowRank, applied
-from emendo.models._packing import edited, packable
+from emendo.models._packing import applied_to_texts, packable, padded_count, put, take
 from emendo.models.lm import LM
 from emendo.models.sites import Site, find_sites
 from emendo.models.text import Text, collate
@@ -47,7 +49,9 @@ def test_edited_texts_have_the_logits_and_gradients_of_a_padded_batch(
     changes = _changes(sites, len(set(own)))
     edit = torch.tensor(own)
     with unchanged(lm.model):
-        _, found = store.packed(texts, lambda packing: edited(lm.model, changes, edit, packing))
+        _, found = store.packed_logits(
+            texts, lambda packing: applied_to_texts(lm.model, changes, edit, packing)
+        )
         with applied(lm.model, {name: change.take(edit) for name, change in changes.items()}):
             _, expected = store.logits(texts)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
@@ -107,7 +111,7 @@ def test_the_last_block_sees_the_labels_alone() -> None:
         )
         for site in sites
     ]
-    store.packed(texts)
+    store.packed_logits(texts)
     for handle in handles:
         handle.remove()
     deepest = max(site.block for site in sites)
@@ -138,3 +142,41 @@ def test_half_precision_sees_a_few_rows_more_and_gives_the_same() -> None:
     for site in sites:
         assert few[site.name].owner.equal(all_rows[site.name].owner)
         torch.testing.assert_close(few[site.name].u, all_rows[site.name].u, rtol=0.05, atol=0.05)
+
+
+@given(st.integers(1, 9), st.data())
+def test_rows_taken_are_those_indexed_and_put_back_stand_where_they_were(
+    count: int, data: st.DataObject
+) -> None:
+    places = data.draw(st.lists(st.integers(0, count - 1), unique=True))
+    rows, index = torch.randn(count, 3, dtype=torch.float64), torch.tensor(places, dtype=torch.long)
+    taken = take(rows, index)
+    assert torch.equal(taken, rows[index])
+    expected = torch.zeros_like(rows)
+    expected[index] = rows[index]
+    assert torch.equal(put(taken, index, count), expected)
+
+
+def test_gradients_of_both_orders() -> None:
+    rows, index = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.tensor([4, 0, 2])
+    short = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    for of, value in ((lambda x: take(x, index), rows), (lambda x: put(x, index, 6), short)):
+        assert torch.autograd.gradcheck(of, value)
+        assert torch.autograd.gradgradcheck(lambda x, of=of: of(x).square(), value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "wanted"),
+    [
+        (torch.bfloat16, "cpu", [0, 32, 32, 64]),
+        (torch.float16, "cpu", [0, 32, 32, 64]),
+        (torch.float32, "cpu", [0, 1, 32, 33]),
+        (torch.float64, "cpu", [0, 1, 32, 33]),
+        (torch.bfloat16, "meta", [0, 1, 32, 33]),
+    ],
+)
+def test_rows_are_filled_up_where_each_number_is_compiled(
+    dtype: torch.dtype, device: str, wanted: list[int]
+) -> None:
+    like = torch.empty(1, dtype=dtype, device=device)
+    assert [padded_count(count, like) for count in (0, 1, 32, 33)] == wanted

@@ -29,7 +29,9 @@ def test_losses_and_gradients_are_those_of_whole_logits(bias: bool) -> None:
     seen = rows(WANTED + KEPT, 2).requires_grad_()
     weights = torch.randn(WANTED + KEPT, dtype=torch.float64)
 
-    values, right = divergence(head, seen, Expected.wanted(head, labels).then(Expected.given(head, before)))
+    values, right = divergence(
+        head, seen, Expected.from_labels(head, labels).concatenate(Expected.from_rows(head, before))
+    )
     (gradient,) = torch.autograd.grad(values @ weights, seen)
 
     logits = head(seen)
@@ -42,13 +44,13 @@ def test_losses_and_gradients_are_those_of_whole_logits(bias: bool) -> None:
 
 def test_the_gradient_is_that_of_finite_differences() -> None:
     head, expected = projection(bias=True), rows(3, 1)
-    goal = Expected.given(head, expected)
+    goal = Expected.from_rows(head, expected)
     assert torch.autograd.gradcheck(lambda x: divergence(head, x, goal)[0], rows(3, 2).requires_grad_())
 
 
 def test_nothing_changed_is_no_divergence() -> None:
     head, same = projection(bias=True), rows(KEPT, 1).requires_grad_()
-    values, right = divergence(head, same, Expected.given(head, same.detach()))
+    values, right = divergence(head, same, Expected.from_rows(head, same.detach()))
     assert values.abs().max() < 1e-12
     assert right.all()
     (gradient,) = torch.autograd.grad(values.sum(), same)
@@ -67,8 +69,8 @@ def test_in_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
     found = []
     for of, kind in ((head, dtype), (exact, torch.float64)):
         seen = rows(WANTED + KEPT, 2, dtype).to(kind).requires_grad_()
-        goal = Expected.wanted(of, torch.arange(WANTED)).then(
-            Expected.given(of, rows(KEPT, 1, dtype).to(kind))
+        goal = Expected.from_labels(of, torch.arange(WANTED)).concatenate(
+            Expected.from_rows(of, rows(KEPT, 1, dtype).to(kind))
         )
         values, _ = divergence(of, seen, goal)
         assert values.dtype == torch.promote_types(kind, torch.float32)
@@ -82,8 +84,8 @@ def test_in_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
 
 def test_what_is_kept_is_a_table() -> None:
     head = projection(bias=True)
-    goal = Expected.given(head, rows(KEPT, 1))
-    again = Expected.unpacked(goal.packed())
+    goal = Expected.from_rows(head, rows(KEPT, 1))
+    again = Expected.unpack(goal.pack())
     assert again.token.equal(goal.token)
     assert again.row.equal(goal.row)
     assert again.constant.equal(goal.constant)
@@ -91,6 +93,6 @@ def test_what_is_kept_is_a_table() -> None:
 
 def test_no_row_at_all() -> None:
     head, none = projection(bias=False), rows(0, 1).requires_grad_()
-    values, right = divergence(head, none, Expected.wanted(head, torch.zeros(0, dtype=torch.long)))
+    values, right = divergence(head, none, Expected.from_labels(head, torch.zeros(0, dtype=torch.long)))
     assert values.shape == right.shape == (0,)
     assert torch.autograd.grad(values.sum(), none)[0].shape == (0, WIDTH)

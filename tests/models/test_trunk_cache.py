@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cases import build_lm, build_model, plain_logits, random_texts, records, records_for, unchanged
 from emendo.low_rank import LowRank
-from emendo.models._packing import Packing, edited
+from emendo.models._packing import Packing, applied_to_texts
 from emendo.models.lm import LM
 from emendo.models.losses import TokenLoss, token_kl, token_margin, token_nll
 from emendo.models.sites import find_sites
@@ -192,13 +192,13 @@ def changed(model: Any, scale: float = 1.0) -> dict[str, LowRank]:
 
 
 def under(model: Any, change: dict[str, LowRank], texts: list[Text]) -> Callable[[Packing], Any]:
-    return lambda packing: edited(model, change, torch.zeros(len(texts), dtype=torch.long), packing)
+    return lambda packing: applied_to_texts(model, change, torch.zeros(len(texts), dtype=torch.long), packing)
 
 
 def drift(store: TrunkCache, texts: list[Text]) -> Tensor:
-    """KL between what the store says the unedited model answers and what an edited one does, label by label."""
+    """KL between the cached answers of the unedited model and those of an edited one, label by label."""
     with torch.no_grad():
-        return store.compared(texts, len(texts), under(store.model, changed(store.model, 0.1), texts))[1]
+        return store.label_losses(texts, len(texts), under(store.model, changed(store.model, 0.1), texts))[1]
 
 
 @pytest.mark.parametrize("token_loss", [token_nll, token_margin])
@@ -215,9 +215,9 @@ def test_texts_are_compared_as_by_whole_logits(kind: str, token_loss: TokenLoss)
     change = changed(model)
     leaves = [delta.left for delta in change.values()]
     with unchanged(model):
-        batch, values, right = store.compared(texts, 2, under(model, change, texts), token_loss)
+        batch, values, right = store.label_losses(texts, 2, under(model, change, texts), token_loss)
         before = plain_logits(model, batch)
-        _, after = store.packed(texts, under(model, change, texts))
+        _, after = store.packed_logits(texts, under(model, change, texts))
     wanted = int((batch.owner < 2).sum())
     expected = torch.cat(
         [token_loss(after[:wanted], batch.labels[:wanted]), token_kl(before[wanted:], after[wanted:])]
@@ -237,7 +237,7 @@ def test_without_texts_that_must_stay_or_that_are_wanted(tiny_llama: LM) -> None
     store.ensure(texts)
     change = changed(tiny_llama.model)
     both, wanted, kept = (
-        store.compared(part, count, under(tiny_llama.model, change, part))[1]
+        store.label_losses(part, count, under(tiny_llama.model, change, part))[1]
         for part, count in ((texts, 2), (texts[:2], 0), (texts[2:], 2))
     )
     torch.testing.assert_close(torch.cat([wanted, kept]), both, rtol=1e-4, atol=1e-5)

@@ -177,7 +177,7 @@ def test_factors_that_are_not_finite_reach_nothing() -> None:
     editor = _editor(lm).train()
     before = {name: tensor.clone() for name, tensor in editor.state_dict().items()}
     with torch.no_grad():
-        for chunk in store.kept.chunks:
+        for chunk in store.hidden.chunks:
             chunk.fill_(float("nan"))
     assert training_step(editor, store, episodes, Weights(C_EDIT)) is None
     assert all(tensor.equal(before[name]) for name, tensor in editor.state_dict().items())

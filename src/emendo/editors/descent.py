@@ -17,19 +17,19 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from emendo.editors.base import Editor
 from emendo.edits.edit import Request
 from emendo.errors import RequestError, TrainingError
-from emendo.low_rank import LowRank
+from emendo.low_rank import Change, LowRank, RowGroups, applied
 from emendo.models.capture import Factors, capture
 from emendo.models.lm import LM
 from emendo.models.losses import per_example, token_kl, token_nll
@@ -146,7 +146,8 @@ class _Search:
         parts = [texts] if count > 1 else length_buckets(texts, lambda text: text.size, _PASS_TOKENS)
         clean = [self._reference(fit.step) for fit in moving] if self.how.locality else []
         weight = self.how.c_edit * count / len(texts)
-        with _beside(self.model, [fit.leaves for fit in moving]):
+        changes = {site.name: _change([fit.leaves[site.name] for fit in moving]) for site in self.sites}
+        with applied(self.model, changes):
             nll, right, factors = zip(*(self._edit_loss(part, weight) for part in parts), strict=True)
             if clean:
                 factors = (*factors, self._locality_loss(clean))
@@ -211,22 +212,14 @@ class _Search:
         return self.how.locality[at], self.clean[at]
 
 
-@contextmanager
-def _beside(model: nn.Module, changes: Sequence[Mapping[str, Leaves]]) -> Iterator[None]:
-    """Run the model with a change for each of as many equal parts of the batch, none of them copied."""
-
-    def adder(name: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            parts = args[0].reshape(len(changes), -1, args[0].shape[-1])
-            added = [_product(x, own[name]) for x, own in zip(parts, changes, strict=True)]
-            return output + torch.stack(added).view(output.shape)
-
-        return hook
-
-    with ExitStack() as stack:
-        for name in changes[0]:
-            stack.callback(model.get_submodule(name).register_forward_hook(adder(name)).remove)
-        yield
+def _change(leaves: Sequence[Leaves]) -> Change:
+    """The change of one matrix: that of the only edit, or of each edit in its row of the batch; no leaf is copied."""
+    changes = [partial(_product, leaves=own) for own in leaves]
+    return (
+        changes[0]
+        if len(changes) == 1
+        else RowGroups(len(changes), [((i,), c) for i, c in enumerate(changes)])
+    )
 
 
 def _product(x: Tensor, leaves: Leaves) -> Tensor:

@@ -45,9 +45,9 @@ from emendo.edits.edit import Request
 from emendo.errors import RequestError
 from emendo.low_rank import LowRank, applied
 from emendo.models._packing import Packing
-from emendo.models.capture import Factors, finite
+from emendo.models.capture import Factors, all_finite
 from emendo.models.lm import LM
-from emendo.models.losses import TokenLoss, compared, per_example, token_kl, token_margin, token_nll
+from emendo.models.losses import TokenLoss, label_losses, per_example, token_kl, token_margin, token_nll
 from emendo.models.sites import Site
 from emendo.models.text import Text, TokenBatch, collate, length_buckets
 from emendo.models.tokenization import to_texts
@@ -203,10 +203,10 @@ class Enn(GradientEditor):
         from the original is the base loss.
         """
         trunk, texts = self.twin.trunk(store.model), [episode.edit for episode in episodes]
-        passes = _Trained(trunk, store.over(trunk) if self.shares_trunk else None)
+        passes = _Trained(trunk, store.with_trunk(trunk) if self.shares_trunk else None)
         hidden = store.gather(texts) if self.shares_trunk else None
         deltas = self._steps(trunk, texts, hidden, create_graph=backward and not self.config.first_order)
-        if not finite(factor for d in deltas.values() for factor in (d.left, d.right)):
+        if not all_finite(factor for d in deltas.values() for factor in (d.left, d.right)):
             return None
         if together > 1:
             deltas = {name: delta.group(together) for name, delta in deltas.items()}
@@ -231,7 +231,7 @@ class Enn(GradientEditor):
         for part in length_buckets(list(shares), lambda text: text.size, BUCKET_TOKENS):
             batch, logits = passes.logits(part)
             with torch.no_grad():
-                original = store.packed(part)[1]
+                original = store.packed_logits(part)[1]
             values = token_kl(original, logits)
             kl = per_example(values, batch.owner.to(values.device), len(part))
             loss = kl @ kl.new_tensor([shares[text] for text in part])
@@ -280,19 +280,19 @@ class _Trained:
         batch = collate(texts)
         return batch, self.trunk.logits(batch)
 
-    def compared(
+    def label_losses(
         self,
         texts: Sequence[Text],
-        kept: int,
-        under: Callable[[Packing], AbstractContextManager[None]],
+        locality: int,
+        context: Callable[[Packing], AbstractContextManager[None]],
         token_loss: TokenLoss,
     ) -> tuple[TokenBatch, Tensor, Tensor]:
         if self.store is not None:
-            batch, logits = self.store.packed(texts, under)
+            batch, logits = self.store.packed_logits(texts, context)
         else:
-            with under(Packing()):
+            with context(Packing()):
                 batch, logits = self.logits(texts)
-        before = [self.known[text] for text in texts[len(texts) - kept :]] or [logits[:0]]
+        before = [self.known[text] for text in texts[len(texts) - locality :]] or [logits[:0]]
         whole = torch.cat(before)
         labels = batch.labels[: len(logits) - len(whole)].to(logits.device)
-        return batch, *compared(logits, labels, whole, token_loss)
+        return batch, *label_losses(logits, labels, whole, token_loss)

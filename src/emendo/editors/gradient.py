@@ -16,7 +16,7 @@ from emendo.edits.edit import Request
 from emendo.low_rank import LowRank
 from emendo.models._packing import Packing
 from emendo.models._projection_loss import Expected, divergence
-from emendo.models.capture import Factors, capture, finite, move
+from emendo.models.capture import Factors, all_finite, capture, move
 from emendo.models.lm import LM
 from emendo.models.losses import TokenLoss, per_example, token_nll
 from emendo.models.sites import Site
@@ -131,7 +131,7 @@ class GradientEditor(Editor):
         Returns:
             What the edits did; None where a factor was not finite.
         """
-        if factors and not finite(row for f in factors.values() for row in (f.u, f.delta)):
+        if factors and not all_finite(row for f in factors.values() for row in (f.u, f.delta)):
             return None
         deltas = self(factors)
         if together > 1:
@@ -218,7 +218,7 @@ def edit_factors(
     def loss() -> Tensor:
         if head is not None:
             values, _ = divergence(
-                head, trunk.rows(batch, hidden, packing), Expected.wanted(head, batch.labels)
+                head, trunk.projection_input(batch, hidden, packing), Expected.from_labels(head, batch.labels)
             )
         else:
             logits = trunk.logits(batch, hidden, packing)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from emendo.low_rank import LowRank
-from emendo.models._packing import Packing, edited
+from emendo.models._packing import Packing, applied_to_texts
 from emendo.models.losses import TokenLoss, per_example, token_nll
 from emendo.models.text import Text, TokenBatch, length_buckets
 
@@ -90,23 +90,23 @@ class Passes(Protocol):
     def model(self) -> nn.Module:
         """The model whose matrices are edited."""
 
-    def compared(
+    def label_losses(
         self,
         texts: Sequence[Text],
-        kept: int,
-        under: Callable[[Packing], AbstractContextManager[None]],
+        locality: int,
+        context: Callable[[Packing], AbstractContextManager[None]],
         token_loss: TokenLoss,
     ) -> tuple[TokenBatch, Tensor, Tensor]:
-        """Texts as one batch, run in a context made for the rows that the MLPs see.
+        """Run texts as one batch in a context, and compute the losses at their labels.
 
         Args:
-            texts: those whose labels are wanted, then ``kept`` whose answers must be those without the context.
-            kept: how many.
-            under: gives the context.
-            token_loss: the loss of a wanted label; of one that must stay it is KL(without || in the context).
+            texts: texts with targets, then the locality texts.
+            locality: the number of locality texts; their loss is KL(without the context || in it).
+            context: makes the context from the rows that the MLPs compute.
+            token_loss: the loss of a target's label.
 
         Returns:
-            The batch, and of each of its labels the loss and whether the argmax is the expected one.
+            The batch; the loss of each of its labels; and hits, whether the argmax is the expected one.
         """
 
 
@@ -206,10 +206,10 @@ def _bucket(
     come last.
     """
     rows = torch.tensor([item.episode // together for item in part])
-    batch, values, right = passes.compared(
+    batch, values, right = passes.label_losses(
         [item.text for item in part],
         sum(item.kind == 2 for item in part),
-        lambda packing: edited(passes.model, deltas, rows, packing),
+        lambda packing: applied_to_texts(passes.model, deltas, rows, packing),
         edit_loss,
     )
     owner = batch.owner.to(values.device)

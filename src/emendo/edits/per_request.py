@@ -1,4 +1,4 @@
-"""Edits on and off per request: each row of a batch under its own set of edits."""
+"""Edits per request: each row of a batch under its own set of edits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from emendo.edits.edit import Edit, compose
-from emendo.errors import RequestError
-from emendo.low_rank import LowRank
+from emendo.low_rank import LowRank, RowGroups, applied
 from emendo.models._forward import label_logits, model_inputs
 from emendo.models.lm import LM
 from emendo.models.text import Text, collate
@@ -22,40 +21,36 @@ M = TypeVar("M", nn.Module, LM)
 
 @contextmanager
 def applied_to_rows(model: M, sets: Sequence[Sequence[Edit]]) -> Iterator[M]:
-    """Run a model with row ``i`` of every batch under the edits ``sets[i]``; an empty set leaves its row alone.
+    """Run a model with row ``i`` of every batch under the edits ``sets[i]``; an empty set leaves its row unedited.
 
-    Every batch is read as it comes, in its order: by ``generate`` and ``logits`` of what the block is given, and by a
-    call of the model itself. Rows under the same set share their arithmetic, and what no edit touches is bit for bit
-    what it was.
+    Every batch keeps its order, in ``generate`` and ``logits`` of the model that the block receives and in calls of the
+    model itself. Rows with the same set share their arithmetic. An unedited row gives the same bits as without edits.
+
+    Args:
+        model: the model.
+        sets: the edits of each row.
 
     Raises:
         MismatchError: an edit was made for another model.
-        RequestError: a batch with another number of rows (raised where the model is called).
+        RequestError: a batch has another number of rows (raised where the model is called).
     """
-    module = model.model if isinstance(model, LM) else model
     for edit in {id(edit): edit for edits in sets for edit in edits}.values():
         edit.check(model)
-    changes: dict[str, list[tuple[list[int], LowRank]]] = {}
-    for members in _alike(sets):
-        for name, delta in compose(sets[members[0]]).deltas.items():
-            changes.setdefault(name, []).append((members, delta))
-    handles = []
-    try:
-        for name, parts in changes.items():
-            hook = _RowAdder(len(sets), parts)
-            handles.append(module.get_submodule(name).register_forward_hook(hook))
+    groups: dict[str, list[tuple[list[int], LowRank]]] = {}
+    for rows in _rows_by_set(sets):
+        for name, delta in compose(sets[rows[0]]).deltas.items():
+            groups.setdefault(name, []).append((rows, delta))
+    changes = {name: RowGroups(len(sets), own) for name, own in groups.items()}
+    with applied(model.model if isinstance(model, LM) else model, changes):
         yield _in_order(model)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _alike(sets: Sequence[Sequence[Edit]]) -> Iterator[list[int]]:
-    """The rows of each set of edits that is not empty."""
+def _rows_by_set(sets: Sequence[Sequence[Edit]]) -> list[list[int]]:
+    """The rows of each distinct, non-empty set of edits."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, edits in enumerate(sets):
         groups.setdefault(tuple(id(edit) for edit in edits), []).append(row)
-    yield from (members for edits, members in groups.items() if edits)
+    return [rows for edits, rows in groups.items() if edits]
 
 
 def _in_order(model: M) -> M:
@@ -66,7 +61,7 @@ def _in_order(model: M) -> M:
 
 @dataclass(frozen=True, eq=False)
 class _InOrder(LM):
-    """Reads all texts as one batch in their order, where the model else sorts them by length."""
+    """Runs all texts as one batch in their order, where ``LM`` sorts them by length."""
 
     @torch.no_grad()
     def logits(self, texts: Sequence[Text]) -> list[Tensor]:
@@ -74,25 +69,3 @@ class _InOrder(LM):
         inputs = model_inputs(self.model, batch, positions=self.kind == "causal")
         rows = label_logits(self.model, inputs, batch.positions)
         return list(rows.split([len(text.labels) for text in texts]))
-
-
-class _RowAdder:
-    """The forward hook of one matrix: some rows get a change, others another or none."""
-
-    def __init__(self, count: int, parts: Sequence[tuple[list[int], LowRank]]) -> None:
-        self.count = count
-        self.parts = [(torch.tensor(rows), delta) for rows, delta in parts]
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0]
-        if x.dim() == 2 and len(x) % self.count == 0:  # some blocks (OPT's) flatten their tokens
-            x = x.view(self.count, -1, x.shape[-1])
-        if len(x) != self.count:
-            raise RequestError(
-                f"Edits were given for {self.count} rows, but the model was called with a batch of {len(x)}."
-            )
-        out = output.clone().view(*x.shape[:-1], output.shape[-1])
-        for rows, delta in self.parts:
-            at, change = rows.to(x.device), delta.to(x.device)
-            out[at] += change(x[at])
-        return out.view(output.shape)

@@ -150,7 +150,7 @@ def _passes(lm: LM, host: LM, editor: Editor, store: TrunkCache) -> _Passes:
         kept: TrunkCache | None = store
     else:
         trunk = Trunk(host.model, editor.sites)
-        kept = store.over(trunk) if editor.shares_trunk else None
+        kept = store.with_trunk(trunk) if editor.shares_trunk else None
 
     def passes(texts: Sequence[Text]) -> list[Tensor]:
         if kept is None:

@@ -1,4 +1,7 @@
-"""A batch of texts as a model takes it, and the logits at its label positions, for a model of any kind."""
+"""Running a model of any kind on a batch of texts: its inputs, and the logits at the label positions.
+
+On a processor, the differentiated passes of a half-precision model compute attention in float32.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,20 @@ from emendo.models.text import TokenBatch
 
 
 def model_inputs(model: nn.Module, batch: TokenBatch, *, positions: bool = False) -> dict[str, Any]:
-    """What a model's ``forward`` takes for a batch of texts.
+    """The keyword arguments of a model's ``forward`` for a batch of texts.
 
-    A decoder needs no mask of texts that are padded on the right: no token reads what comes after it. Without one, the
-    attention makes no table of who reads whom.
+    A decoder needs no attention mask for texts padded on the right, because no token attends to later ones. Without a
+    mask, attention builds no mask matrix.
 
     Args:
         model: a model of any kind.
         batch: the texts.
-        positions: give ``position_ids`` where the batch is padded on the left.
+        positions: pass ``position_ids`` where the batch is padded on the left.
     """
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     pad = getattr(model.config, "pad_token_id", None) or 0
 
-    def tokens(
-        ids: Tensor, mask: Tensor
-    ) -> Tensor:  # some models read off the padding's id where the text ends
+    def tokens(ids: Tensor, mask: Tensor) -> Tensor:  # some models find the text's end by the padding id
         return ids.masked_fill(mask == 0, pad).to(device)
 
     kind = kind_of(model)
@@ -54,19 +55,21 @@ def model_inputs(model: nn.Module, batch: TokenBatch, *, positions: bool = False
 
 
 def label_logits(
-    model: nn.Module, inputs: dict[str, Any], positions: Tensor, beside: Tensor | None = None
+    model: nn.Module, inputs: dict[str, Any], positions: Tensor, extra: Tensor | None = None
 ) -> Tensor:
-    """Run a model and keep the logits ``[n, vocabulary]`` at ``positions [n]`` of the flattened batch.
+    """Run a model and return the logits at some positions of the flattened batch.
 
-    The vocabulary projection sees those positions only. A classifier gives one row of logits for each text; one with a
-    single logit z gives (0, z), so that the second class has the probability sigmoid(z).
+    The vocabulary projection computes these positions only. A classifier has one row of logits for each text; a single
+    logit z becomes (0, z), so that the second class has the probability sigmoid(z).
 
     Args:
         model: a model of any kind.
-        inputs: of its forward.
-        positions: where the labels are predicted.
-        beside: ``[m, width]`` that the vocabulary projection sees after the others, for ``m`` more rows of logits; a
-            classifier's logits themselves.
+        inputs: keyword arguments of its ``forward``.
+        positions: ``[n]`` the positions at which labels are predicted.
+        extra: ``[m, width]`` further inputs of the vocabulary projection; for a classifier, further logits.
+
+    Returns:
+        Logits ``[n + m, vocabulary]``.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
@@ -74,30 +77,28 @@ def label_logits(
         if scores.shape[-1] == 1:
             scores = torch.cat([torch.zeros_like(scores), scores], -1)
         owners = (positions // inputs["input_ids"].shape[1]).to(scores.device)
-        return _with(scores.index_select(0, owners), beside)
+        return _append(scores.index_select(0, owners), extra)
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         rows = args[0].flatten(0, 1).index_select(0, positions.to(args[0].device))
-        return (_with(rows, beside).unsqueeze(0),)
+        return (_append(rows, extra).unsqueeze(0),)
 
     with head.register_forward_pre_hook(gather):
         logits: Tensor = model(**inputs).logits.squeeze(0)
     return logits
 
 
-def _with(rows: Tensor, beside: Tensor | None) -> Tensor:
-    return rows if beside is None else torch.cat([rows, beside.to(rows)])
-
-
-# --------------------
-# Attention in float32 in the passes of a half-precision model that are differentiated on a processor.
-#
-# Going back, torch's fused kernel multiplies the few rows of each head and text in half precision. For short texts that
-# takes ten times as long as doing it in float32, conversions included, and it is less exact.
+def _append(rows: Tensor, extra: Tensor | None) -> Tensor:
+    return rows if extra is None else torch.cat([rows, extra.to(rows)])
 
 
 def wide_attention(model: nn.Module) -> AbstractContextManager[object]:
-    """A context for the passes of ``model``; it does nothing where nothing would be gained."""
+    """Compute attention in float32 in the differentiated passes of a half-precision model on a processor.
+
+    The backward pass of torch's fused kernel multiplies the few rows of each head and text in half precision. For short
+    texts that takes ten times as long as float32, conversions included, and is less exact. Elsewhere the context has no
+    effect.
+    """
     weight = next(model.parameters())
     half = weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cpu"
     return _Wide() if half and torch.is_grad_enabled() else nullcontext()

@@ -1,11 +1,11 @@
-"""MLPs that see only the rows that matter.
+"""Packing: MLPs compute only the rows that matter.
 
-An MLP works on every position by itself, so padding need not go through it; and in the last block of a decoder only the
-label positions do, for nothing later reads the others. A :class:`Packing` says which rows of a padded batch
-``[texts, tokens, d]`` each MLP sees; hooks gather them before it, ``[1, rows, d]``, and put its outputs back after it,
-with zeros elsewhere. What is computed at the label positions, and every gradient of it, is the same.
+An MLP works on every position independently, so padding need not pass through it; and in the last block of a decoder
+only the label positions need to, because nothing later reads the others. A :class:`Packing` lists the rows of a padded
+batch ``[texts, tokens, d]`` that each MLP sees. Hooks gather these rows before it, as ``[1, rows, d]``, and scatter its
+outputs after it, with zeros elsewhere. The results at the label positions and all their gradients are the same.
 
-Only an MLP that is safe by its structure is packed: a module below the block that holds nothing but weight matrices,
+Only an MLP whose structure guarantees this is packed: a module below the block that holds nothing but weight matrices,
 activations and dropout.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emendo.low_rank import LowRank
+from emendo.low_rank import Deltas, LowRank, applied
 from emendo.models.sites import Site, is_matrix
 
 _PLAIN = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "transformers.activations")
@@ -31,8 +31,8 @@ class Rows:
     """Some rows of a padded batch of texts.
 
     Attributes:
-        index: ``[rows]`` places in the flattened ``texts * tokens``.
-        owner: ``[rows]`` the text of each.
+        index: ``[rows]`` positions in the flattened ``texts * tokens``.
+        owner: ``[rows]`` the text that each row belongs to.
     """
 
     index: Tensor
@@ -41,11 +41,11 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packing:
-    """Which rows the MLPs see.
+    """The rows that the MLPs see.
 
     Attributes:
-        modules: MLP -> its rows, by module name.
-        sites: the same for every site inside of one of them.
+        modules: module name of an MLP -> its rows.
+        sites: the same for every site inside one of these MLPs.
     """
 
     modules: Mapping[str, Rows] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Packing:
 
 
 def packable(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
-    """Site -> the MLP that it stands in, for the sites whose MLP can be packed."""
+    """Site -> the MLP that contains it, for the sites whose MLP can be packed."""
     found = {}
     for site in sites:
         parent = site.name.rpartition(".")[0]
@@ -64,7 +64,7 @@ def packable(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
 
 
 def _works_by_row(module: nn.Module) -> bool:
-    """Whether it holds weight matrices, activations and dropout only."""
+    """Whether a module holds only weight matrices, activations and dropout."""
     if (
         isinstance(module, nn.ModuleList | nn.ModuleDict)
         or next(module.parameters(recurse=False), None) is not None
@@ -81,7 +81,7 @@ def _works_by_row(module: nn.Module) -> bool:
 
 @contextmanager
 def packed(model: nn.Module, packing: Packing) -> Iterator[None]:
-    """Run ``model`` with its MLPs on their rows only."""
+    """Run ``model`` with each MLP of ``packing`` computing its rows only."""
     with ExitStack() as stack:
         for name, rows in packing.modules.items():
             hooks = _Hooks(rows.index)
@@ -92,7 +92,7 @@ def packed(model: nn.Module, packing: Packing) -> Iterator[None]:
 
 
 class _Hooks:
-    """Rows out of a padded stream, and back into it."""
+    """Gathers rows of a padded batch before a module, and scatters its outputs after it."""
 
     def __init__(self, index: Tensor) -> None:
         self.index = index
@@ -108,34 +108,36 @@ class _Hooks:
 
 
 @contextmanager
-def edited(model: nn.Module, deltas: Mapping[str, LowRank], edit: Tensor, packing: Packing) -> Iterator[None]:
-    """Run ``model`` on a batch of texts each of which has a change of its own, also where its rows are packed.
+def applied_to_texts(model: nn.Module, deltas: Deltas, edit: Tensor, packing: Packing) -> Iterator[None]:
+    """Run ``model`` on a batch with each text under its own edit, also where its rows are packed.
+
+    The changes are applied in their own precision, not in that of the model's activations.
 
     Args:
         model: the model.
-        deltas: by site, changes ``[edits, d_out, r]`` and ``[edits, r, d_in]``.
-        edit: ``[texts]`` the edit that each text stands under.
+        deltas: site -> changes ``[edits, d_out, r]`` and ``[edits, r, d_in]``.
+        edit: ``[texts]`` the edit of each text.
         packing: of the batch.
     """
     slots: dict[tuple[int, int], _Slots] = {}
 
-    def place(rows: Rows | None, count: int) -> _Slots:
-        """Of so many rows; without a packing every text has as many."""
+    def slots_of(rows: Rows | None, count: int) -> _Slots:
+        """The slots of ``count`` rows; shared by the sites that see the same rows."""
         key = (id(rows), count)
         if key not in slots:
             own = edit.repeat_interleave(count // len(edit)) if rows is None else edit[rows.owner]
             slots[key] = _Slots(own, len(next(iter(deltas.values())).left))
         return slots[key]
 
-    with ExitStack() as stack:
-        for name, delta in deltas.items():
-            hook = _RowAdder(delta, partial(place, packing.sites.get(name)))
-            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+    changes = {
+        name: _RowChanges(delta, partial(slots_of, packing.sites.get(name))) for name, delta in deltas.items()
+    }
+    with applied(model, changes):
         yield
 
 
 class _Slots:
-    """Where each row goes when the rows of each edit are put together: ``place [rows]`` among ``edits * most``."""
+    """Where each row goes when the rows are sorted by edit and padded: ``place [rows]`` among ``edits * most``."""
 
     def __init__(self, edit: Tensor, edits: int) -> None:
         count = torch.bincount(edit, minlength=edits)
@@ -146,54 +148,50 @@ class _Slots:
         self.place = edit * self.most + rank
 
 
-class _RowAdder:
-    """The forward hook that adds to each row the change of its edit, in the change's own precision."""
+class _RowChanges:
+    """A change for each row, that of its edit: one batched product over the rows sorted by edit."""
 
     def __init__(self, delta: LowRank, slots: Callable[[int], _Slots]) -> None:
         self.right, self.left, self.slots = delta.right.mT, delta.left.mT, slots
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if self.right.device != output.device:
-            self.left, self.right = self.left.to(output.device), self.right.to(output.device)
-        x = args[0].flatten(0, -2)
-        if len(self.right) == 1:  # every row stands under the same edit
-            added = self._change(x.unsqueeze(0)).squeeze(0)
-        else:
-            slots = self.slots(len(x))
-            place = slots.place.to(x.device)
-            padded = put(x, place, slots.edits * slots.most).view(slots.edits, slots.most, -1)
-            added = take(self._change(padded).flatten(0, 1), place)
-        return output + added.view(output.shape)
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.right.device != x.device:
+            self.left, self.right = self.left.to(x.device), self.right.to(x.device)
+        x = x.flatten(0, -2)
+        if len(self.right) == 1:  # every row has the same edit
+            return self._change(x.unsqueeze(0))
+        slots = self.slots(len(x))
+        place = slots.place.to(x.device)
+        padded = put(x, place, slots.edits * slots.most).view(slots.edits, slots.most, -1)
+        return take(self._change(padded).flatten(0, 1), place)
 
     def _change(self, x: Tensor) -> Tensor:
         return ((x.to(self.right.dtype) @ self.right) @ self.left).to(x.dtype)
 
 
-# --------------------
-# Distinct rows out of a matrix, and back into one; the one is the gradient of the other.
-#
-# Going back, torch's own ``index_select`` adds where copying is enough, and its ``index_copy`` copies the zeros first.
-
-_STEP = 32
+_MULTIPLE = 32
 
 
-def even(count: int, like: Tensor) -> int:
-    """So many rows of a product, or a few more where each number of rows has a kernel compiled for it.
+def padded_count(count: int, like: Tensor) -> int:
+    """``count`` rows rounded up to a multiple of 32 where every number of rows compiles a kernel of its own.
 
-    oneDNN, which multiplies half precision on a processor, takes 1 to 3 ms to compile one, and keeps it.
+    oneDNN, which multiplies half-precision matrices on a processor, takes 1 to 3 ms to compile one, and caches it.
     """
     half = like.dtype in (torch.bfloat16, torch.float16) and like.device.type == "cpu"
-    return -(-count // _STEP) * _STEP if half else count
+    return -(-count // _MULTIPLE) * _MULTIPLE if half else count
 
 
 def take(rows: Tensor, index: Tensor) -> Tensor:
-    """``rows[index]``: ``[n, d]`` from ``[count, d]`` at distinct places ``[n]``."""
+    """``rows[index]``: ``[n, d]`` from ``[count, d]`` at distinct places ``[n]``; its gradient is :func:`put`.
+
+    The backward pass of torch's ``index_select`` adds up rows where copying them is enough.
+    """
     found: Tensor = _Take.apply(rows, index)
     return found
 
 
 def put(rows: Tensor, index: Tensor, count: int) -> Tensor:
-    """``[count, d]`` of zeros with ``rows [n, d]`` at distinct places ``index [n]``."""
+    """``[count, d]`` of zeros with ``rows [n, d]`` at distinct places ``index [n]``; its gradient is :func:`take`."""
     spread: Tensor = _Put.apply(rows, index, count)
     return spread
 

@@ -1,13 +1,13 @@
-"""Capture: run a model and keep, at each site, the two factors of the fine-tuning gradient.
+"""Capture: run a model and record the two factors of the fine-tuning gradient at each site.
 
-For a matrix that computes ``y = W u (+ b)`` the gradient of a loss is ``sum_i delta_i u_i^T`` over all rows
-``i`` (one per token), with ``u`` the matrix's input and ``delta = dL/dy`` (MEND, section 3.1). Summing the
-examples' losses before differentiating gives every example its own ``delta`` in one backward pass, because no
-row of one example depends on another example.
+For a matrix that computes ``y = W u (+ b)``, the gradient of a loss is ``sum_i delta_i u_i^T`` over all rows ``i`` (one
+per token), where ``u`` is the matrix's input and ``delta = dL/dy`` (MEND, section 3.1). The examples' losses are summed
+before differentiation; this gives every example its own ``delta`` in one backward pass, because no row of one example
+depends on another example.
 
-No parameter's ``.grad`` is touched, nothing below the first site is differentiated, and no second-order graph
-is built: ``u`` and ``delta`` are constants for whatever is trained on them. A method that trains the model itself
-(ENN) asks for the graph.
+No parameter's ``.grad`` is touched, and nothing below the first site is differentiated. By default there is no
+second-order graph: ``u`` and ``delta`` are constants for the editor trained on them. A method that trains the model
+itself (ENN) requests the graph.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from emendo.models.sites import Site
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
-    """The rank-1 factors of one site's gradient, one row per token that matters.
+    """The rank-1 factors of one site's gradient, one row for each token that carries gradient.
 
     Attributes:
         u: ``[rows, d_in]`` inputs of the matrix, float32 (float64 from a float64 model).
@@ -42,15 +42,15 @@ class Factors:
     examples: int
 
     def lowrank(self, left: Tensor, right: Tensor) -> LowRank:
-        """Rows back to one change for each example, ``sum_i left_i right_i^T`` over its rows.
+        """Turn rows into one change for each example, ``sum_i left_i right_i^T`` over the example's rows.
 
         Args:
             left: ``[rows, d_out]``.
             right: ``[rows, d_in]``.
 
         Returns:
-            Factors ``[examples, d_out, r]`` and ``[examples, r, d_in]``, with ``r`` the most rows of any
-            example; missing rows are zero.
+            Factors ``[examples, d_out, r]`` and ``[examples, r, d_in]``, where ``r`` is the largest number of rows of
+            any example; missing rows are zero.
         """
         count = torch.bincount(self.owner, minlength=self.examples)
         start = count.cumsum(0) - count
@@ -63,11 +63,11 @@ class Factors:
         return LowRank(padded[0].mT, padded[1])
 
 
-def finite(values: Iterable[Tensor]) -> bool:
-    """Whether no number is infinite or NaN; a sum shows that in one pass, unless it overflows itself."""
-    held = list(values)
-    return bool(torch.stack([value.sum() for value in held]).isfinite().all()) or all(
-        bool(value.isfinite().all()) for value in held
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number is infinite or NaN. A finite sum proves it in one pass; a sum may overflow, so check again."""
+    held = list(tensors)
+    return bool(torch.stack([tensor.sum() for tensor in held]).isfinite().all()) or all(
+        bool(tensor.isfinite().all()) for tensor in held
     )
 
 
@@ -79,18 +79,18 @@ def capture(
     create_graph: bool = False,
     owners: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Factors]]:
-    """Run ``loss`` and return its value with the factors of its gradient at every site.
+    """Run ``loss`` and return its value and the factors of its gradient at every site.
 
     Args:
         model: the model that ``loss`` runs once on a batch.
         sites: where to capture.
-        loss: runs the model and returns each example's loss ``[examples]``.
-        create_graph: leave ``u`` and ``delta`` differentiable in the model's parameters (second order).
-        owners: for sites that see packed rows ``[1, rows, d]`` (:mod:`emendo.models._packing`), the example of each.
+        loss: runs the model and returns the loss ``[examples]`` of each example.
+        create_graph: keep ``u`` and ``delta`` differentiable in the model's parameters (second order).
+        owners: for sites that see packed rows ``[1, rows, d]`` (:mod:`emendo.models._packing`), the rows' examples.
 
     Returns:
         The losses ``[examples]``, detached, and the factors by site name. Rows whose ``u`` or ``delta`` is
-        all zero carry no gradient and are left out.
+        zero carry no gradient and are dropped.
 
     Raises:
         ModelError: the pass did not run one of the sites.
@@ -128,7 +128,7 @@ def capture(
 
 
 def _rows(u: Tensor, delta: Tensor, examples: int, owner: Tensor | None) -> Factors:
-    """Rows ``[..., d]`` that carry gradient, flat and in float32 at least; without an owner all have as many."""
+    """The rows ``[..., d]`` that carry gradient, in float32 at least; without ``owner``, examples have equal shares."""
     u, delta = u.reshape(-1, u.shape[-1]), delta.reshape(-1, delta.shape[-1])
     used = u.ne(0).any(-1) & delta.ne(0).any(-1)
     if owner is None:

@@ -1,8 +1,8 @@
 """Losses at the label positions: token NLL, hinge and locality KL, each averaged per example.
 
-Layout: ``logits [n, vocabulary]`` and ``labels [n]`` are the label positions of all examples one after the
-other, ``owner [n]`` says whose each is. An example's loss is the mean over its own positions, so it does not
-depend on what else is in the batch.
+Layout: ``logits [n, vocabulary]`` and ``labels [n]`` are the label positions of all examples, one example after the
+other; ``owner [n]`` is the example of each position. An example's loss is the mean over its own positions, so it does
+not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
-"""Logits ``[n, vocabulary]`` and labels ``[n]`` to a loss for each label, ``[n]``."""
+"""Logits ``[n, vocabulary]`` and labels ``[n]`` -> the loss ``[n]`` of each label."""
 
 
 def per_example(values: Tensor, owner: Tensor, examples: int) -> Tensor:
@@ -34,7 +34,7 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 def token_margin(logits: Tensor, labels: Tensor) -> Tensor:
     """``relu(max over other answers of log p - log p(label))`` in nats, ``[n]``, in float32 at least.
 
-    It is 0 as soon as the label is the most likely answer (MEND, Eq. 6, after Sinitsin et al. 2020).
+    It is 0 where the label is the most likely answer (MEND, Eq. 6, after Sinitsin et al. 2020).
     """
     values = _wide(logits)
     own = values.gather(-1, labels[:, None])
@@ -53,27 +53,27 @@ def token_kl(reference: Tensor, logits: Tensor) -> Tensor:
     return kl
 
 
-def compared(
-    logits: Tensor, labels: Tensor, before: Tensor, token_loss: TokenLoss = token_nll
+def label_losses(
+    logits: Tensor, targets: Tensor, before: Tensor, token_loss: TokenLoss = token_nll
 ) -> tuple[Tensor, Tensor]:
-    """Losses at labels that are wanted and, after them, at labels whose answers must stay: NLL, then KL.
+    """Losses at the labels of targets (NLL) followed by the labels of locality texts (KL).
 
     Args:
-        logits: ``[n + m, vocabulary]``.
-        labels: ``[n]`` wanted.
-        before: ``[m, vocabulary]`` logits before the edit.
-        token_loss: of the wanted ones, in place of the NLL.
+        logits: ``[n + m, vocabulary]`` logits after the edit.
+        targets: ``[n]`` labels of the targets.
+        before: ``[m, vocabulary]`` logits of the locality labels before the edit.
+        token_loss: the loss of a target's label.
 
     Returns:
-        Losses ``[n + m]``, and whether the argmax is the expected one, ``[n + m]``.
+        Losses ``[n + m]``; and hits ``[n + m]``, whether the argmax is the target's label, or the argmax before.
     """
-    wanted, kept = logits.split([len(labels), len(before)])
-    values = torch.cat([token_loss(wanted, labels), token_kl(before, kept)])
-    return values, logits.detach().argmax(-1) == torch.cat([labels, before.argmax(-1)])
+    at_targets, at_locality = logits.split([len(targets), len(before)])
+    losses = torch.cat([token_loss(at_targets, targets), token_kl(before, at_locality)])
+    return losses, logits.detach().argmax(-1) == torch.cat([targets, before.argmax(-1)])
 
 
 class _Divergence(torch.autograd.Function):
-    """KL with its gradient written out: torch's own graph makes seven tensors of this size, this one two."""
+    """KL with an explicit gradient, which keeps two tensors of this size where autograd keeps seven."""
 
     @staticmethod
     def forward(ctx: Any, reference: Tensor, logits: Tensor) -> Tensor:
@@ -91,5 +91,5 @@ class _Divergence(torch.autograd.Function):
 
 
 def _wide(values: Tensor) -> Tensor:
-    """In float32, or in float64 where it comes so."""
+    """In float32 at least."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

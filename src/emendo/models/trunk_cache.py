@@ -1,6 +1,6 @@
-"""What a model's frozen part gives for each text, computed once and kept: trunk outputs, and unedited answers.
+"""Caches of what depends on the text alone: trunk outputs, and the unedited model's answers.
 
-The store belongs to one model and one split; another model's store is another folder.
+A cache belongs to one model and one split; another model's cache needs another folder.
 """
 
 from __future__ import annotations
@@ -20,190 +20,186 @@ from torch.nn.utils.rnn import pad_sequence
 from emendo._storage import new_file
 from emendo.models._packing import Packing
 from emendo.models._projection_loss import Expected, divergence
-from emendo.models.losses import TokenLoss, compared, token_nll
+from emendo.models.losses import TokenLoss, label_losses, token_nll
 from emendo.models.text import Text, TokenBatch, collate, length_buckets
 from emendo.models.trunk import Trunk
 
+_BATCH_TOKENS = 512
+"""Padded tokens of a batch whose rows are computed together."""
+
 _LABELS = 48
-"""Whose logits are held at a time to keep what is expected there."""
+"""Labels whose logits are held at one time when the unedited answers are computed."""
 
 
 class TrunkCache:
-    """Keeps ``hidden [tokens, width]`` for every text asked for.
+    """Caches the trunk's output ``hidden [tokens, width]`` of every text.
 
-    For texts whose answers must stay it keeps also what a loss needs of the unedited model's, for each label as much as
-    ``Expected`` holds, or where that does not do, what the vocabulary projection is given. The
-    logits would take a vocabulary's room.
+    For locality texts it also caches what a loss needs of the unedited model's answers: for each label an ``Expected``,
+    or where that does not apply, the input of the vocabulary projection. Both are far smaller than the logits.
 
     Args:
-        trunk: what computes it.
-        folder: where to keep it between runs; None keeps it in memory only.
+        trunk: computes the outputs.
+        folder: where to keep them between runs; None keeps them in memory only.
         dtype: of the trunk's outputs. bfloat16 halves the memory; float32 loses nothing.
     """
 
     def __init__(self, trunk: Trunk, folder: Path | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
         self.trunk, self.dtype, self.folder = trunk, dtype, folder
-        self.kept = RowCache(lambda text: text.trunk, lambda text: len(text.trunk), dtype, folder)
+        self.hidden = RowCache(lambda text: text.trunk, lambda text: len(text.trunk), dtype, folder)
 
     @cached_property
     def _unedited(self) -> RowCache:
-        """By what a text's labels read, rows in float32 at least."""
+        """The unedited answers, keyed by what a text's labels depend on; in float32 at least."""
         dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         name = "unedited" if self.trunk.projection is None else "expected"
-        return RowCache(_reads, lambda text: len(text.labels), dtype, self.folder and self.folder / name)
+        return RowCache(
+            _label_inputs, lambda text: len(text.labels), dtype, self.folder and self.folder / name
+        )
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.hidden)
 
     @property
     def model(self) -> nn.Module:
-        """The model that the trunk is a part of."""
+        """The model that the trunk is part of."""
         return self.trunk.model
 
-    def logits(self, texts: Sequence[Text]) -> tuple[TokenBatch, Tensor]:
-        """The texts as one batch, and the logits at its label positions, resumed from what is kept."""
-        batch = collate(texts)
-        return batch, self.trunk.logits(batch, self.gather(texts))
-
-    def packed(
-        self,
-        texts: Sequence[Text],
-        under: Callable[[Packing], AbstractContextManager[None]] | None = None,
-        beside: Tensor | None = None,
-    ) -> tuple[TokenBatch, Tensor]:
-        """The same as :meth:`logits`, without the rows that do not matter (:mod:`emendo.models._packing`).
-
-        Args:
-            texts: the texts.
-            under: gives the context in which the model runs.
-            beside: see :meth:`emendo.models.trunk.Trunk.logits`.
-        """
-        batch = collate(texts)
-        packing = self.trunk.packing(batch)
-        with under(packing) if under is not None else nullcontext():
-            return batch, self.trunk.logits(batch, self.gather(texts), packing, beside)
-
-    def compared(
-        self,
-        texts: Sequence[Text],
-        kept: int,
-        under: Callable[[Packing], AbstractContextManager[None]],
-        token_loss: TokenLoss = token_nll,
-    ) -> tuple[TokenBatch, Tensor, Tensor]:
-        """See :meth:`emendo.editors.objective.Passes.compared`."""
-        batch, unedited = collate(texts), texts[len(texts) - kept :]
-        wanted = int((batch.owner < len(texts) - kept).sum())
-        packing, hidden, head = self.trunk.packing(batch), self.gather(texts), self.trunk.projection
-        labels = batch.labels[:wanted]
-        if head is None or token_loss is not token_nll:
-            beside = self._rows(unedited)
-            with under(packing):
-                logits = self.trunk.logits(batch, hidden, packing, beside)
-            after, before = logits.split([len(batch.labels), len(logits) - len(batch.labels)])
-            return batch, *compared(after, labels.to(logits.device), before, token_loss)
-        expected = Expected.wanted(head, labels)
-        if unedited:
-            self.ensure_unedited(unedited)
-            expected = expected.then(Expected.unpacked(self._of(unedited)))
-        with under(packing):
-            rows = self.trunk.rows(batch, hidden, packing)
-        return batch, *divergence(head, rows, expected)
-
-    def _of(self, texts: Sequence[Text]) -> Tensor:
-        return torch.cat([self._unedited[text] for text in texts])
-
-    @torch.no_grad()
-    def _rows(self, texts: Sequence[Text]) -> Tensor | None:
-        """What the unedited model's vocabulary projection is given for some texts."""
-        if not texts:
-            return None
-        if self.trunk.projection is not None:  # something else is kept
-            return self.trunk.rows(collate(texts), self.gather(texts))
-        self.ensure_unedited(texts)
-        return self._of(texts)
-
-    def over(self, trunk: Trunk) -> TrunkCache:
-        """The same kept outputs under another model that shares the frozen part."""
+    def with_trunk(self, trunk: Trunk) -> TrunkCache:
+        """The same trunk outputs for another model with the same frozen blocks."""
         other = TrunkCache(trunk, dtype=self.dtype)
-        other.kept = self.kept
+        other.hidden = self.hidden
         return other
 
     def missing(self, texts: Iterable[Text]) -> list[Text]:
-        """The texts whose trunk output is not yet kept, each once."""
-        return self.kept.missing(texts)
+        """The texts whose trunk output is not cached, each once."""
+        return self.hidden.missing(texts)
 
     def ensure(self, texts: Iterable[Text], progress: Callable[[int], None] | None = None) -> int:
         """Compute the trunk outputs that are missing, in batches of similar length.
 
         Args:
-            texts: what shall be in the store.
+            texts: the texts.
             progress: called with the number of texts after each batch.
 
         Returns:
-            How many texts were computed.
+            The number of texts computed.
         """
 
         def run(part: Sequence[Text]) -> Tensor:
             batch = collate(part)
             return self.trunk.run(batch).cpu()[batch.trunk_mask.bool()]
 
-        return self.kept.ensure(texts, run, progress)
-
-    def gather(self, texts: Sequence[Text]) -> Tensor:
-        """Hidden states ``[texts, tokens, width]``, padded on the right with zeros, as :func:`collate` pads."""
-        return pad_sequence([self.kept[text] for text in texts], batch_first=True)
+        return self.hidden.ensure(texts, run, progress)
 
     def ensure_unedited(self, texts: Iterable[Text]) -> int:
-        """Compute what the unedited model answers to those texts of which that is not yet known.
+        """Compute the unedited model's answers that are missing.
 
         Args:
-            texts: some whose trunk output is kept.
+            texts: texts whose trunk output is cached.
 
         Returns:
-            How many texts were computed.
+            The number of texts computed.
         """
 
         @torch.no_grad()
         def run(part: Sequence[Text]) -> Tensor:
-            head, rows = self.trunk.projection, self.trunk.rows(collate(part), self.gather(part))
+            head = self.trunk.projection
+            rows = self.trunk.projection_input(collate(part), self.gather(part))
             if head is None:
                 return rows
-            return torch.cat([Expected.given(head, some).packed() for some in rows.split(_LABELS)])
+            return torch.cat([Expected.from_rows(head, some).pack() for some in rows.split(_LABELS)])
 
         return self._unedited.ensure(texts, run)
 
+    def gather(self, texts: Sequence[Text]) -> Tensor:
+        """Hidden states ``[texts, tokens, width]``, padded on the right with zeros, as :func:`collate` pads."""
+        return pad_sequence([self.hidden[text] for text in texts], batch_first=True)
 
-def _reads(text: Text) -> tuple[int, ...]:
-    """What the rows at a text's labels depend on: its last token is only predicted."""
+    def logits(self, texts: Sequence[Text]) -> tuple[TokenBatch, Tensor]:
+        """The texts as one batch, and the logits at its label positions, resumed from the cached outputs."""
+        batch = collate(texts)
+        return batch, self.trunk.logits(batch, self.gather(texts))
+
+    def packed_logits(
+        self,
+        texts: Sequence[Text],
+        context: Callable[[Packing], AbstractContextManager[None]] | None = None,
+    ) -> tuple[TokenBatch, Tensor]:
+        """The same as :meth:`logits`, without the rows that do not matter (:mod:`emendo.models._packing`).
+
+        Args:
+            texts: the texts.
+            context: makes the context in which the model runs.
+        """
+        batch = collate(texts)
+        packing = self.trunk.packing(batch)
+        with context(packing) if context is not None else nullcontext():
+            return batch, self.trunk.logits(batch, self.gather(texts), packing)
+
+    def label_losses(
+        self,
+        texts: Sequence[Text],
+        locality: int,
+        context: Callable[[Packing], AbstractContextManager[None]],
+        token_loss: TokenLoss = token_nll,
+    ) -> tuple[TokenBatch, Tensor, Tensor]:
+        """See :meth:`emendo.editors.objective.Passes.label_losses`."""
+        batch, unchanged = collate(texts), texts[len(texts) - locality :]
+        targets = batch.labels[: int((batch.owner < len(texts) - locality).sum())]
+        packing, hidden, head = self.trunk.packing(batch), self.gather(texts), self.trunk.projection
+        if head is None or token_loss is not token_nll:
+            extra = self._unedited_inputs(unchanged)
+            with context(packing):
+                logits = self.trunk.logits(batch, hidden, packing, extra)
+            after, before = logits.split([len(batch.labels), len(logits) - len(batch.labels)])
+            return batch, *label_losses(after, targets.to(logits.device), before, token_loss)
+        expected = Expected.from_labels(head, targets)
+        if unchanged:
+            self.ensure_unedited(unchanged)
+            expected = expected.concatenate(Expected.unpack(self._unedited_rows(unchanged)))
+        with context(packing):
+            rows = self.trunk.projection_input(batch, hidden, packing)
+        return batch, *divergence(head, rows, expected)
+
+    def _unedited_rows(self, texts: Sequence[Text]) -> Tensor:
+        return torch.cat([self._unedited[text] for text in texts])
+
+    @torch.no_grad()
+    def _unedited_inputs(self, texts: Sequence[Text]) -> Tensor | None:
+        """The input of the unedited model's vocabulary projection for some texts; None for no texts."""
+        if not texts:
+            return None
+        if self.trunk.projection is not None:  # then the cache holds ``Expected`` instead
+            return self.trunk.projection_input(collate(texts), self.gather(texts))
+        self.ensure_unedited(texts)
+        return self._unedited_rows(texts)
+
+
+def _label_inputs(text: Text) -> tuple[int, ...]:
+    """What the rows at a text's labels depend on: all tokens but the last, which is only predicted."""
     return (text.start, len(text.source), *text.source, *text.inputs)
 
 
-# --------------------
-# Rows of numbers for each text, computed once and kept, in memory or in the files of a folder.
-#
-# A file ``NAME.bin`` holds rows, memory-mapped; ``NAME.npz`` beside it says whose they are.
-
-_BATCH_TOKENS = 512
-
-
 class RowCache:
-    """Keeps ``[rows, width]`` for every text that was asked for.
+    """Rows of numbers ``[rows, width]`` for every text, computed once and kept in memory or in the files of a folder.
+
+    A file ``NAME.bin`` holds rows, memory-mapped; ``NAME.npz`` beside it lists the text of each.
 
     Args:
-        reads: what the rows of a text depend on; texts that share it share their rows.
-        count: how many rows a text has.
-        dtype: of what is kept.
-        folder: where to keep it between runs; None keeps it in memory only.
+        inputs: what the rows of a text depend on; texts with equal inputs share their rows.
+        count: the number of rows of a text.
+        dtype: of the rows.
+        folder: where to keep them between runs; None keeps them in memory only.
     """
 
     def __init__(
         self,
-        reads: Callable[[Text], Sequence[int]],
+        inputs: Callable[[Text], Sequence[int]],
         count: Callable[[Text], int],
         dtype: torch.dtype,
         folder: Path | None = None,
     ) -> None:
-        self.reads, self.count, self.dtype, self.folder = reads, count, dtype, folder
+        self.inputs, self.count, self.dtype, self.folder = inputs, count, dtype, folder
         self.chunks: list[Tensor] = []  # each [rows, width]
         self._index: dict[bytes, tuple[int, int]] = {}  # key -> (chunk, first row)
         if folder is not None and folder.is_dir():
@@ -214,12 +210,12 @@ class RowCache:
         return len(self._index)
 
     def __getitem__(self, text: Text) -> Tensor:
-        """The rows of a text that is kept, ``[rows, width]``."""
+        """The rows ``[rows, width]`` of a cached text."""
         chunk, first = self._index[self._key(text)]
         return self.chunks[chunk][first : first + self.count(text)]
 
     def missing(self, texts: Iterable[Text]) -> list[Text]:
-        """The texts not yet kept, each once."""
+        """The texts that are not cached, each once."""
         return list({key: text for text in texts if (key := self._key(text)) not in self._index}.values())
 
     def ensure(
@@ -228,15 +224,15 @@ class RowCache:
         compute: Callable[[Sequence[Text]], Tensor],
         progress: Callable[[int], None] | None = None,
     ) -> int:
-        """Compute what is missing, in batches of similar length.
+        """Compute the rows that are missing, in batches of similar length.
 
         Args:
-            texts: what shall be kept.
-            compute: some texts to the rows of all of them, one after the other.
+            texts: the texts.
+            compute: texts -> their rows, one text after the other.
             progress: called with the number of texts after each batch.
 
         Returns:
-            How many texts were computed.
+            The number of texts computed.
         """
         todo = self.missing(texts)
         if not todo:
@@ -255,39 +251,39 @@ class RowCache:
         return len(todo)
 
     def _key(self, text: Text) -> bytes:
-        return hashlib.blake2b(np.asarray(self.reads(text), np.int32).tobytes(), digest_size=16).digest()
+        return hashlib.blake2b(np.asarray(self.inputs(text), np.int32).tobytes(), digest_size=16).digest()
 
     def _add(self, rows: Tensor, keys: list[bytes], first: list[int]) -> None:
-        if self.folder is not None:
-            name = hashlib.blake2b(b"".join(keys), digest_size=8).hexdigest()
-            data, index = self.folder / f"{name}.bin", self.folder / f"{name}.npz"
-            with new_file(data) as temporary:
-                rows.contiguous().view(torch.uint8).numpy().tofile(temporary)
-            with new_file(index) as temporary, temporary.open("wb") as handle:
-                np.savez(
-                    handle,
-                    keys=np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1),
-                    first=np.asarray(first),
-                    shape=np.asarray(rows.shape),
-                )
-            self._read(index)
-        else:
-            self._keep(rows, keys, first)
+        if self.folder is None:
+            self._index_rows(rows, keys, first)
+            return
+        name = hashlib.blake2b(b"".join(keys), digest_size=8).hexdigest()
+        data, index = self.folder / f"{name}.bin", self.folder / f"{name}.npz"
+        with new_file(data) as temporary:
+            rows.contiguous().view(torch.uint8).numpy().tofile(temporary)
+        with new_file(index) as temporary, temporary.open("wb") as handle:
+            np.savez(
+                handle,
+                keys=np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1),
+                first=np.asarray(first),
+                shape=np.asarray(rows.shape),
+            )
+        self._read(index)
 
     def _read(self, index: Path) -> None:
-        """Take in one file; one that is damaged or of another dtype is as good as absent: it is made anew."""
+        """Read one pair of files; a pair that is damaged or of another dtype is ignored, and computed again."""
         data = index.with_suffix(".bin")
         try:
             with index.open("rb") as handle, np.load(handle) as file:
                 keys, first, (count, width) = file["keys"], file["first"], file["shape"].tolist()
-            whole = data.stat().st_size == count * width * self.dtype.itemsize
+            complete = data.stat().st_size == count * width * self.dtype.itemsize
         except (OSError, EOFError, KeyError, ValueError, BadZipFile):
             return
-        if whole:
+        if complete:
             rows = torch.from_file(str(data), shared=False, size=count * width, dtype=self.dtype)
-            self._keep(rows.view(count, width), [key.tobytes() for key in keys], first.tolist())
+            self._index_rows(rows.view(count, width), [key.tobytes() for key in keys], first.tolist())
 
-    def _keep(self, rows: Tensor, keys: list[bytes], first: list[int]) -> None:
+    def _index_rows(self, rows: Tensor, keys: list[bytes], first: list[int]) -> None:
         chunk = len(self.chunks)
         self.chunks.append(rows)
         self._index.update((key, (chunk, at)) for key, at in zip(keys, first, strict=True))
