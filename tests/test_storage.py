@@ -1,8 +1,11 @@
-"""Writing all or nothing, and reading what is damaged."""
+"""Atomic writes, reads of damaged files, and digests."""
 
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,16 @@ from safetensors import SafetensorError
 
 from damage import full_disk
 from emendo import _storage as files
-from emendo._storage import new_file, new_folder, read_json, read_tensors, write_json, write_tensors
+from emendo._storage import (
+    digest,
+    local_path,
+    new_file,
+    new_folder,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from emendo.errors import StorageError
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -120,6 +132,58 @@ def test_a_place_that_cannot_be_written(run: Path) -> None:
         pytest.fail("the file was opened")
 
 
+def test_a_neighbour_with_the_name_of_a_backup_survives(run: Path) -> None:
+    (run.parent / ".run.old").mkdir()
+    (run.parent / ".run.old" / "thesis.txt").write_text("mine")
+    with new_folder(run, overwrite=True) as folder:
+        (folder / "b.txt").write_text("second")
+    assert tree(run.parent) == {".run.old/thesis.txt": "mine", "run/b.txt": "second"}
+
+
+def test_a_symbolic_link_is_followed(run: Path) -> None:
+    link = run.parent / "link"
+    link.symlink_to(run)
+    for text in ("second", "third"):
+        with new_folder(link, overwrite=True) as folder:
+            (folder / "b.txt").write_text(text)
+        assert link.is_symlink()
+        assert tree(run) == {"b.txt": text}
+    (run.parent / "file").symlink_to(run / "b.txt")
+    with new_file(run.parent / "file") as temporary:
+        temporary.write_text("fourth")
+    assert (run.parent / "file").is_symlink() and tree(run) == {"b.txt": "fourth"}
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_the_current_folder_and_mount_points_are_filled_in_place(
+    run: Path, monkeypatch: pytest.MonkeyPatch, mounted: bool
+) -> None:
+    """They cannot be renamed."""
+    place = run if mounted else Path()
+    if mounted:
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == run)
+    else:
+        monkeypatch.chdir(run)
+    inode = run.stat().st_ino
+    with new_folder(place, overwrite=True) as folder:
+        (folder / "b.txt").write_text("second")
+        (folder / "c.txt").write_text("third")
+    assert run.stat().st_ino == inode
+    assert tree(run) == {"b.txt": "second", "c.txt": "third"}
+
+    rename = Path.rename
+
+    def failing(source: Path, target: Path) -> Path:
+        if target.name == "d.txt":
+            raise FULL
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(StorageError, match="disk is full"), new_folder(place, overwrite=True) as folder:
+        write_half(folder / "d.txt", None)
+    assert tree(run) == {"b.txt": "second", "c.txt": "third"}
+
+
 # --------------------------------------------------------------------------------------------- files
 
 
@@ -146,6 +210,29 @@ def test_an_error_of_the_writer_is_its_own(run: Path) -> None:
     with pytest.raises(ZeroDivisionError), new_file(run / "a.txt") as temporary:
         write_half(temporary, ZeroDivisionError())
     assert tree(run.parent) == {"run/a.txt": "first"}
+
+
+def test_only_a_regular_file_is_replaced(run: Path) -> None:
+    os.mkfifo(run / "pipe")
+    for place in (run, run / "pipe"):
+        with pytest.raises(StorageError, match="not a regular file"), new_file(place):
+            pytest.fail("the file was opened")
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "n" * 300])
+def test_impossible_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match="x" if name[0] == "~" else "too long"), new_folder(name):
+        pytest.fail("the folder was opened")
+    with pytest.raises(StorageError), new_file(name) as temporary:
+        temporary.write_text("lost")
+    for read in (read_json, read_tensors):
+        with pytest.raises(StorageError):
+            read(name)
+    if name[0] == "~":
+        with pytest.raises(StorageError, match="nosuchuser"):
+            local_path(name)
+    assert not list(tmp_path.iterdir())
 
 
 # --------------------------------------------------------------------------------- tensors and JSON
@@ -187,11 +274,34 @@ def test_json_comes_back(tmp_path: Path) -> None:
     assert "北京" in (tmp_path / "j").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"a": ',
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b"1" * 5_000,
+        b'["\\ud800"]',
+    ],
+)
 def test_damaged_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "j").write_bytes(content)
     with pytest.raises(StorageError, match="is damaged"):
         read_json(tmp_path / "j")
+
+
+def test_a_surrogate_pair_is_read(tmp_path: Path) -> None:
+    (tmp_path / "j").write_text('["\\ud83d\\ude00"]')
+    assert read_json(tmp_path / "j") == ["\U0001f600"]
+
+
+@pytest.mark.parametrize("read", [read_tensors, read_json])
+def test_pipes_and_devices_are_not_read(tmp_path: Path, read: Any) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(StorageError, match="not a regular file"):
+            read(place)
 
 
 @pytest.mark.parametrize("read", [read_tensors, read_json])
@@ -200,3 +310,13 @@ def test_missing_files_and_folders_in_their_place(tmp_path: Path, read: Any) -> 
         read(tmp_path / "nothing")
     with pytest.raises(StorageError):
         read(tmp_path)
+
+
+def test_a_digest_stands_for_a_json_value() -> None:
+    assert digest({"a": 1, "b": [None, "北"]}) == digest({"b": [None, "北"], "a": 1}) == "dff26a0dfc91d17c"
+    assert digest({"a": 1}) != digest({"a": 1.5}) != digest({"a": "1"})
+
+
+def test_importing_it_does_not_import_torch() -> None:
+    script = "import sys, emendo, emendo._storage, emendo.cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)

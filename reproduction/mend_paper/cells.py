@@ -7,15 +7,13 @@ that differ only in what they are measured on share an editor, and a run that wa
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from emendo._storage import new_file, read_json, write_json
+from emendo._storage import digest, new_file, read_json, write_json
 from emendo.editors import editor_class
 from emendo.errors import StorageError
 from emendo.evaluate.metrics import Interval
@@ -194,12 +192,6 @@ class Folder:
             key, result = _read(file)
             found[digest(_without(key, "fingerprint", "sizes"))] = result
         return found
-
-
-def digest(value: Mapping[str, Any]) -> str:
-    """16 hex digits that stand for JSON values, whatever the order of their names."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def with_seed(cell: Cell, seed: int) -> Cell:

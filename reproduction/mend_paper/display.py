@@ -15,14 +15,14 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from emendo._storage import new_file
+from emendo._storage import digest, new_file
 from emendo._version import __version__
 from emendo.cli._console import emit, note, output
 from emendo.cli._progress import show_progress
 from emendo.progress import Progress
 from reproduction.mend_paper import tables
 from reproduction.mend_paper.budgets import EDITORS, Choice, seconds
-from reproduction.mend_paper.cells import Cell, Folder, Result, digest
+from reproduction.mend_paper.cells import Cell, Folder, Result
 from reproduction.mend_paper.grid import Column, Grid
 from reproduction.mend_paper.memory import Memory
 from reproduction.mend_paper.page import page

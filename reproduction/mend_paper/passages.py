@@ -6,7 +6,6 @@ only the second half of the passage; so it is plausible text, and not what the m
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from typing import Any
 
 import torch
 
+from emendo._storage import digest
 from emendo.data.records import read_records, write_records
 from emendo.data.schema import Record
 from emendo.errors import DataError
-from emendo.models._sampling import sampled
+from emendo.models._sampling import sample_tokens
 from emendo.models.lm import LM
 from emendo.models.loading import cache_folder
 from emendo.models.tokenization import to_texts
@@ -91,8 +91,8 @@ def continuations(
     Raises:
         DataError: there are not enough prompts.
     """
-    made_of = repr((key, tuple(prompts), count, _SEED, _TOKENS, _PARAPHRASES, 1))
-    path = cache_folder() / "tasks" / f"{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.jsonl"
+    made_of = [key, list(prompts), count, _SEED, _TOKENS, _PARAPHRASES]
+    path = cache_folder() / "tasks" / f"{digest(made_of)}.jsonl"
     if path.exists():
         return read_records(path).records
     records: list[Record] = []
@@ -128,7 +128,7 @@ def sample(lm: LM, prompts: Sequence[str]) -> Iterator[Record]:
             padding=True,
             padding_side="left",
         ).to(lm.device)
-        rows = sampled(lm, halves, _TOKENS, suppress_tokens=barred, begin_suppress_tokens=barred_first)
+        rows = sample_tokens(lm, halves, _TOKENS, suppress_tokens=barred, begin_suppress_tokens=barred_first)
         pairs = [
             (p, lm.tokenizer.decode(ids).strip(), ids) for p, ids in zip(part, rows.tolist(), strict=True)
         ]

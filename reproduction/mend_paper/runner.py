@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from emendo._storage import new_file, read_json, write_json
+from emendo._storage import digest, new_file, read_json, write_json
 from emendo._version import __version__
 from emendo.editors import Editor, GradientEditor, editor_class
 from emendo.models.sites import Site, find_sites
 from emendo.progress import Progress, Silent
 from emendo.train import train
 from emendo.train.checkpoint import FILE
-from reproduction.mend_paper.cells import Cell, Folder, Result, digest
+from reproduction.mend_paper.cells import Cell, Folder, Result
 from reproduction.mend_paper.figures import figures
 from reproduction.mend_paper.measure import measure
 from reproduction.mend_paper.memory import Memory, peak

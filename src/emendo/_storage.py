@@ -1,144 +1,236 @@
-"""Writing so that nothing is lost, and reading so that damage is named."""
+"""Files: atomic writes, reads that report damage, digests, and folders on the Hugging Face hub.
+
+Every file that emendo writes is written through this module, so a crash or a full disk never leaves half a file
+behind. Importing it does not import torch: the command line starts without it.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from emendo.errors import StorageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def digest(value: Any) -> str:
+    """16 hex digits that identify a JSON value; the order of keys does not matter."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def local_path(path: str | Path) -> Path:
+    """The path with ``~`` and ``~user`` expanded.
+
+    Raises:
+        StorageError: there is no such user, or no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise StorageError(f"{path} cannot be expanded: {error}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Why an operation on a file failed, in words: the disk is full, permission denied, and so on."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.strerror})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------- writing
 
 
 @contextmanager
 def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Write a folder all at once: a temporary sibling is filled, then renamed into place.
+    """Write a folder atomically: fill a temporary folder, then rename it to its final name.
 
-    A failure on the way (a full disk, an exception) removes the temporary and leaves what was there before.
+    If anything fails, the temporary folder is removed and the previous content stays. The current folder and mount
+    points cannot be renamed; there the files are moved into place one by one.
 
     Args:
-        folder: where the files shall be.
-        overwrite: replace a folder that already holds something.
+        folder: the folder to write. A symbolic link is followed.
+        overwrite: replace a folder that is not empty.
+
+    Yields:
+        The temporary folder to write the files to.
 
     Raises:
-        StorageError: the folder already holds something, or cannot be written.
+        StorageError: the folder is not empty, or it cannot be written.
     """
-    target = Path(folder).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-        raise StorageError(f"{target} already exists; choose another place, or ask to overwrite it.")
-    temporary: Path | None = None
+    work: Path | None = None
     try:
+        target = local_path(folder).resolve()
+        occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+        if occupied and not overwrite:
+            raise StorageError(f"{folder} already exists; choose another folder, or ask to overwrite it.")
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        temporary.chmod(0o755)
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        in_place = target.is_dir() and (target.is_mount() or target.samefile(Path.cwd()))
+        parent = target if in_place else target.parent
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=parent))
+        new, old = work / "new", work / "old"
+        new.mkdir()
+        old.mkdir()
+        yield new
+        for file in new.rglob("*"):
+            _flush(file)
+        if in_place:
+            moves = [(entry, old / entry.name) for entry in target.iterdir() if entry != work]
+            moves += [(entry, target / entry.name) for entry in new.iterdir()]
+        else:
+            moves = [(target, old / "previous")] if target.exists() else []
+            moves += [(new, target)]
+        _rename_all(moves)
     except (OSError, SafetensorError) as error:
         if isinstance(error, StorageError):
             raise
-        raise StorageError(f"Cannot write {target}: {error}. What was there before is unchanged.") from error
+        raise StorageError(
+            f"Cannot write {folder}: {reason(error)}. Its previous content is unchanged."
+        ) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """Write one file all at once: yields a temporary path that is renamed into place on success.
+    """Write one file atomically: yields a temporary path that is renamed to ``path`` on success.
 
     Raises:
-        StorageError: it cannot be written; the previous file, if any, survives.
+        StorageError: the file cannot be written; the previous one, if any, is unchanged.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
+    temporary: Path | None = None
     try:
+        target = local_path(path).resolve()
+        if target.exists() and not target.is_file():
+            raise StorageError(f"Cannot write {path}: it exists and is not a regular file.")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _sync(temporary)
+        _flush(temporary)
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"Cannot write {target}: {error}. The previous file survives.") from error
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"Cannot write {path}: {reason(error)}. The previous file is unchanged."
+        ) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
-def _sync(file: Path) -> None:
+def _flush(file: Path) -> None:
     if file.is_file():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
 
 
+def _rename_all(moves: Iterable[tuple[Path, Path]]) -> None:
+    """Rename every source to its destination; if one fails, undo those before it."""
+    done: list[tuple[Path, Path]] = []
+    try:
+        for source, destination in moves:
+            source.rename(destination)
+            done.append((source, destination))
+    except OSError:
+        for source, destination in reversed(done):
+            destination.rename(source)
+        raise
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Save tensors as safetensors; views are made contiguous."""
+    from safetensors.torch import save_file
+
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Save an indented JSON file."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- reading
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Load a safetensors file.
 
     Raises:
-        StorageError: it is missing or damaged.
+        StorageError: the file is missing, cannot be read, or is damaged.
     """
-    if not Path(path).exists():
-        raise StorageError(f"{path} does not exist.")
+    from safetensors.torch import load_file
+
+    _check_readable(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise StorageError(f"{path} is damaged and cannot be read: {error}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Save a JSON file that reads well."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        raise StorageError(f"{path} is damaged and cannot be read: {reason(error)}") from error
 
 
 def read_json(path: str | Path) -> Any:
     """Load a JSON file.
 
     Raises:
-        StorageError: it is missing or damaged.
+        StorageError: the file is missing, cannot be read, or is not JSON.
     """
+    _check_readable(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StorageError(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise StorageError(f"{path} is damaged and cannot be read: {error}") from error
+        text = Path(path).read_text(encoding="utf-8")
+        value = json.loads(text)
+        if _SURROGATE_ESCAPE.search(text):  # half a surrogate pair cannot be encoded again
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, OSError, RecursionError) as error:
+        raise StorageError(f"{path} is damaged and cannot be read: {reason(error)}") from error
+    return value
 
 
-# --------------------
-# The Hugging Face hub: folders up and folders down.
+def _check_readable(path: str | Path) -> None:
+    """Make sure that a path is a regular file that may be read; opening a pipe or a device could wait forever."""
+    file = Path(path)
+    try:
+        if not file.exists():
+            raise StorageError(f"{path} does not exist.")
+        if not file.is_file():
+            raise StorageError(f"{path} is not a regular file, so it cannot be read.")
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{path} cannot be read: {reason(error)}") from error
+
+
+# ------------------------------------------------------------------------------------- Hugging Face hub
 
 
 def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
-    """Put a folder's files into a repository, which is made if need be.
+    """Upload a folder to a repository on the hub, which is created if it does not exist.
 
     Returns:
         The address of the commit.
 
     Raises:
-        StorageError: the hub cannot be reached, or does not let us.
+        StorageError: the hub cannot be reached, or it refuses.
     """
     from huggingface_hub import HfApi
 
@@ -146,34 +238,34 @@ def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> s
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message="Made with emendo"))
-    except _failures() as error:
-        raise StorageError(f"Cannot write to {repo_id} on the hub: {error}") from error
+    except _hub_errors() as error:
+        raise StorageError(f"Cannot write to {repo_id} on the hub: {reason(error)}") from error
 
 
 def folder_of(name: str | Path) -> Path:
-    """A local folder as it is, or the files of a repository on the hub, downloaded once.
+    """A local folder, or the downloaded files of a repository on the hub.
 
     Args:
-        name: a folder, or a repository's id such as ``"user/name"``.
+        name: a folder, or a repository's id such as ``"user/name"``; an existing folder takes precedence.
 
     Raises:
-        StorageError: it is no folder, and the hub has no such repository or cannot be reached.
+        StorageError: there is no such folder, and the hub has no such repository or cannot be reached.
     """
-    local = Path(name).expanduser()
-    if isinstance(name, Path) or local.exists() or local.is_absolute() or name.count("/") != 1:
+    local = local_path(name)
+    if isinstance(name, Path) or local.is_absolute() or name.count("/") != 1 or Path(local).exists():
         return local
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except _failures() as error:
+    except _hub_errors() as error:
         raise StorageError(
-            f"{name} does not exist as a folder here, nor as a repository on the hub: {error}"
+            f"{name} is neither a folder nor a repository on the hub: {reason(error)}"
         ) from error
 
 
-def _failures() -> tuple[type[Exception], ...]:
-    """What the hub's client raises: its own errors are of the first two kinds, the network's may not be."""
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises: OSError or ValueError, and the error of its HTTP library if there is no network."""
     from huggingface_hub import errors
 
     return OSError, ValueError, getattr(errors, "HTTPError", OSError)

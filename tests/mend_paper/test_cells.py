@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reproduction.mend_paper.cells import Cell, Folder, Match, Result, digest, with_seed
+from reproduction.mend_paper.cells import Cell, Folder, Match, Result, with_seed
 
+from emendo._storage import digest
 from emendo.errors import StorageError
 from emendo.evaluate.metrics import Interval
 

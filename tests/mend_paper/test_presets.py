@@ -8,13 +8,14 @@ from itertools import pairwise
 import pytest
 from reproduction.mend_paper import paper, tables
 from reproduction.mend_paper.budgets import BUDGETS, EDITORS, Choice, seconds
-from reproduction.mend_paper.cells import Cell, Match, digest
+from reproduction.mend_paper.cells import Cell, Match
 from reproduction.mend_paper.figures import PROTOCOL
 from reproduction.mend_paper.grid import Grid, seeded
 from reproduction.mend_paper.memory import Memory
 from reproduction.mend_paper.plots import value_of
 from reproduction.mend_paper.presets import PRESETS, build, names_of
 
+from emendo._storage import digest
 from emendo.editors import editor_class
 from emendo.errors import RequestError
 from mend_paper.tiny import mend

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from reproduction.mend_paper import runner
-from reproduction.mend_paper.cells import Cell, Folder, Match, Result, digest
+from reproduction.mend_paper.cells import Cell, Folder, Match, Result
 from reproduction.mend_paper.figures import figures
 from reproduction.mend_paper.measure import measure
 from reproduction.mend_paper.memory import Memory
 from reproduction.mend_paper.runner import Runner, View
 from reproduction.mend_paper.sources import probes
 
+from emendo._storage import digest
 from emendo.data import Record
 from emendo.editors import Editor
 from emendo.evaluate.metrics import Interval

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from emendo._storage import new_file
+from emendo._storage import digest, new_file
 from emendo.cli._console import note
 from emendo.cli._loading import passages
 from emendo.cli._processes import Processes
@@ -21,7 +21,7 @@ from emendo.errors import RequestError
 from emendo.evaluate import Evaluation, evaluate
 from emendo.evaluate.damage import Damage
 from emendo.evaluate.harness import Harness
-from emendo.evaluate.run_folder import RunFolder, digest, editor_digest, versions
+from emendo.evaluate.run_folder import RunFolder, editor_digest, versions
 from emendo.evaluate.sequential import RETENTION, Sequential, sequence
 from emendo.ledger.guard import Health, Limits, reached
 from emendo.ledger.watch import Watch, Watched

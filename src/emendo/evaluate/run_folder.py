@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from emendo._storage import new_file, read_json, write_json
+from emendo._storage import digest, new_file, read_json, write_json
 from emendo._version import __version__
 from emendo.data.records import read_records, write_records
 from emendo.data.schema import Record
@@ -212,12 +212,6 @@ class RunFolder:
     def _write_head(self) -> None:
         with new_file(self.folder / "run.json") as temporary:
             write_json(temporary, self.head)
-
-
-def digest(value: Any) -> str:
-    """16 hex digits that stand for a JSON value."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def editor_digest(editor: Editor) -> str:

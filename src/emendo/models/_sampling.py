@@ -1,12 +1,11 @@
-"""Text that a model writes by itself: what it is to be held to where no other text is given.
+"""Text sampled from a decoder itself, used as running text that an edit must leave unchanged.
 
-An edit that is only asked to keep short answers as they are may ruin running text (docs/log.md). A decoder's own
-samples are running text that every decoder has, in its own language and of its own kind.
+An edit that only has to preserve short answers can ruin running text (docs/log.md). A decoder's own samples are running
+text that is available for every decoder, in its own language and style.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,81 +14,79 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emendo._storage import new_file, read_json, write_json
+from emendo._storage import digest, new_file, read_json, write_json
 from emendo.errors import TrainingError
 from emendo.models.lm import LM
 
-TOKENS = 32
-"""Tokens of a passage."""
-TOGETHER = 64
-"""Passages written at once; they are the same whatever number is asked for."""
+PASSAGE_TOKENS = 32
+PASSAGES_PER_BATCH = 64
+"""Passages sampled at once. Fixed, so that the first passages do not depend on how many are requested."""
 
 
 def own_passages(lm: LM, count: int, folder: Path | None = None) -> list[str]:
-    """The first ``count`` passages that a decoder writes after nothing but its first token.
+    """The first ``count`` passages that a decoder writes after its begin token.
 
-    Sampled at temperature 1 from the whole distribution, with a seed of their own; the generators of the caller stay
-    where they are.
+    They are sampled at temperature 1 from the full distribution with fixed seeds. The caller's random state is left
+    unchanged.
 
     Args:
         lm: the decoder.
         count: how many passages.
-        folder: where they are kept, for the next time; None keeps nothing.
+        folder: where to cache them; None caches nothing.
 
     Raises:
-        TrainingError: the tokenizer names no token to begin with.
+        TrainingError: the tokenizer has no begin or end token to start from.
     """
-    file = None if folder is None else folder / f"{_key(lm)}.json"
-    found: list[str] = read_json(file)["passages"] if file is not None and file.exists() else []
-    if len(found) < count:
-        found = _written(lm, count)
+    file = None if folder is None else folder / f"{_cache_key(lm)}.json"
+    passages: list[str] = read_json(file)["passages"] if file is not None and file.exists() else []
+    if len(passages) < count:
+        passages = _write_passages(lm, count)
         if file is not None:
             with new_file(file) as temporary:
-                write_json(temporary, {"model": lm.name, "passages": found})
-    return found[:count]
+                write_json(temporary, {"model": lm.name, "passages": passages})
+    return passages[:count]
 
 
-def _key(lm: LM) -> str:
-    made_of = repr((lm.fingerprint, lm.dtype, len(lm.tokenizer), TOKENS, TOGETHER))
-    return hashlib.sha256(made_of.encode()).hexdigest()[:16]
+def _cache_key(lm: LM) -> str:
+    return digest([lm.fingerprint, lm.dtype, len(lm.tokenizer), PASSAGE_TOKENS, PASSAGES_PER_BATCH])
 
 
-def _written(lm: LM, count: int) -> list[str]:
+def _write_passages(lm: LM, count: int) -> list[str]:
     tokenizer = lm.tokenizer
     first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
     if first is None:
         raise TrainingError(
-            f"The tokenizer of {lm.name} names no token that a text begins with, so the model cannot write its own; "
-            "give plain text to keep as it is with --text FILE."
+            f"The tokenizer of {lm.name} has no begin or end token, so the model cannot start a text of its own; "
+            "give plain text to preserve with --text FILE."
         )
-    start = torch.full((TOGETHER, 1), first, device=lm.device)
-    begun = {"input_ids": start, "attention_mask": torch.ones_like(start)}
-    barred = list(tokenizer.all_special_ids)
-    tokens = TOKENS if lm.context is None else min(TOKENS, lm.context - 1)
-    found: list[str] = []
+    start = torch.full((PASSAGES_PER_BATCH, 1), first, device=lm.device)
+    inputs = {"input_ids": start, "attention_mask": torch.ones_like(start)}
+    special = list(tokenizer.all_special_ids)
+    tokens = PASSAGE_TOKENS if lm.context is None else min(PASSAGE_TOKENS, lm.context - 1)
+    passages: list[str] = []
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
-        for seed in range(math.ceil(count / TOGETHER)):
+        for seed in range(math.ceil(count / PASSAGES_PER_BATCH)):
             torch.manual_seed(seed)
-            rows = sampled(lm, begun, tokens, suppress_tokens=barred)
-            found += tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return found
+            rows = sample_tokens(lm, inputs, tokens, suppress_tokens=special)
+            passages += tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return passages
 
 
 @torch.no_grad()
-def sampled(lm: LM, begun: Mapping[str, Any], tokens: int, **barred: Any) -> Tensor:
-    """Exactly so many more tokens for every row, sampled at temperature 1 from the whole distribution.
+def sample_tokens(lm: LM, inputs: Mapping[str, Any], tokens: int, **options: Any) -> Tensor:
+    """Sample exactly ``tokens`` more tokens for each row, at temperature 1 from the full distribution.
 
     Args:
         lm: the decoder.
-        begun: ``input_ids`` and ``attention_mask``, ``[rows, length]``, padded on the left.
-        tokens: how many to add.
-        barred: what ``generate`` is told to leave out.
+        inputs: ``input_ids`` and ``attention_mask``, ``[rows, length]``, padded on the left.
+        tokens: number of new tokens.
+        options: further options of ``generate``, such as ``suppress_tokens``.
 
     Returns:
         Token ids, ``[rows, tokens]``.
     """
     out = lm.model.generate(
-        **begun,
+        **inputs,
         min_new_tokens=tokens,
         max_new_tokens=tokens,
         do_sample=True,
@@ -100,7 +97,7 @@ def sampled(lm: LM, begun: Mapping[str, Any], tokens: int, **barred: Any) -> Ten
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         pad_token_id=lm.tokenizer.pad_token_id,
-        **barred,
+        **options,
     )
-    rows: Tensor = out[:, begun["input_ids"].shape[1] :]
+    rows: Tensor = out[:, inputs["input_ids"].shape[1] :]
     return rows
