@@ -21,7 +21,7 @@ def test_edit_saves_what_it_shows(emendo_command: Emendo, trained: Path, model: 
         *("edit", "--editor", trained, PROMPT, "Oslo", "--out", tmp_path / "edit"),
         *("--paraphrase", "Bada's capital is", "--neighbour", "The capital of Gude is"),
     )
-    for text in ("edited prompt", "rewordings", "near neighbours", "unrelated", "P(Oslo)", "Bada's capital"):
+    for text in ("edited prompt", "paraphrases", "near neighbours", "unrelated", "P(Oslo)", "Bada's capital"):
         assert text in said.out
     assert f"Saved in {tmp_path / 'edit'}" in said.out
     edit = Edit.from_pretrained(tmp_path / "edit")

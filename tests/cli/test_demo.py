@@ -75,7 +75,7 @@ def count(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, real: Any) ->
 def test_the_demo(finished: tuple[Path, Answer]) -> None:
     out, said = finished
     assert {path.name for path in out.iterdir()} == FILES
-    for text in ("edited prompt", "rewordings", "near neighbours", "unrelated", "3 facts", "What next"):
+    for text in ("edited prompt", "paraphrases", "near neighbours", "unrelated", "3 facts", "What next"):
         assert text in said.out
     assert sum(line.startswith("  emendo ") for line in said.out.splitlines()) == 3
     html = (out / "report.html").read_text(encoding="utf-8")

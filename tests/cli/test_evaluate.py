@@ -48,7 +48,7 @@ def test_worst_and_one_record(emendo_command: Emendo, measured: Path) -> None:
     rows = emendo_command("evaluate", "show", measured, "--worst", 3, "--by", "kl.locality", "--json").json
     assert [row["value"] for row in rows] == sorted((row["value"] for row in rows), reverse=True)
     one = emendo_command("evaluate", "show", measured, "--record", "made-1").out
-    for wanted in ("edit", "paraphrase", "neighbour", "told", "unchanged", "rank"):
+    for wanted in ("edit", "paraphrase", "neighbour", "in context", "unchanged", "rank"):
         assert wanted in one
     by_number = emendo_command("evaluate", "show", measured, "--record", "2", "--json").json
     assert by_number["record"]["id"] == "made-1"

@@ -16,7 +16,8 @@ from emendo.cli._before_after import UNRELATED, make_edit
 from emendo.cli._console import note, output
 from emendo.cli._progress import show_progress
 from emendo.cli._runs import Run, digest
-from emendo.cli._tables import before_after, scores
+from emendo.cli._tables import before_after
+from emendo.cli._tables import evaluation as print_evaluation
 from emendo.data import Probe, Record
 from emendo.data.abilities import PASSAGES
 from emendo.editors import Editor
@@ -75,13 +76,13 @@ def show_scores(
     found = read_json(kept) if kept.exists() and page.exists() else {}
     output().print("\n[bold]On facts that the editor has not seen[/bold]\n")
     if found.get("key") == key:
-        scores(found["figures"])
+        print_evaluation(found["figures"])
         return
     note(f"Measuring {len(records)} edits.")
     with show_progress() as progress:
         damage = Damage(PASSAGES[:_PASSAGES]) if lm.kind == "causal" else None
         evaluation = evaluate(lm, editor, records, damage=damage, progress=progress)
-    scores(evaluation.as_dict())
+    print_evaluation(evaluation.as_dict())
     _report(page, run, lm, evaluation, edit, rows)
     with new_file(kept) as temporary:  # last: what it stands for is all there
         write_json(temporary, {"key": key, "figures": evaluation.as_dict()})

@@ -152,9 +152,8 @@ def run(
     from emendo.cli._evaluate import Ask, harness, measure, write
     from emendo.cli._loading import MethodOptions, load_editor, read
     from emendo.cli._processes import Processes
-    from emendo.cli._tables import scores
+    from emendo.cli._tables import evaluation
     from emendo.data.portability import with_consequences
-    from emendo.evaluate import Evaluation
     from emendo.evaluate.sequential import RETENTION
 
     command = _command(
@@ -195,12 +194,8 @@ def run(
         note(f"Wrote {report}.")
     if as_json:
         emit(found.as_dict())
-    elif isinstance(found, Evaluation):
-        scores(found.as_dict())
     else:
-        from emendo.cli._tables import retention
-
-        retention(found.as_dict())
+        evaluation(found.as_dict())
 
 
 def _command(**options: Any) -> str:

@@ -18,6 +18,7 @@ from emendo.evaluate.sequential import Sequential
 from emendo.report import plots
 from emendo.report import plots as curves
 from emendo.report._render import inline, number, render_page
+from emendo.report.figures import NAMES
 from emendo.report.markdown import ABOUT
 
 
@@ -81,7 +82,7 @@ def render_report(
         title=info.get("title", "Model editing report"),
         command=info.get("command"),
         details=_flat(details),
-        names=plots.NAMES,
+        names=NAMES,
         edit=edit,
         rows=rows or (),
         **_measured(evaluation, sequential),
@@ -108,7 +109,7 @@ def _measured(evaluation: Evaluation | None, sequential: Sequential | None) -> d
         "figures": plain,
         "headline": [
             {
-                "name": plots.NAMES[name],
+                "name": NAMES[name],
                 "about": about,
                 "forced": forced[name],
                 "generated": generated and generated[name],
@@ -245,7 +246,7 @@ def _line(result: Result) -> dict[str, Any]:
 
 def _prompt(outcome: Outcome) -> dict[str, Any]:
     return {
-        "kind": plots.NAMES[outcome.kind],
+        "kind": NAMES[outcome.kind],
         "prompt": outcome.prompt,
         "answer": outcome.answer,
         "local": outcome.local,

@@ -16,6 +16,7 @@ from emendo.evaluate.before_after import Row
 from emendo.evaluate.evaluation import Evaluation
 from emendo.evaluate.metrics import Interval
 from emendo.evaluate.results import Kind, Outcome
+from emendo.report.figures import NAMES
 
 # --------------------
 # How emendo's plots are drawn: one look for all of them, as SVG or PNG bytes.
@@ -86,24 +87,6 @@ def render(figure: Figure, image: Format = "svg") -> bytes:
 
 _FLOOR = 1e-8  # smallest probability drawn
 _LABEL = 72  # characters of a prompt
-
-NAMES: Mapping[str, str] = {
-    "edit": "edited prompt",
-    "paraphrase": "rewording",
-    "neighbour": "near neighbour",
-    "unrelated": "unrelated",
-    "told": "fact told before",
-    "reversed": "reversed relation",
-    "one_hop": "one hop on",
-    "two_hop": "two hops on",
-    "alias": "alias",
-    "edit_success": "edit success",
-    "generalisation": "generalisation",
-    "locality": "locality",
-    "locality_neighbours": "locality, near neighbours",
-    "locality_unrelated": "locality, unrelated",
-}
-"""What the kinds of prompts and the scores are called in plots and tables."""
 
 _KINDS: Mapping[Kind, tuple[str, str]] = {
     "edit": (BLUE, "o"),
