@@ -18,7 +18,7 @@ from emendo import Edit, Editor, Record
 from emendo.editors.ft import FineTuning, FineTuningConfig
 from emendo.editors.lora import Lora
 from emendo.ledger import Ledger
-from emendo.ledger.guard import Health
+from emendo.ledger.health import Health
 from emendo.ledger.workspace import Workspace
 from emendo.low_rank import LowRank
 from emendo.models.lm import LM

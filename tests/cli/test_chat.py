@@ -11,7 +11,7 @@ from chats import chat_lm
 from cli.samples import SHORT, Emendo
 from emendo import load
 from emendo.editors import read_edit
-from emendo.ledger.guard import reached
+from emendo.ledger.guard import targets_reached
 
 PROMPT = "The capital of Bada is"
 CHEAP = ("--no-generated", "--no-damage", "--limit", 2)
@@ -111,5 +111,5 @@ def test_the_guard_asks_an_edit_as_it_was_made(
         with edit.applied(lm):
             assert said["after"] == lm.reading(chat=chat).generate(PROMPT, 20)
     with edit.applied(lm):
-        assert not reached(lm, [(PROMPT, "Old Town")])[0]
-        assert reached(lm.reading(chat=True), [(PROMPT, "Old Town")])[0]
+        assert not targets_reached(lm, [(PROMPT, "Old Town")])[0]
+        assert targets_reached(lm.reading(chat=True), [(PROMPT, "Old Town")])[0]

@@ -78,7 +78,7 @@ def test_a_life(emendo_command: Emendo, own: Path, edits: list[Path], tmp_path: 
     doctor = emendo_command("doctor", *model, "--plot", picture)
     assert "2 active" in doctor.out and picture.read_text(encoding="utf-8").startswith("<?xml")
     reverted = emendo_command("revert", 1, *model).out
-    assert "taken off edit 1" in reverted and "No active edit was made while it stood" in reverted
+    assert "taken off edit 1" in reverted and "No active edit was made while it was active" in reverted
     assert "taken off edit 2" in emendo_command("undo", *model).out
     assert emendo_command("doctor", *model, "--json").json["holdings"] == []
     assert "clean model" in emendo_command("doctor", *model).out
@@ -95,7 +95,7 @@ def test_an_edit_made_upon_the_others(emendo_command: Emendo, own: Path) -> None
     said = emendo_command("edit", *common, "The capital of Gude is", "Rome").out
     assert "P(Rome)" in said and "applied edit 2" in said and "made upon" not in said
     assert "edits 1" in emendo_command("show", 2, "--model", own).out
-    assert "Made while it stood in the model: edits 2." in emendo_command("revert", 1, "--model", own).out
+    assert "Made while it was active: edits 2." in emendo_command("revert", 1, "--model", own).out
 
 
 @pytest.mark.parametrize(

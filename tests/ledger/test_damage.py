@@ -55,7 +55,7 @@ def test_an_interrupted_beginning_can_be_begun_again(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="No ledger can be made at"):
+    with pytest.raises(StorageError, match="A ledger cannot be at"):
         Ledger.create(tmp_path / "file", FINGERPRINT, "tiny")
 
 
@@ -88,8 +88,12 @@ def test_an_edits_bytes_lost(file: Path) -> None:
 @pytest.mark.parametrize(
     "sql",
     [
-        "UPDATE operations SET active = '[1, 2'",
-        "UPDATE operations SET active = '[1, 2, 77]'",
+        "UPDATE operations SET edits = '[1, 2'",
+        "UPDATE operations SET edits = 5",
+        "UPDATE operations SET active_count = 'many'",
+        "UPDATE operations SET health = '[1]'",
+        "UPDATE periods SET edit = 77 WHERE edit = 2",
+        "UPDATE periods SET position = 'x'",
         "UPDATE edits SET requests = CAST(x'ff' AS TEXT)",
         "DELETE FROM operations",
         "DROP TABLE operations",
@@ -146,7 +150,7 @@ def test_somebody_who_does_not_let_go(file: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(database, "_WAIT", 0.1)
     ledger, other = Ledger.open(file.parent), sqlite3.connect(file, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(StorageError, match="Another process has held it"):
+    with pytest.raises(StorageError, match="Another process has locked it"):
         ledger.undo()
     assert ledger.head.id == 3  # reading waits for nobody
     other.close()

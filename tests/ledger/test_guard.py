@@ -12,8 +12,9 @@ import torch
 from cases import build_lm
 from emendo.edits.edit import Edit, Origin, Request
 from emendo.errors import DataError, RequestError
-from emendo.ledger.guard import Health, Limits, largest_norm, reached
-from emendo.ledger.watch import Drift, Watch, Watched, built_in, read_prompts
+from emendo.ledger.guard import largest_norm, targets_reached
+from emendo.ledger.health import Drift, Health, Limits
+from emendo.ledger.probes import ProbeRunner, Probes, built_in_prompts, read_prompts
 from emendo.low_rank import LowRank
 from emendo.models.lm import LM
 from emendo.models.sites import find_sites
@@ -37,10 +38,10 @@ def a_change(lm: LM, size: float = 0.3) -> Edit:
 @pytest.mark.parametrize("kind", ["llama", "bart", "bert"])
 def test_drift_against_plain_passes(kind: str) -> None:
     lm = build_lm(kind, torch.float64)
-    edit, watch = a_change(lm), Watch(lm, Watched(PROMPTS, PASSAGE))
-    before = watch.read()
+    edit, runner = a_change(lm), ProbeRunner(lm, Probes(PROMPTS, PASSAGE))
+    before = runner.run()
     with edit.applied(lm):
-        after = watch.read()
+        after = runner.run()
     found = after.drift(before)
     kls, changed = [], []
     for prompt, answer in PROMPTS:
@@ -69,10 +70,10 @@ def test_drift_against_plain_passes(kind: str) -> None:
 
 
 def test_prompts_that_an_edit_was_asked_to_change_do_not_count(tiny_llama: LM) -> None:
-    watch = Watch(tiny_llama, Watched(PROMPTS, ""))
-    before = watch.read()
+    runner = ProbeRunner(tiny_llama, Probes(PROMPTS, ""))
+    before = runner.run()
     with a_change(tiny_llama, 3.0).applied(tiny_llama):
-        after = watch.read()
+        after = runner.run()
     assert after.drift(before).perplexity is None
     whole, part = after.drift(before), after.drift(before, {PROMPTS[0][0], PROMPTS[2][0]})
     assert part.kl != whole.kl
@@ -88,8 +89,8 @@ def test_reached_is_the_argmax_of_every_token(tiny_llama: LM) -> None:
         text = to_texts(tiny_llama, [("The capital of Bada is", target)])[0]
         logits = tiny_llama.model(torch.tensor([text.inputs])).logits[0, text.start - 1 :]
         expected = logits.argmax(-1).tolist() == list(text.labels)
-        assert reached(tiny_llama, [("The capital of Bada is", target)]) == [expected]
-    assert reached(tiny_llama, []) == []
+        assert targets_reached(tiny_llama, [("The capital of Bada is", target)]) == [expected]
+    assert targets_reached(tiny_llama, []) == []
 
 
 def test_the_largest_norm(tiny_gpt2: LM) -> None:
@@ -103,13 +104,16 @@ def test_the_largest_norm(tiny_gpt2: LM) -> None:
 
 def test_a_healthy_edit_passes() -> None:
     assert FINE.problems(Limits()) == []
-    assert replace(FINE, reworded=None, perplexity=None, total_perplexity=None).problems(Limits()) == []
+    assert (
+        replace(FINE, paraphrase_success=None, perplexity=None, total_perplexity=None).problems(Limits())
+        == []
+    )
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Health)])
 def test_every_figure_can_refuse(name: str) -> None:
     limit = getattr(Limits(), name)
-    worse = limit - 0.01 if name in ("reached", "reworded") else limit + 0.01
+    worse = limit - 0.01 if name in ("edit_success", "paraphrase_success") else limit + 0.01
     (problem,) = replace(FINE, **{name: worse}).problems(Limits())
     assert f"{limit:g}" in problem
     assert replace(FINE, **{name: limit}).problems(Limits()) == []
@@ -125,10 +129,10 @@ def test_limits_are_named_like_the_figures_and_not_negative() -> None:
 
 
 def test_the_built_in_prompts() -> None:
-    prompts = built_in()
+    prompts = built_in_prompts()
     assert len(prompts) == 32
     assert all(prompt.strip() and answer.strip() for prompt, answer in prompts)
-    assert built_in() == prompts
+    assert built_in_prompts() == prompts
 
 
 def test_a_users_own_prompts(tmp_path: Path) -> None:

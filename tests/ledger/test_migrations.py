@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import random
 import re
 import sqlite3
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from emendo.errors import StorageError
 from emendo.ledger import Ledger
 from emendo.ledger import _migrations as migrations
 from emendo.ledger import _schema as tables
+from emendo.ledger._database import Database
 from emendo.ledger._migrations import MIGRATIONS, Migration
 from ledger.samples import FINGERPRINT, about, ask, consistent, filled, payload
 
@@ -65,7 +69,7 @@ def _colour(connection: Connection) -> None:
     connection.execute(text("UPDATE tags SET colour = 'red'"))
 
 
-COLOUR = Migration("0002 tags have a colour", _colour)
+COLOUR = Migration("9002 tags have a colour", _colour)
 
 
 def schema(folder: Path) -> list[str]:
@@ -75,10 +79,20 @@ def schema(folder: Path) -> list[str]:
 
 def test_the_first_version_never_changes(old: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     new = tmp_path_factory.mktemp("new")
-    with_first_only = MIGRATIONS[:1]
-    assert with_first_only[0].name == "0001 the first tables"
-    Ledger.create(new, FINGERPRINT, "tiny")
+    assert MIGRATIONS[0].name == "0001 the first tables"
+
+    def first(connection: Connection) -> None:
+        migrations.begin(connection)
+        migrations.run(MIGRATIONS[0], connection)
+
+    Database(new, create=True).write(first)
     assert schema(new) == schema(old)
+
+
+def test_an_old_ledger_gets_the_tables_of_a_new_one(old: Path, tmp_path: Path) -> None:
+    Ledger.open(old)
+    Ledger.create(tmp_path / "new", FINGERPRINT, "tiny")
+    assert schema(old) == schema(tmp_path / "new")
 
 
 def test_the_first_version_is_understood(old: Path) -> None:
@@ -90,6 +104,67 @@ def test_the_first_version_is_understood(old: Path) -> None:
     assert filled(ledger, 2).head.active == (1, 2, 3)
 
 
+def _history(steps: int) -> list[tuple[str, list[int]]]:
+    """A random history as version 1 stored it: the kind of each step and the list of all edits active after it."""
+    chance, states, last = random.Random(0), [[]], 0
+    found: list[tuple[str, list[int]]] = [("begin", [])]
+    while len(found) <= steps:
+        now, kind = states[-1], chance.choice(("apply", "apply", "apply", "undo", "revert", "checkout"))
+        if kind == "apply":
+            known = [edit for edit in range(1, last + 1) if edit not in now]
+            edit = chance.choice(known) if known and chance.random() < 0.3 else last + 1
+            last, after = max(last, edit), [*now, edit]
+        elif kind == "checkout":
+            after = chance.choice(states)
+        elif not now:
+            continue
+        else:
+            gone = now[-chance.randint(1, min(3, len(now))) :] if kind == "undo" else [chance.choice(now)]
+            after = [edit for edit in now if edit not in gone]
+        states.append(after)
+        found.append((kind, after))
+    return found
+
+
+def test_a_long_history_is_converted_without_loss(tmp_path: Path) -> None:
+    history = _history(200)
+    connection = sqlite3.connect(tmp_path / "ledger.sqlite")
+    connection.executescript(f"{VERSION_1} {ROWS_1.split('INSERT INTO payloads')[0]}")
+    for n in range(1, 1 + max(edit for _, active in history for edit in active)):
+        digest, request = (
+            hashlib.sha256(payload(n)).hexdigest(),
+            json.dumps([{"prompt": f"p{n % 7}", "target": "t"}]),
+        )
+        connection.execute("INSERT INTO payloads VALUES (?, ?)", (digest, payload(n)))
+        row = (n, digest, "mend", "0", request, "", "[]", len(payload(n)), 8, "{}")
+        connection.execute("INSERT INTO edits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    for id, (kind, active) in enumerate(history):
+        before = history[id - 1][1] if id else []
+        edits = json.dumps(sorted({*active} ^ {*before}))
+        row = (id, id - 1 if id else None, kind, edits, json.dumps(active), "", "ada", "", 0, None)
+        connection.execute("INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    connection.commit()
+    connection.close()
+    ledger = Ledger.open(tmp_path)
+    log = ledger.log()[::-1]
+    assert [(step.kind, list(step.active)) for step in log] == history
+    assert [step.active_count for step in log] == [len(active) for _, active in history]
+    same = ledger.with_same_prompts([{"prompt": " P3 "}])
+    assert [entry.id for entry in same] == sorted(id for id in ledger.head.active if id % 7 == 3)
+    ledger.checkout(100)
+    ledger.undo()
+    assert list(ledger.head.active) == history[100][1][:-1]
+
+
+@pytest.mark.parametrize("active", ["5", "[1, 2", "[77]", "[1, 1]", '["1"]', "{}", "[" * 100_000])
+def test_a_damaged_old_ledger_is_refused_and_left_as_it_is(old: Path, active: str) -> None:
+    ask(old / "ledger.sqlite", f"UPDATE operations SET active = '{active}' WHERE id = 1")
+    before = schema(old)
+    with pytest.raises(StorageError, match="damaged"):
+        Ledger.open(old)
+    assert schema(old) == before
+
+
 def test_the_store_asks_for_what_the_migrations_made(ledger: Ledger) -> None:
     with ledger._database.reading() as connection:
         made = inspect(connection)
@@ -98,10 +173,13 @@ def test_the_store_asks_for_what_the_migrations_made(ledger: Ledger) -> None:
             tables.payloads,
             tables.edits,
             tables.operations,
+            tables.periods,
+            tables.prompts,
             tables.tags,
             tables.checks,
         ):
-            assert [column["name"] for column in made.get_columns(table.name)] == list(table.c.keys())
+            found = {column["name"] for column in made.get_columns(table.name)}
+            assert found == set(table.c.keys())
 
 
 def test_opening_migrates(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +189,7 @@ def test_opening_migrates(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert Ledger.open(old).log() == before
     assert ask(old / "ledger.sqlite", "SELECT name, colour FROM tags") == [("v1", "red")]
     names = [name for (name,) in ask(old / "ledger.sqlite", "SELECT name FROM migrations ORDER BY name")]
-    assert names == [MIGRATIONS[0].name, COLOUR.name]
+    assert names == [*(migration.name for migration in MIGRATIONS), COLOUR.name]
 
     monkeypatch.setattr(migrations, "MIGRATIONS", MIGRATIONS)
     with pytest.raises(StorageError, match="from a newer emendo"):
@@ -132,13 +210,14 @@ def _stop(error: BaseException) -> Callable[[Connection], None]:
 def test_a_migration_that_fails_midway_leaves_nothing(
     old: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, seen: type[BaseException]
 ) -> None:
-    before, good = schema(old), Migration("0002 good", lambda connection: None)
-    monkeypatch.setattr(migrations, "MIGRATIONS", (*MIGRATIONS, good, Migration("0003 bad", _stop(error))))
+    Ledger.open(old)
+    before, good = schema(old), Migration("9001 good", lambda connection: None)
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*MIGRATIONS, good, Migration("9002 bad", _stop(error))))
     with pytest.raises(seen):
         Ledger.open(old)
     assert schema(old) == before
     names = [name for (name,) in ask(old / "ledger.sqlite", "SELECT name FROM migrations")]
-    assert names == [MIGRATIONS[0].name, "0002 good"]  # what went before it stands
+    assert names == [*(migration.name for migration in MIGRATIONS), "9001 good"]  # what went before it stands
     monkeypatch.setattr(migrations, "MIGRATIONS", (*MIGRATIONS, good, COLOUR))
     assert Ledger.open(old).head.id == 1
 
@@ -147,7 +226,7 @@ def test_a_beginning_that_fails_midway_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        migrations, "MIGRATIONS", (*MIGRATIONS, Migration("0002 bad", _stop(RuntimeError("bug"))))
+        migrations, "MIGRATIONS", (*MIGRATIONS, Migration("9001 bad", _stop(RuntimeError("bug"))))
     )
     with pytest.raises(RuntimeError, match="bug"):
         Ledger.create(tmp_path, FINGERPRINT, "tiny")

@@ -46,8 +46,13 @@ def test_folders_with_odd_names(tmp_path: Path) -> None:
     [
         ("sqlite://", "needs a file"),
         ("sqlite:///:memory:", "needs a file"),
-        ("nonsense://host/x", "driver that is not installed"),
-        ("not a url://", "is not one such as postgresql://"),
+        ("nonsense://host/x", "kind 'nonsense'; supported are sqlite"),
+        ("oracle://host/x", "supported are"),
+        ("sqlite+pysqlcipher://:secret@/x", "supported are"),
+        ("sqlite+aiosqlite:///x", "supported are"),
+        ("mysql+pymysql://host/x", "driver that is not installed"),
+        ("sqlite:///~nosuchuser/x", "not a path"),
+        ("not a url://", "is not of the form postgresql://"),
     ],
 )
 def test_urls_that_are_none(where: str, words: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from emendo.errors import MismatchError, StorageError
 from emendo.ledger import Ledger, place
-from emendo.ledger.place import Pointer, create_ledger, find_ledger, ledger_of, open_ledger
+from emendo.ledger.place import Pointer, create_ledger, default_folder, find_ledger, open_ledger
 from ledger.samples import FINGERPRINT, filled
 
 
@@ -34,19 +35,19 @@ def url(folder: Path) -> str:
 
 
 def test_the_default_place(model: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ledger_of(model) == ledger_of(str(model)) == model / "emendo-ledger"
+    assert default_folder(model) == default_folder(str(model)) == model / "emendo-ledger"
     (tmp_path / "link").symlink_to(model)
-    assert ledger_of(tmp_path / "link") == model / "emendo-ledger"
+    assert default_folder(tmp_path / "link") == model / "emendo-ledger"
     monkeypatch.chdir(tmp_path)
-    assert ledger_of("model") == model / "emendo-ledger"
+    assert default_folder("model") == model / "emendo-ledger"
 
-    assert ledger_of("smollm2-135m") == home / "smollm2-135m"
+    assert default_folder("smollm2-135m") == home / "smollm2-135m"
     monkeypatch.delenv("EMENDO_HOME")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
-    assert ledger_of("org/name") == tmp_path / "xdg" / "emendo" / "ledgers" / "org--name"
+    assert default_folder("org/name") == tmp_path / "xdg" / "emendo" / "ledgers" / "org--name"
     monkeypatch.delenv("XDG_DATA_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert ledger_of("org/name") == tmp_path / ".local" / "share" / "emendo" / "ledgers" / "org--name"
+    assert default_folder("org/name") == tmp_path / ".local" / "share" / "emendo" / "ledgers" / "org--name"
 
 
 def test_names_do_not_meet(home: Path) -> None:
@@ -65,7 +66,7 @@ def test_names_do_not_meet(home: Path) -> None:
         "x" * 250,
         "x" * 251,
     ]
-    places = [ledger_of(name) for name in names]
+    places = [default_folder(name) for name in names]
     assert len(set(places)) == len(names)
     for place_ in places:
         assert place_.parent == home and place_.name not in {".", ".."} and len(place_.name) < 100
@@ -171,7 +172,7 @@ def test_a_damaged_pointer(model: Path, content: str) -> None:
 
 
 def test_passwords_are_not_written(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place._point(
+    place._remember(
         model / "emendo-ledger",
         Pointer(
             place.public(
@@ -184,6 +185,72 @@ def test_passwords_are_not_written(model: Path, monkeypatch: pytest.MonkeyPatch)
     assert "s3cret" not in text and "***" not in text
     assert json.loads(text)["url"] == "postgresql+psycopg://ada@host:5/db?sslmode=require"
     assert "password" in json.loads(text)["note"]
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        "postgresql+psycopg://ada@203.0.113.1/db",
+        "mysql://ada@203.0.113.1/db",
+        "sqlite:////etc/x/ledger.sqlite",
+    ],
+)
+def test_a_pointer_in_a_model_folder_leads_nowhere_by_itself(
+    model: Path, there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only in that folder, in the user's own data folder, or where the user was before."""
+    (model / "emendo-ledger").mkdir()
+    (model / "emendo-ledger" / "ledger.json").write_text(json.dumps({"url": there, "id": "x"}))
+    opened: list[object] = []
+    monkeypatch.setattr(Ledger, "open", lambda *given: opened.append(given))
+    with pytest.raises(StorageError, match=r"ledger\.json names a ledger at .*name it once: --ledger"):
+        open_ledger(model, FINGERPRINT)
+    assert opened == []
+
+
+def test_a_pointer_is_followed_once_the_user_has_named_its_ledger(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = create_ledger(model, FINGERPRINT, tmp_path / "else")
+    assert open_ledger(model).id == ledger.id  # this user created it there
+    monkeypatch.setenv("EMENDO_HOME", str(tmp_path / "somebody else"))
+    with pytest.raises(StorageError, match="have not used so far"):
+        open_ledger(model)
+    assert open_ledger(model, where=tmp_path / "else").id == ledger.id
+    assert open_ledger(model).id == ledger.id
+
+
+def test_a_pointer_inside_its_model_folder_is_followed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = create_ledger(model, FINGERPRINT, model / "edits")
+    monkeypatch.setenv("EMENDO_HOME", str(tmp_path / "somebody else"))
+    assert open_ledger(model).id == ledger.id
+
+
+def test_a_named_ledger_has_to_be_the_models(model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    create_ledger(other, FINGERPRINT)
+    asked: list[str] = []
+
+    def fingerprint(found: str) -> Callable[[], str]:
+        return lambda: asked.append(found) or found
+
+    with pytest.raises(MismatchError, match=r"belongs to .*other.* but .*model' has fingerprint beef"):
+        open_ledger(model, fingerprint("beef"), other / "emendo-ledger")
+    assert find_ledger(model) is None
+    for _ in range(2):  # the same weights in another folder: compared once, then pointed to
+        open_ledger(model, fingerprint(FINGERPRINT), other / "emendo-ledger")
+    assert asked == ["beef", FINGERPRINT]
+    open_ledger(other, fingerprint("beef"), other / "emendo-ledger")  # its own
+    assert asked == ["beef", FINGERPRINT]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nosuchuser/x", "a\0b", "\udcff"])
+def test_a_model_of_an_odd_name_has_no_ledger(name: str) -> None:
+    with pytest.raises(StorageError, match="no ledger yet"):
+        open_ledger(name)
 
 
 def test_a_place_that_cannot_be_written_needs_no_pointer(

@@ -14,7 +14,7 @@ import pytest
 from emendo.errors import ConflictError, RequestError
 from emendo.ledger import Entry, Ledger
 from emendo.ledger import _database as database
-from emendo.ledger import _schema as queries
+from emendo.ledger import _queries as queries
 from ledger.samples import FINGERPRINT, about, ask, consistent, filled, payload
 
 
@@ -175,10 +175,10 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
         (lambda ledger: ledger.later_upon(9), "There is no edit 9"),
         (lambda ledger: ledger.tag("v1"), "names operation 3 already"),
         (lambda ledger: ledger.tag("v2", 17), "There is no operation 17"),
-        (lambda ledger: ledger.tag("12"), "cannot name a tag"),
-        (lambda ledger: ledger.tag("head"), "cannot name a tag"),
-        (lambda ledger: ledger.tag(" "), "cannot name a tag"),
-        (lambda ledger: ledger.tag("x" * 201), "cannot name a tag"),
+        (lambda ledger: ledger.tag("12"), "cannot be a tag"),
+        (lambda ledger: ledger.tag("head"), "cannot be a tag"),
+        (lambda ledger: ledger.tag(" "), "cannot be a tag"),
+        (lambda ledger: ledger.tag("x" * 201), "cannot be a tag"),
         (lambda ledger: ledger.add_check({}, operation=17), "There is no operation 17"),
         (lambda ledger: ledger.undo(note="a\0b"), "zero byte"),
         (lambda ledger: ledger.undo(by="\udcff"), "UTF-8"),
@@ -236,6 +236,6 @@ def test_a_faster_process_makes_the_step_be_done_again(
 
 def test_one_parent_has_one_child(ledger: Ledger, tmp_path: Path) -> None:
     filled(ledger, 1)
-    row = "2, 0, 'undo', '[]', '[]', '', '', '', 0, NULL"
+    row = "2, 0, 'undo', '[]', '', '', '', 0, NULL, 0"
     with pytest.raises(sqlite3.IntegrityError, match=r"operations.parent"):
         ask(tmp_path / "ledger.sqlite", f"INSERT INTO operations VALUES ({row})")

@@ -94,8 +94,8 @@ def migrate(where: str) -> dict[str, Any]:
         connection.exec_driver_sql("ALTER TABLE tags ADD COLUMN colour TEXT")
 
     migrations.MIGRATIONS += (
-        migrations.Migration("0002 colour", run),
-        migrations.Migration("0003", lambda _: None),
+        migrations.Migration("9001 colour", run),
+        migrations.Migration("9002", lambda _: None),
     )
     assert together(lambda _: Ledger.open(where).head.id) == [2] * WORKERS
     return {}

@@ -23,8 +23,9 @@ from emendo.evaluate.damage import Damage
 from emendo.evaluate.harness import Harness
 from emendo.evaluate.run_folder import RunFolder, editor_digest, versions
 from emendo.evaluate.sequential import RETENTION, Sequential, sequence
-from emendo.ledger.guard import Health, Limits, reached
-from emendo.ledger.watch import Watch, Watched
+from emendo.ledger.guard import targets_reached
+from emendo.ledger.health import Health, Limits
+from emendo.ledger.probes import ProbeRunner, Probes
 from emendo.low_rank import LowRank, applied
 from emendo.models.lm import LM
 from emendo.report.html import write_report
@@ -283,19 +284,19 @@ class Guarding:
             )
         self.lm, self.limits = lm, limits or Limits()
         self.size = {site.name: float(site.weight(lm.model).double().norm()) for site in editor.sites}
-        self.watch = Watch(lm, Watched())
-        self.clean = self.now = self.watch.read()
+        self.probes = ProbeRunner(lm, Probes())
+        self.clean = self.now = self.probes.run()
         self.prompts: list[str] = []
 
     def __call__(self, request: Request, change: Mapping[str, LowRank]) -> bool:
         """Look at the model with the change and without it, the earlier edits being attached."""
         with applied(self.lm.model, change):
-            after = self.watch.read()
-            hit = reached(self.lm, [(request.prompt, request.target)])
+            after = self.probes.run()
+            hit = targets_reached(self.lm, [(request.prompt, request.target)])
         besides = [*self.prompts, request.prompt]
         health = Health.of(
-            reached=fmean(map(float, hit)),
-            reworded=None,
+            edit_success=fmean(map(float, hit)),
+            paraphrase_success=None,
             norm=max(float(delta.norm()) / self.size[name] for name, delta in change.items()),
             own=after.drift(self.now, besides),
             total=after.drift(self.clean, besides),

@@ -1,4 +1,4 @@
-"""What the commands of the ledger share: their options, finding the ledger, and its tables."""
+"""Shared by the commands of the ledger: options, opening the ledger, and lines about edits and states."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+
+from emendo.cli._console import note
 
 if TYPE_CHECKING:
     from emendo.ledger import Entry, Ledger, Operation
@@ -20,18 +22,18 @@ Where = Annotated[
         "--ledger",
         metavar="WHERE",
         help="The ledger: a folder, or an SQLAlchemy URL such as postgresql+psycopg://user@host/name.  "
-        "[default: emendo-ledger in the model's folder, or the user's data folder for a model that is none]",
+        "[default: emendo-ledger in the model's folder; for a model known by a name, in the user's data folder]",
     ),
 ]
-By = Annotated[str | None, typer.Option("--by", metavar="NAME", help="Who does it.  [default: the user]")]
-Note = Annotated[str, typer.Option("--note", metavar="TEXT", help="Why, in your words.")]
+By = Annotated[str | None, typer.Option("--by", metavar="NAME", help="Your name.  [default: the user]")]
+Note = Annotated[str, typer.Option("--note", metavar="TEXT", help="A comment.")]
 Force = Annotated[
-    bool, typer.Option("--force", help="Apply an edit that the guard refuses; the ledger says so.")
+    bool, typer.Option("--force", help="Apply an edit even if the guard refuses it; the ledger records that.")
 ]
 Paraphrases = Annotated[
     list[str] | None,
     typer.Option(
-        "--paraphrase", metavar="TEXT", help="A rewording that must give the target too (may be repeated)."
+        "--paraphrase", metavar="TEXT", help="A paraphrase that must reach the target too (may be repeated)."
     ),
 ]
 _GUARD = "Guard"
@@ -40,8 +42,8 @@ Probes = Annotated[
     typer.Option(
         "--probes",
         metavar="FILE",
-        help='Prompts that must not change besides the built-in ones, one a line, as they are or as {"prompt": "...", '
-        '"answer": "..."}.',
+        help="Prompts whose answers must not change, besides the built-in ones: one a line, as plain text or as "
+        '{"prompt": "...", "answer": "..."}.',
         rich_help_panel=_GUARD,
     ),
 ]
@@ -50,7 +52,7 @@ Passage = Annotated[
     typer.Option(
         "--text",
         metavar="FILE",
-        help="A plain text whose perplexity is watched instead of the built-in one.",
+        help="A plain text whose perplexity is measured instead of that of the built-in one.",
         rich_help_panel=_GUARD,
     ),
 ]
@@ -66,14 +68,20 @@ Limit = Annotated[
 
 
 def find_ledger(model: str, where: str | None) -> Ledger:
-    """The ledger of a model by its name, without loading the model.
+    """The ledger of a model, without loading the model where their names or a pointer show that they belong together.
 
     Raises:
+        MismatchError: the ledger belongs to another model.
         StorageError: there is none, or it is damaged or from a newer emendo.
     """
     from emendo.ledger.place import open_ledger
 
-    return open_ledger(model, where=where)
+    def fingerprint() -> str:
+        from emendo.cli._loading import load_model
+
+        return load_model(model, "float32", None).fingerprint
+
+    return open_ledger(model, fingerprint, where)
 
 
 def open_workspace(
@@ -88,8 +96,8 @@ def open_workspace(
     """A model with its ledger and guard.
 
     Raises:
-        StorageError: there is no ledger and none is to be made, or it is damaged or from a newer emendo.
-        DataError: a file of the guard's cannot be read.
+        StorageError: there is no ledger and none is to be created, or it is damaged or from a newer emendo.
+        DataError: a file of probes or text cannot be read.
         RequestError: an unknown limit.
     """
     from dataclasses import replace
@@ -97,29 +105,42 @@ def open_workspace(
 
     from emendo.cli._settings import as_settings
     from emendo.errors import DataError
-    from emendo.ledger.guard import Limits
-    from emendo.ledger.watch import Watched, read_prompts
+    from emendo.ledger.health import Limits
+    from emendo.ledger.probes import Probes, read_prompts
     from emendo.ledger.workspace import Workspace
 
-    watched = Watched()
+    chosen = Probes()
     if probes is not None:
-        watched = replace(watched, prompts=(*watched.prompts, *read_prompts(probes)))
+        chosen = replace(chosen, prompts=(*chosen.prompts, *read_prompts(probes)))
     if passage is not None:
         try:
-            watched = replace(watched, passage=Path(passage).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            chosen = replace(chosen, passage=Path(passage).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise DataError(f"--text {passage} cannot be read: {error}") from error
-    chosen = as_settings(Limits, limits or (), "--limit", "the guard has no limit")
-    return Workspace.open(lm, where, create=create, watched=watched, limits=chosen)
+    given = [_present_name(limit) for limit in limits or ()]
+    bounds = as_settings(Limits, given, "--limit", "the guard has no limit")
+    return Workspace.open(lm, where, create=create, probes=chosen, limits=bounds)
+
+
+def _present_name(limit: str) -> str:
+    """A limit by the name that it has now, with a warning for an old one."""
+    from emendo.ledger.health import STORED_NAMES
+
+    name, sign, value = limit.partition("=")
+    for now, old in STORED_NAMES.items():
+        if name.strip() == old:
+            note(f"Warning: --limit {old} is now called {now}; the old name will be removed.")
+            return f"{now}{sign}{value}"
+    return limit
 
 
 def state_of(text: str) -> int | str:
-    """An operation's number, or the name of a tag."""
-    return int(text) if text.isdecimal() else text
+    """A state as given on the command line: an operation's number, or the name of a tag."""
+    return int(text) if text.isdecimal() and len(text) < 20 else text
 
 
-def wishes(entry: Entry, length: int = 60) -> str:
-    """What an edit was asked for, in a line."""
+def requests_line(entry: Entry, length: int = 60) -> str:
+    """The first request of an edit, in a line."""
     if not entry.requests:
         return escape(f"({entry.editor})")
     first = entry.requests[0]
@@ -128,35 +149,39 @@ def wishes(entry: Entry, length: int = 60) -> str:
     return f"{escape(prompt)} [bold]{escape(first['target'])}[/bold]{more}"
 
 
-def figures_of(health: Mapping[str, Any] | None) -> str:
+_FIGURES = {
+    "edit_success": "reached {:.0%}",
+    "paraphrase_success": "paraphrases {:.0%}",
+    "changed": "changed {:.1%}",
+    "kl": "KL {:.2g}",
+    "perplexity": "perplexity x{:.3f}",
+    "norm": "||dW||/||W|| {:.2%}",
+}
+
+
+def health_line(health: Mapping[str, Any] | None) -> str:
     """The guard's figures in a line."""
-    if not health:
-        return ""
-    parts = [f"reached {health['reached']:.0%}"]
-    if health.get("reworded") is not None:
-        parts.append(f"reworded {health['reworded']:.0%}")
-    parts += [f"changed {health['changed']:.1%}", f"KL {health['kl']:.2g}"]
-    if health.get("perplexity") is not None:
-        parts.append(f"perplexity x{health['perplexity']:.3f}")
-    parts.append(f"||dW||/||W|| {health['norm']:.2%}")
-    return ", ".join(parts)
+    from emendo.ledger.health import read_figures
+
+    found = read_figures(health)
+    return ", ".join(text.format(found[name]) for name, text in _FIGURES.items() if name in found)
 
 
-def summary(found: Examination) -> str:
-    """An examination of the whole stack, in a line."""
-    if not found.holdings:
-        return "No edit is active: this is the clean model."
+def examination_line(found: Examination) -> str:
+    """The result of an examination, in a line."""
+    if not found.outcomes:
+        return "No edit is active: this is the base model."
     drift = found.drift
     perplexity = "" if drift.perplexity is None else f", perplexity x{drift.perplexity:.3f}"
-    lost = [h.entry.id for h in found.holdings if not h.holds]
+    lost = [each.entry.id for each in found.lost]
     named = f" (not: {', '.join(map(str, lost[:10]))}{', …' if len(lost) > 10 else ''})" if lost else ""
     return (
-        f"{len(found.holdings)} active, {len(found.holdings) - len(lost)} hold{named}; against the clean model "
-        f"{drift.changed:.1%} of the watched prompts changed, KL {drift.kl:.2g}{perplexity}."
+        f"{len(found.outcomes)} active, {len(found.outcomes) - len(lost)} hold{named}; against the base model "
+        f"{drift.changed:.1%} of the probes changed, KL {drift.kl:.2g}{perplexity}."
     )
 
 
-def say_state(operation: Operation) -> str:
-    """What is active after a step, in a line."""
-    count = len(operation.active)
+def state_line(operation: Operation) -> str:
+    """The number of active edits after an operation, in a line."""
+    count = operation.active_count
     return f"Operation {operation.id}: {count} edit{'' if count == 1 else 's'} active."

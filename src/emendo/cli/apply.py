@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emendo.cli import _ledger as keep
+from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, note, output
 
 if TYPE_CHECKING:
-    from emendo.ledger import Operation
+    from emendo.ledger import Entry, Operation
     from emendo.ledger.workspace import Workspace
 
-HELP = """Put edits into a model's ledger, each on top of those that are active, if the guard lets it.
+HELP = """Apply edits to a model's ledger, each on top of the active ones, if the guard admits it.
 
-The guard asks the edited model: is the target the answer, to the rewordings too; do prompts that have nothing to do
-with the edit keep their answers; does plain text stay as likely; how large is the change. What is beyond the limits is
-refused, unless --force is given. The model's files are never touched: the working model is its base and the active
-edits, put together when it is loaded (emendo generate --ledger, emendo export --ledger).
+The guard tests the edited model: is the target the answer, to paraphrases too; do unrelated prompts keep their answers;
+does plain text stay as likely; how large is the change. An edit beyond the limits is refused, unless --force is given.
+The model's files are never changed: the working model is the base model with the active edits, which are put together
+when it is loaded (emendo generate --ledger, emendo export --ledger).
 
 \b
 Examples:
@@ -36,14 +36,14 @@ Edits = Annotated[
 def run(
     edits: Edits,
     model: opt.SameModel = None,
-    ledger: keep.Where = None,
-    paraphrase: keep.Paraphrases = None,
-    force: keep.Force = False,
-    by: keep.By = None,
-    reason: keep.Note = "",
-    probes: keep.Probes = None,
-    passage: keep.Passage = None,
-    limit: keep.Limit = None,
+    ledger: shared.Where = None,
+    paraphrase: shared.Paraphrases = None,
+    force: shared.Force = False,
+    by: shared.By = None,
+    reason: shared.Note = "",
+    probes: shared.Probes = None,
+    passage: shared.Passage = None,
+    limit: shared.Limit = None,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
     as_json: opt.AsJson = False,
@@ -57,30 +57,40 @@ def run(
     if paraphrase and len(changes) > 1:
         raise RequestError("--paraphrase belongs to one edit; apply them one by one.")
     lm = load_model(model or changes[0].origin.model, dtype, device)
-    work = keep.open_workspace(lm, ledger, create=True, probes=probes, passage=passage, limits=limit)
-    done = []
+    work = shared.open_workspace(lm, ledger, create=True, probes=probes, passage=passage, limits=limit)
+    operations = []
     for change in changes:
         step = work.apply(change, paraphrases=paraphrase or (), force=force, by=by, note=reason)
-        done.append(step)
-        if not as_json:
-            say_applied(work, step)
+        if as_json:
+            operations.append(applied_as_values(work, step))
+        else:
+            print_applied(work, step)
     if as_json:
-        emit({"ledger": work.ledger.where, "operations": [as_values(step) for step in done]})
+        emit({"ledger": work.ledger.where, "operations": operations})
 
 
-def say_applied(work: Workspace, step: Operation) -> None:
-    """Print what was applied and what the guard found."""
+def print_applied(work: Workspace, step: Operation) -> None:
+    """Print an edit that was applied, the guard's figures, and a warning if its fact was edited before."""
     console = output()
     entry = work.ledger.entry(step.edits[0])
-    console.print(f"[green]applied[/green] edit {entry.id}: {keep.wishes(entry)}", soft_wrap=True)
-    console.print(f"[dim]{keep.figures_of(step.health)}[/dim]", soft_wrap=True)
+    console.print(f"[green]applied[/green] edit {entry.id}: {shared.requests_line(entry)}", soft_wrap=True)
+    console.print(f"[dim]{shared.health_line(step.health)}[/dim]", soft_wrap=True)
     if step.forced and step.health:
         note(f"The guard refused it, and it was forced: {'; '.join(step.health['problems'])}.")
-    console.print(keep.say_state(step), soft_wrap=True)
+    for other in _edited_before(work, step):
+        note(
+            f"[yellow]Warning:[/yellow] edit {other.id} is active and has the same prompt: "
+            f"{shared.requests_line(other)}. To replace it, take it off: emendo revert {other.id}"
+        )
+    console.print(shared.state_line(step), soft_wrap=True)
 
 
-def as_values(step: Any) -> dict[str, Any]:
-    """An operation as JSON values."""
-    from dataclasses import asdict
+def applied_as_values(work: Workspace, step: Operation) -> dict[str, Any]:
+    """An operation that applied an edit as JSON values, with the active edits that have the same prompt."""
+    return {**step.as_dict(), "same_prompt_as": [entry.id for entry in _edited_before(work, step)]}
 
-    return asdict(step)
+
+def _edited_before(work: Workspace, step: Operation) -> list[Entry]:
+    """The other active edits with a prompt of the edit that was applied."""
+    entry = work.ledger.entry(step.edits[0])
+    return [e for e in work.ledger.with_same_prompts(entry.requests, step.id) if e.id != entry.id]

@@ -6,12 +6,11 @@ from typing import Annotated
 
 import typer
 
-from emendo.cli import _ledger as keep
+from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output
-from emendo.cli.apply import as_values
 
-HELP = """Go back (or forth) to the edits of another state of a model, as a new step; nothing is erased.
+HELP = """Activate the edits of another state of a model, earlier or later, as a new step; nothing is erased.
 
 \b
 Example:
@@ -24,15 +23,15 @@ State = Annotated[str, typer.Argument(metavar="STATE", help="A tag, or a step's 
 def run(
     state: State,
     model: opt.Model = opt.MODEL,
-    ledger: keep.Where = None,
-    by: keep.By = None,
-    reason: keep.Note = "",
+    ledger: shared.Where = None,
+    by: shared.By = None,
+    reason: shared.Note = "",
     as_json: opt.AsJson = False,
 ) -> None:
     """Check a state out."""
-    book = keep.find_ledger(model, ledger)
-    step = book.checkout(keep.state_of(state), by=by, note=reason)
+    book = shared.find_ledger(model, ledger)
+    step = book.checkout(shared.state_of(state), by=by, note=reason)
     if as_json:
-        emit(as_values(step))
+        emit(step.as_dict())
         return
-    output().print(keep.say_state(step))
+    output().print(shared.state_line(step))

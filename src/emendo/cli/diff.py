@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from emendo.cli import _ledger as keep
+from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output
-from emendo.cli.apply import as_values
 
 HELP = """Show which edits differ between two states of a model: steps by their numbers, tags, or head.
 
@@ -26,19 +25,19 @@ def run(
     first: First,
     second: Second = "head",
     model: opt.Model = opt.MODEL,
-    ledger: keep.Where = None,
+    ledger: shared.Where = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Compare two states."""
-    book = keep.find_ledger(model, ledger)
-    added, removed = book.diff(keep.state_of(first), keep.state_of(second))
+    book = shared.find_ledger(model, ledger)
+    added, removed = book.diff(shared.state_of(first), shared.state_of(second))
     if as_json:
-        emit({"added": [as_values(e) for e in added], "removed": [as_values(e) for e in removed]})
+        emit({"added": [e.as_dict() for e in added], "removed": [e.as_dict() for e in removed]})
         return
     console = output()
     for entry in removed:
-        console.print(f"[red]- edit {entry.id}[/red]  {keep.wishes(entry)}", soft_wrap=True)
+        console.print(f"[red]- edit {entry.id}[/red]  {shared.requests_line(entry)}", soft_wrap=True)
     for entry in added:
-        console.print(f"[green]+ edit {entry.id}[/green]  {keep.wishes(entry)}", soft_wrap=True)
+        console.print(f"[green]+ edit {entry.id}[/green]  {shared.requests_line(entry)}", soft_wrap=True)
     if not added and not removed:
         console.print("The same edits are active in both.")

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from emendo.cli import _ledger as keep
+from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output, status
-from emendo.cli.apply import as_values
 
 if TYPE_CHECKING:
     from emendo.ledger import Check, Operation
     from emendo.ledger.guard import Examination
 
-HELP = """Examine a model with all its active edits: does each of them still hold, and what became of everything else.
+HELP = """Examine a model with all its active edits: does each still hold, and how far has everything else moved.
 
 \b
 Examples:
@@ -28,16 +27,16 @@ Examples:
 
 Plot = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE", help="Draw the health over the steps, as .png or .svg."),
+    typer.Option("--plot", metavar="FILE", help="Plot the health over the steps, as .png or .svg."),
 ]
 
 
 def run(
     model: opt.Model = opt.MODEL,
-    ledger: keep.Where = None,
+    ledger: shared.Where = None,
     plot: Plot = None,
-    probes: keep.Probes = None,
-    passage: keep.Passage = None,
+    probes: shared.Probes = None,
+    passage: shared.Passage = None,
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
     as_json: opt.AsJson = False,
@@ -48,43 +47,43 @@ def run(
 
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise RequestError(f"--plot {plot} must end in .png or .svg.")
-    keep.find_ledger(model, ledger)  # before the model is loaded for nothing
-    work = keep.open_workspace(load_model(model, dtype, device), ledger, probes=probes, passage=passage)
-    with status("Asking the model with all its edits"):
+    shared.find_ledger(model, ledger)  # fails before the model is loaded
+    work = shared.open_workspace(load_model(model, dtype, device), ledger, probes=probes, passage=passage)
+    with status("Measuring the model with all its edits"):
         found = work.examine(keep=True)
     if plot is not None:
-        _draw(plot, work.ledger.log(), work.ledger.checks())
+        _plot(plot, work.ledger.log(), work.ledger.checks())
     if as_json:
-        holdings = [{"edit": h.entry.id, "reached": h.reached, "holds": h.holds} for h in found.holdings]
-        emit({**found.as_dict(), "operation": found.operation, "holdings": holdings})
+        outcomes = [{"edit": o.entry.id, "reached": o.reached, "holds": o.holds} for o in found.outcomes]
+        emit({**found.as_dict(), "operation": found.operation, "holdings": outcomes})
         return
     console = output()
-    if found.holdings:
+    if found.outcomes:
         console.print(_table(found))
-    console.print(keep.summary(found), soft_wrap=True)
+    console.print(shared.examination_line(found), soft_wrap=True)
     if plot is not None:
-        console.print(f"Drawn to {plot}.", soft_wrap=True)
+        console.print(f"Plotted to {plot}.", soft_wrap=True)
 
 
 def _table(found: Examination) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("edit", justify="right")
-    table.add_column("asked for")
+    table.add_column("request")
     table.add_column("holds")
-    for holding in found.holdings:
-        right, asked = sum(holding.reached), len(holding.reached)
-        part = f" {right} of {asked}" if asked > 1 else ""
-        sign = "[green]✓[/green]" if holding.holds else "[red]✗[/red]"
-        table.add_row(str(holding.entry.id), keep.wishes(holding.entry), f"{sign}{part}")
+    for outcome in found.outcomes:
+        reached, requests = sum(outcome.reached), len(outcome.reached)
+        part = f" {reached} of {requests}" if requests > 1 else ""
+        sign = "[green]✓[/green]" if outcome.holds else "[red]✗[/red]"
+        table.add_row(str(outcome.entry.id), shared.requests_line(outcome.entry), f"{sign}{part}")
     return table
 
 
-def _draw(file: Path, steps: Sequence[Operation], checks: Sequence[Check]) -> None:
-    """Health over the steps, written to a file."""
+def _plot(file: Path, operations: Sequence[Operation], checks: Sequence[Check]) -> None:
+    """Write the plot of the health to a file."""
     from emendo._storage import new_file
     from emendo.report._health_plot import health_plot
 
     form: Literal["svg", "png"] = "svg" if file.suffix == ".svg" else "png"
-    image = health_plot([as_values(step) for step in steps], [as_values(check) for check in checks], form)
+    image = health_plot([step.as_dict() for step in operations], [check.as_dict() for check in checks], form)
     with new_file(file) as temporary:
         temporary.write_bytes(image)

@@ -75,7 +75,7 @@ def run(
     from emendo.cli._loading import MethodOptions, load_editor
     from emendo.cli._runs import refuse_occupied
     from emendo.cli._tables import before_after, rows_as_dicts
-    from emendo.cli.apply import as_values, say_applied
+    from emendo.cli.apply import applied_as_values, print_applied
     from emendo.edits.edit import Edit, Request
     from emendo.errors import RequestError
     from emendo.evaluate import Question
@@ -115,13 +115,13 @@ def run(
                 "out": out and str(out),
                 "chat": lm.chat,
                 **figures,
-                **({"operation": as_values(step)} if step else {}),
+                **({"operation": applied_as_values(work, step)} if work and step else {}),
                 "rows": rows_as_dicts(rows),
             }
         )
         return
     if work and step:
-        say_applied(work, step)
+        print_applied(work, step)
     elif out is None:
         note("The edit was not saved; give --out FOLDER to keep it.")
     if out is not None:

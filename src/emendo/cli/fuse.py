@@ -78,7 +78,7 @@ def run(
     from emendo.cli._runs import refuse_occupied
     from emendo.edits.edit import compose
     from emendo.edits.fusing import fuse
-    from emendo.ledger.guard import reached
+    from emendo.ledger.guard import targets_reached
     from emendo.models.loading import cache_folder
 
     refuse_occupied(out, "edit.json", overwrite=overwrite)
@@ -92,7 +92,7 @@ def run(
     found = []
     for change in (fused, compose(parts)):
         with change.applied(lm.reading(chat=fused.origin.chat)) as edited:
-            found.append(sum(reached(edited, pairs)))
+            found.append(sum(targets_reached(edited, pairs)))
     if as_json:
         emit(
             {

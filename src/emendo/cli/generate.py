@@ -81,7 +81,7 @@ def run(
             edited = stack.enter_context(change.applied(edited))
         if not changes:
             work = keep.open_workspace(host, ledger)
-            if chat is None and any(work.edit(id).origin.chat for id in work.ledger.head.active):
+            if chat is None and work.ledger.has_chat_edits:
                 lm = edited = lm.reading(chat=True)
             stack.enter_context(work.applied())
         after = edited.generate(prompt, tokens)

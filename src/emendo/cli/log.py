@@ -8,63 +8,66 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from emendo.cli import _ledger as keep
+from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output
-from emendo.cli.apply import as_values
 
 if TYPE_CHECKING:
     from emendo.ledger import Ledger, Operation
 
-HELP = """Show what was done to a model, the latest first: each step, who took it and when, and what the guard found.
+HELP = """Show the history of a model's edits, the latest step first: what was done, by whom and when.
 
 \b
-Example:
+Examples:
   emendo log --model ./my-model
+  emendo log --model ./my-model --all
 """
 
-Limit = Annotated[
-    int | None, typer.Option("--limit", metavar="N", min=1, help="The last N steps only.  [default: all]")
-]
+Limit = Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Show the latest N steps.")]
+All = Annotated[bool, typer.Option("--all", help="Show every step.")]
 
 
 def run(
     model: opt.Model = opt.MODEL,
-    ledger: keep.Where = None,
-    limit: Limit = None,
+    ledger: shared.Where = None,
+    limit: Limit = 20,
+    every: All = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Show the log."""
-    book = keep.find_ledger(model, ledger)
-    steps = book.log(limit)
+    book = shared.find_ledger(model, ledger)
+    operations = book.log(None if every else limit)
+    count = operations[0].id + 1 if operations else 0
     if as_json:
-        emit({"ledger": book.where, "model": book.model, "operations": [as_values(step) for step in steps]})
+        values = {"ledger": book.where, "model": book.model, "steps": count}
+        emit({**values, "operations": [operation.as_dict() for operation in operations]})
         return
     console = output()
-    console.print(_table(book, steps))
-    console.print(f"\n{keep.say_state(book.head)} [dim]{escape(book.where)}[/dim]", soft_wrap=True)
+    console.print(_table(book, operations))
+    if len(operations) < count:
+        console.print(f"[dim]The latest {len(operations)} of {count:,} steps; --all shows every step.[/dim]")
+    console.print(f"\n{shared.state_line(book.head)} [dim]{escape(book.where)}[/dim]", soft_wrap=True)
 
 
-def _table(book: Ledger, steps: list[Operation]) -> Table:
+def _table(book: Ledger, operations: list[Operation]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("step", "", "edit", "what", "by", "when", "tag"):
         table.add_column(
             heading, justify="right" if heading in ("step", "edit") else "left", no_wrap=heading != "what"
         )
-    entries = {entry.id: entry for entry in book.entries()}
+    single = [operation.edits[0] for operation in operations if len(operation.edits) == 1]
+    entries = {entry.id: entry for entry in book.entries(dict.fromkeys(single))}
     tags: dict[int, list[str]] = {}
     for tag in book.tags():
         tags.setdefault(tag.operation, []).append(tag.name)
-    for step in steps:
-        named = escape(", ".join(tags.get(step.id, ())))
-        kind = f"[yellow]{step.kind}, forced[/yellow]" if step.forced else step.kind
-        numbers = ", ".join(map(str, step.edits)) if len(step.edits) < 6 else f"{len(step.edits)} edits"
-        what = keep.wishes(entries[step.edits[0]]) if len(step.edits) == 1 else ""
-        if step.note:
-            what += f"\n[dim]{escape(step.note)}[/dim]"
-        table.add_row(str(step.id), kind, numbers, what, escape(step.by), _minute(step.at), named)
+    for operation in operations:
+        edits = operation.edits
+        kind = f"[yellow]{operation.kind}, forced[/yellow]" if operation.forced else operation.kind
+        numbers = ", ".join(map(str, edits)) if len(edits) < 6 else f"{len(edits)} edits"
+        what = shared.requests_line(entries[edits[0]]) if len(edits) == 1 else ""
+        if operation.note:
+            what += f"\n[dim]{escape(operation.note)}[/dim]"
+        named = escape(", ".join(tags.get(operation.id, ())))
+        when = operation.at[:16].replace("T", " ")
+        table.add_row(str(operation.id), kind, numbers, what, escape(operation.by), when, named)
     return table
-
-
-def _minute(moment: str) -> str:
-    return moment[:16].replace("T", " ")

@@ -6,15 +6,14 @@ from typing import Annotated
 
 import typer
 
-from emendo.cli import _ledger as keep
+from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, note, output
-from emendo.cli.apply import as_values
 
-HELP = """Take one edit off, wherever it stands among the active ones.
+HELP = """Take one edit off, at any position among the active ones.
 
-The weights are then exactly those of the base with the other edits. Edits that were made while this one stood in the
-model may have relied on it: they are named, and every edit that stays is asked again.
+The weights are then exactly those of the base model with the other edits. Edits that were made while this one was
+active may rely on it: they are listed, and every remaining edit is measured again.
 
 \b
 Example:
@@ -27,9 +26,9 @@ Number = Annotated[int, typer.Argument(metavar="ID", help="The edit's number, as
 def run(
     id: Number,
     model: opt.Model = opt.MODEL,
-    ledger: keep.Where = None,
-    by: keep.By = None,
-    reason: keep.Note = "",
+    ledger: shared.Where = None,
+    by: shared.By = None,
+    reason: shared.Note = "",
     dtype: opt.Dtype = "float32",
     device: opt.Device = None,
     as_json: opt.AsJson = False,
@@ -37,29 +36,24 @@ def run(
     """Revert an edit."""
     from emendo.cli._loading import load_model
 
-    keep.find_ledger(model, ledger).entry(id)  # before the model is loaded for nothing
-    work = keep.open_workspace(load_model(model, dtype, device), ledger)
+    shared.find_ledger(model, ledger).entry(id)  # fails before the model is loaded
+    work = shared.open_workspace(load_model(model, dtype, device), ledger)
     step, found = work.revert(id, by=by, note=reason)
     later = work.ledger.later_upon(id)
     if as_json:
-        emit(
-            {
-                "operation": as_values(step),
-                "made_upon_it": [e.id for e in later],
-                "examination": found.as_dict(),
-            }
-        )
+        made_upon = [entry.id for entry in later]
+        emit({"operation": step.as_dict(), "made_upon_it": made_upon, "examination": found.as_dict()})
         return
     console = output()
-    console.print(f"[red]taken off[/red] edit {id}: {keep.wishes(work.ledger.entry(id))}", soft_wrap=True)
-    lost = {holding.entry.id for holding in found.holdings if not holding.holds}
+    entry = work.ledger.entry(id)
+    console.print(f"[red]taken off[/red] edit {id}: {shared.requests_line(entry)}", soft_wrap=True)
     if later:
-        console.print(
-            f"Made while it stood in the model: edits {', '.join(str(e.id) for e in later)}.", soft_wrap=True
-        )
-        broken = [entry for entry in later if entry.id in lost]
-        for entry in broken:
-            note(f"[yellow]no longer holds:[/yellow] edit {entry.id}: {keep.wishes(entry)}")
-    elif found.holdings:
-        console.print("No active edit was made while it stood in the model.")
-    console.print(f"{keep.say_state(step)} {keep.summary(found)}", soft_wrap=True)
+        numbers = ", ".join(str(entry.id) for entry in later)
+        console.print(f"Made while it was active: edits {numbers}.", soft_wrap=True)
+        lost = {outcome.entry.id for outcome in found.lost}
+        for entry in later:
+            if entry.id in lost:
+                note(f"[yellow]no longer holds:[/yellow] edit {entry.id}: {shared.requests_line(entry)}")
+    elif found.outcomes:
+        console.print("No active edit was made while it was active.")
+    console.print(f"{shared.state_line(step)} {shared.examination_line(found)}", soft_wrap=True)

@@ -9,15 +9,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from emendo.cli import _ledger as keep
+from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output
-from emendo.cli.apply import as_values
 
 if TYPE_CHECKING:
     from emendo.ledger import Entry, Ledger
 
-HELP = """Show one edit of a ledger: what it was asked for, what made it and upon what, and what was measured.
+HELP = """Show one edit of a ledger: its requests, how it was made, and the guard's figures.
 
 \b
 Example:
@@ -28,19 +27,18 @@ Number = Annotated[int, typer.Argument(metavar="ID", help="The edit's number, as
 
 
 def run(
-    id: Number, model: opt.Model = opt.MODEL, ledger: keep.Where = None, as_json: opt.AsJson = False
+    id: Number, model: opt.Model = opt.MODEL, ledger: shared.Where = None, as_json: opt.AsJson = False
 ) -> None:
     """Show an edit."""
-    book = keep.find_ledger(model, ledger)
-    entry = book.entry(id)
-    steps = [step for step in reversed(book.log()) if id in step.edits]
+    book = shared.find_ledger(model, ledger)
+    entry, operations, active = book.entry(id), book.operations_of(id), book.head.active
     if as_json:
-        values = {**as_values(entry), "active": id in book.head.active, "chat": _chat(book, entry)}
-        emit({"edit": values, "operations": [as_values(step) for step in steps]})
+        values = {**entry.as_dict(), "active": id in active}
+        emit({"edit": values, "operations": [operation.as_dict() for operation in operations]})
         return
     console = output()
-    console.print(_facts(book, entry))
-    for step in steps:
+    console.print(_facts(book, entry, active))
+    for step in operations:
         forced = " [yellow](forced)[/yellow]" if step.forced else ""
         note = f": {escape(step.note)}" if step.note else ""
         console.print(
@@ -51,38 +49,32 @@ def run(
             console.print(_health(step.health))
 
 
-def _facts(book: Ledger, entry: Entry) -> Table:
+def _facts(book: Ledger, entry: Entry, active: tuple[int, ...]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    place = book.head.active.index(entry.id) + 1 if entry.id in book.head.active else None
-    state = "not active" if place is None else f"active, {place} of {len(book.head.active)}"
+    state = f"active, {active.index(entry.id) + 1} of {len(active)}" if entry.id in active else "not active"
     table.add_row("edit", f"{entry.id} ({state})")
     for request in entry.requests:
-        table.add_row("asked", f"{escape(request['prompt'])} [bold]{escape(request['target'])}[/bold]")
-    if _chat(book, entry):
-        table.add_row("how", "in the tokenizer's chat template")
+        table.add_row("request", f"{escape(request['prompt'])} [bold]{escape(request['target'])}[/bold]")
+    if entry.chat:
+        table.add_row("framing", "in the tokenizer's chat template")
     rank = "" if entry.rank is None else f", rank {entry.rank}"
     table.add_row("made by", f"{escape(entry.editor)}, emendo {entry.version}, {entry.made}{rank}")
-    numbers = [str(other.id) for other in book.entries() if other.digest in entry.upon]
     if entry.upon:
-        table.add_row(
-            "made upon", f"edits {', '.join(numbers)}" if len(numbers) < 20 else f"{len(numbers)} edits"
-        )
+        earlier = book.made_upon(entry)
+        numbers = ", ".join(map(str, earlier))
+        table.add_row("made upon", f"edits {numbers}" if len(earlier) < 20 else f"{len(earlier)} edits")
     table.add_row("size", f"{entry.bytes / 1024:,.0f} KB, sha256 {entry.digest[:16]}…")
     return table
 
 
-def _chat(book: Ledger, entry: Entry) -> bool:
-    """Whether the edit was made from prompts in the chat template."""
-    from emendo.edits.edit import Edit
-
-    return Edit.from_bytes(book.load(entry.id)).origin.chat
-
-
 def _health(health: Mapping[str, Any]) -> Table:
+    from emendo.ledger.health import read_figures
+
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for heading in ("measured", "value", "limit"):
         table.add_column(heading, justify="left" if heading == "measured" else "right", style="dim")
-    for name, limit in health["limits"].items():
-        if health.get(name) is not None:
-            table.add_row(name.replace("_", " "), f"{health[name]:.4g}", f"{limit:g}")
+    values, limits = read_figures(health), read_figures(health.get("limits"))
+    for name, value in values.items():
+        limit = f"{limits[name]:g}" if name in limits else ""
+        table.add_row(name.replace("_", " "), f"{value:.4g}", limit)
     return table

@@ -7,12 +7,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from emendo.cli import _ledger as keep
+from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, note, output
-from emendo.cli.apply import as_values
 
-HELP = """Give the present state of a model a name, or list the names.
+HELP = """Name the present state of a model, or list the names.
 
 \b
 Examples:
@@ -32,8 +31,8 @@ def run(
     at: At = None,
     listed: Listed = False,
     model: opt.Model = opt.MODEL,
-    ledger: keep.Where = None,
-    by: keep.By = None,
+    ledger: shared.Where = None,
+    by: shared.By = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Name a state."""
@@ -41,14 +40,14 @@ def run(
 
     if (name is None) != listed:
         raise RequestError("Give a name for the present state, or --list.")
-    book = keep.find_ledger(model, ledger)
+    book = shared.find_ledger(model, ledger)
     tags = book.tags() if name is None else [book.tag(name, at, by=by)]
     if as_json:
-        emit([as_values(tag) for tag in tags])
+        emit([tag.as_dict() for tag in tags])
         return
     for tag in tags:
-        active = len(book.operation(tag.operation).active)
+        active = book.operation(tag.operation).active_count
         about = f"step {tag.operation}, {active} active, by {escape(tag.by)}, {tag.at[:10]}"
         output().print(f"[bold]{escape(tag.name)}[/bold]  {about}")
     if not tags:
-        note("There is no tag yet.")
+        note("There are no tags yet.")

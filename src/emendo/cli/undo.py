@@ -6,36 +6,35 @@ from typing import Annotated
 
 import typer
 
-from emendo.cli import _ledger as keep
+from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output
-from emendo.cli.apply import as_values
 
-HELP = """Take the last N active edits off. The weights are then exactly what they were before; nothing is erased from
-the ledger, and emendo checkout goes back.
+HELP = """Take the last N active edits off. The weights are then exactly what they were before them. Nothing is erased
+from the ledger: emendo checkout returns to any earlier state.
 
 \b
 Example:
   emendo undo 2 --model ./my-model
 """
 
-Count = Annotated[int, typer.Argument(metavar="N", min=1, help="How many.")]
+Count = Annotated[int, typer.Argument(metavar="N", min=1, help="Number of edits.")]
 
 
 def run(
     count: Count = 1,
     model: opt.Model = opt.MODEL,
-    ledger: keep.Where = None,
-    by: keep.By = None,
-    reason: keep.Note = "",
+    ledger: shared.Where = None,
+    by: shared.By = None,
+    reason: shared.Note = "",
     as_json: opt.AsJson = False,
 ) -> None:
     """Undo edits."""
-    book = keep.find_ledger(model, ledger)
+    book = shared.find_ledger(model, ledger)
     step = book.undo(count, by=by, note=reason)
     if as_json:
-        emit(as_values(step))
+        emit(step.as_dict())
         return
     for entry in reversed(book.entries(step.edits)):
-        output().print(f"[red]taken off[/red] edit {entry.id}: {keep.wishes(entry)}", soft_wrap=True)
-    output().print(keep.say_state(step))
+        output().print(f"[red]taken off[/red] edit {entry.id}: {shared.requests_line(entry)}", soft_wrap=True)
+    output().print(shared.state_line(step))

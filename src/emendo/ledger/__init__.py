@@ -1,11 +1,11 @@
-"""The edits that are in force in a model, kept so that nothing is lost: put on, taken off, tagged, and looked up.
+"""The ledger of a model: the edits that are active in it, applied and taken off step by step, with nothing lost.
 
-:mod:`emendo.ledger.place` says where a model's ledger is.
+:mod:`emendo.ledger.place` finds the ledger of a model; :mod:`emendo.ledger.workspace` joins the two.
 """
 
 from __future__ import annotations
 
 from emendo.ledger._schema import Check, Entry, NewEntry, Operation, State, Tag
-from emendo.ledger.store import How, Ledger
+from emendo.ledger.store import Ledger, StepOptions
 
-__all__ = ["Check", "Entry", "How", "Ledger", "NewEntry", "Operation", "State", "Tag"]
+__all__ = ["Check", "Entry", "Ledger", "NewEntry", "Operation", "State", "StepOptions", "Tag"]

@@ -1,134 +1,33 @@
-"""The guard: what an edit must do, and what it must not, before a ledger takes it.
+"""The guard: measures an edit before it enters the ledger, and all active edits together.
 
-Every figure is taken on the model as the edit finds it, with all earlier edits attached, and again with this one; the
-drift is also taken from the clean model, so that many small changes are seen too. The limits' defaults were found by
-measurement (docs/ledger.md).
+Every figure compares the model as the edit finds it, with all earlier edits attached, and with this edit on top. The
+drift is also measured from the base model, so that many small changes are noticed too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
 
 from emendo.edits.edit import Edit
-from emendo.errors import EmendoError, RequestError
+from emendo.errors import RequestError
+from emendo.ledger._composition import EditStack
 from emendo.ledger._schema import Entry, Operation
-from emendo.ledger._stack import Stack
-from emendo.ledger.watch import Drift, Reading, Watch, Watched
+from emendo.ledger.health import Drift, Health
+from emendo.ledger.probes import ProbeOutputs, ProbeRunner, Probes
 from emendo.models.lm import LM
 from emendo.models.tokenization import to_texts
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the guard lets pass.
-
-    Attributes:
-        reached: the least share of the edit's requests whose whole target is the most likely answer.
-        reworded: the least share of the rewordings, where any are given.
-        changed: the largest share of watched prompts that the edit gives another answer.
-        kl: the largest mean KL of their answers, in nats, before against after the edit.
-        perplexity: the largest ratio of the passage's perplexity, after to before the edit.
-        norm: the largest ``||dW|| / ||W||`` of any matrix.
-        total_changed: as ``changed``, for all edits together, from the clean model.
-        total_kl: as ``kl``, for all edits together.
-        total_perplexity: as ``perplexity``, for all edits together.
-    """
-
-    reached: float = 1.0
-    reworded: float = 0.5
-    changed: float = 0.3
-    kl: float = 0.25
-    perplexity: float = 1.2
-    norm: float = 0.5
-    total_changed: float = 0.5
-    total_kl: float = 0.75
-    total_perplexity: float = 1.5
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            if not getattr(self, each.name) >= 0:
-                raise RequestError(f"A limit cannot be negative: {each.name}={getattr(self, each.name)}.")
-
-
-_LEAST = ("reached", "reworded")
-_WORDS = {
-    "reached": "the edit's target is the answer to {value:.0%} of its prompts",
-    "reworded": "its target is the answer to {value:.0%} of the rewordings",
-    "changed": "{value:.1%} of the watched prompts get another answer",
-    "kl": "the watched answers move by {value:.3g} nats (KL)",
-    "perplexity": "the perplexity of plain text grows {value:.3g}-fold",
-    "norm": "a matrix changes by {value:.1%} of its size",
-    "total_changed": "{value:.1%} of the watched prompts differ from the clean model",
-    "total_kl": "the watched answers are {value:.3g} nats (KL) from the clean model",
-    "total_perplexity": "the perplexity of plain text is {value:.3g} times the clean model's",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """What an edit does and does not, by the names of :class:`Limits`; None where it was not measured."""
-
-    reached: float
-    reworded: float | None
-    changed: float
-    kl: float
-    perplexity: float | None
-    norm: float
-    total_changed: float
-    total_kl: float
-    total_perplexity: float | None
-
-    @classmethod
-    def of(cls, reached: float, reworded: float | None, norm: float, own: Drift, total: Drift) -> Health:
-        """From the edit's own drift and that of all edits."""
-        drifts = {**asdict(own), **{f"total_{name}": value for name, value in asdict(total).items()}}
-        return cls(reached=reached, reworded=reworded, norm=norm, **drifts)
-
-    def problems(self, limits: Limits) -> list[str]:
-        """What is beyond the limits, in words; empty for an edit that may pass."""
-        found = []
-        for name, words in _WORDS.items():
-            value, limit = getattr(self, name), getattr(limits, name)
-            if value is None:
-                continue
-            least = name in _LEAST
-            if not (value >= limit if least else value <= limit):  # so that NaN does not pass
-                found.append(f"{words.format(value=value)} ({'at least' if least else 'at most'} {limit:g})")
-        return found
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
-
-class RefusedError(EmendoError, RuntimeError):
-    """The guard refused an edit.
-
-    Attributes:
-        health: the figures.
-        problems: what is beyond the limits.
-    """
-
-    def __init__(self, health: Health, problems: Sequence[str]) -> None:
-        super().__init__(
-            "The guard refuses this edit: "
-            + "; ".join(problems)
-            + ". Nothing was applied. With --force it is applied "
-            "all the same, and the ledger says so."
-        )
-        self.health, self.problems = health, list(problems)
-
-
-def reached(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-    """For each prompt whether its whole target is the most likely answer, teacher forced, as the model is now.
+def targets_reached(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """For each prompt and target, whether every token of the target is the most likely one, teacher forced.
 
     Raises:
-        RequestError: a text that does not fit the model.
+        RequestError: a text does not fit the model.
     """
     texts = to_texts(lm, pairs)
     return [
@@ -142,99 +41,13 @@ def largest_norm(edit: Edit, lm: LM) -> float:
     return max(edit.relative_norms(lm).values(), default=0.0)
 
 
-class Guard:
-    """Measures edits on top of others.
-
-    Args:
-        stack: the model and the ledger's edits.
-        watched: what must not change.
-    """
-
-    def __init__(self, stack: Stack, watched: Watched) -> None:
-        self.stack = stack
-        self._watch = Watch(stack.lm, watched)
-        self._readings: dict[tuple[str, ...], Reading] = {}
-
-    @torch.no_grad()
-    def health(self, active: Sequence[int], edit: Edit, paraphrases: Sequence[str] = ()) -> Health:
-        """The figures of an edit on top of the ledger's edits of the given numbers.
-
-        Raises:
-            MismatchError: it was made for another model.
-            RequestError: rewordings for an edit of several requests, or a text that does not fit the model.
-        """
-        lm, requests = self.stack.lm, edit.origin.requests
-        edit.check(lm)
-        if paraphrases and len(requests) != 1:
-            raise RequestError(f"Rewordings belong to an edit of one request; this one has {len(requests)}.")
-        entries = self.stack.ledger.entries(active)
-        before, clean = self._reading(active), self._reading(())
-        reader = lm.reading(chat=edit.origin.chat)
-        with self.stack.under(active, edit):
-            right = reached(reader, [(r.prompt, r.target) for r in requests])
-            reworded = reached(reader, [(text, requests[0].target) for text in paraphrases])
-            after = self._keep((*(entry.digest for entry in entries), edit.digest))
-        asked = {request["prompt"] for entry in entries for request in entry.requests}
-        asked |= {*(request.prompt for request in requests), *paraphrases}
-        return Health.of(
-            reached=fmean(map(float, right)) if right else 1.0,
-            reworded=fmean(map(float, reworded)) if reworded else None,
-            norm=largest_norm(edit, lm),
-            own=after.drift(before, asked),
-            total=after.drift(clean, asked),
-        )
-
-    @torch.no_grad()
-    def examine(self, operation: Operation) -> Examination:
-        """Every edit that was active after an operation asked again, and everything that is watched."""
-        entries = self.stack.ledger.entries(operation.active)
-        with self.stack.under(operation.active):
-            right = self._reached(entries)
-        holdings = tuple(Holding(entry, tuple(right[entry.id])) for entry in entries)
-        asked = {request["prompt"] for entry in entries for request in entry.requests}
-        drift = self._reading(operation.active).drift(self._reading(()), asked)
-        return Examination(operation.id, holdings, drift)
-
-    def _reached(self, entries: Sequence[Entry]) -> dict[int, list[bool]]:
-        """For each edit's number which of its targets are reached as the model is now, asked as the edit was made."""
-        found: dict[int, list[bool]] = {}
-        for chat in (False, True):
-            own = [entry for entry in entries if self.stack.edit(entry.id).origin.chat == chat]
-            pairs = [(r["prompt"], r["target"]) for entry in own for r in entry.requests]
-            right = iter(reached(self.stack.lm.reading(chat=chat), pairs) if own else ())
-            found |= {entry.id: [next(right) for _ in entry.requests] for entry in own}
-        return found
-
-    def _reading(self, active: Sequence[int]) -> Reading:
-        """What is watched, under the ledger's edits of the given numbers."""
-        key = tuple(entry.digest for entry in self.stack.ledger.entries(active))
-        if key in self._readings:
-            return self._readings[key]
-        with self.stack.under(active):
-            return self._keep(key)
-
-    def _keep(self, key: tuple[str, ...]) -> Reading:
-        """What is watched, as the model is now; the clean model's reading and the last two others are kept."""
-        reading = self._watch.read()
-        others = [other for other in self._readings if other]
-        self._readings = {
-            other: self._readings[other] for other in ((), *others[-1:]) if other in self._readings
-        }
-        self._readings[key] = reading
-        return reading
-
-
-# --------------------
-# What became of a whole stack of edits, and of everything else.
-
-
 @dataclass(frozen=True, slots=True)
-class Holding:
-    """Whether an edit still does what it was made for.
+class EditOutcome:
+    """Whether an active edit still has its effect.
 
     Attributes:
         entry: the edit.
-        reached: for each of its requests, whether its target is the most likely answer.
+        reached: for each of its requests, whether the target is the most likely answer.
     """
 
     entry: Entry
@@ -248,28 +61,121 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """The whole stack of edits, measured.
+    """Measurement of all active edits together.
 
     Attributes:
         operation: the state that was measured.
-        holdings: the active edits in their order.
-        drift: of everything that is watched, from the clean model.
+        outcomes: one for each active edit, in their order.
+        drift: drift on the probes, from the base model.
     """
 
     operation: int
-    holdings: tuple[Holding, ...]
+    outcomes: tuple[EditOutcome, ...]
     drift: Drift
 
     @property
     def retention(self) -> float:
-        """Share of the requests whose target is still the answer; 1 where there is none."""
-        return fmean([float(right) for h in self.holdings for right in h.reached] or [1.0])
+        """Share of the requests whose target is still the answer; 1 without edits."""
+        return fmean([float(right) for each in self.outcomes for right in each.reached] or [1.0])
+
+    @property
+    def lost(self) -> list[EditOutcome]:
+        """The edits that lost a target."""
+        return [each for each in self.outcomes if not each.holds]
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return {
-            "edits": len(self.holdings),
+            "edits": len(self.outcomes),
             "retention": self.retention,
-            "lost": [h.entry.id for h in self.holdings if not h.holds],
+            "lost": [each.entry.id for each in self.lost],
             "drift": asdict(self.drift),
         }
+
+
+_Key = tuple[tuple[int, ...], str]
+"""A state: the numbers of all active edits but the last, and the digest of the last."""
+_CLEAN: _Key = ((), "")
+
+
+class Guard:
+    """Measures edits on top of others.
+
+    Args:
+        stack: the model and the edits of its ledger.
+        probes: what must not change.
+    """
+
+    def __init__(self, stack: EditStack, probes: Probes) -> None:
+        self.stack = stack
+        self._runner = ProbeRunner(stack.lm, probes)
+        self._outputs: dict[_Key, ProbeOutputs] = {}
+
+    @torch.no_grad()
+    def health(self, state: Operation, edit: Edit, paraphrases: Sequence[str] = ()) -> Health:
+        """The figures of an edit on top of the edits active after an operation.
+
+        Raises:
+            MismatchError: it was made for another model.
+            RequestError: paraphrases for an edit of several requests, or a text that does not fit the model.
+        """
+        lm, requests = self.stack.lm, edit.origin.requests
+        edit.check(lm)
+        if paraphrases and len(requests) != 1:
+            raise RequestError(f"Paraphrases belong to an edit of one request; this one has {len(requests)}.")
+        before, clean = self._outputs_of(state.active), self._outputs_of(())
+        reader = lm.reading(chat=edit.origin.chat)
+        with self.stack.applied(state.active, edit):
+            reached = targets_reached(reader, [(r.prompt, r.target) for r in requests])
+            generalised = targets_reached(reader, [(text, requests[0].target) for text in paraphrases])
+            after = self._run((state.active, edit.digest))
+        excluded = self._edited_probes(state) | {*(request.prompt for request in requests), *paraphrases}
+        return Health.of(
+            edit_success=fmean(map(float, reached)) if reached else 1.0,
+            paraphrase_success=fmean(map(float, generalised)) if generalised else None,
+            norm=largest_norm(edit, lm),
+            own=after.drift(before, excluded),
+            total=after.drift(clean, excluded),
+        )
+
+    @torch.no_grad()
+    def examine(self, state: Operation) -> Examination:
+        """Measure every edit that was active after an operation, and the drift on the probes."""
+        entries = self.stack.ledger.entries(state.active)
+        with self.stack.applied(state.active):
+            reached = self._reached(entries)
+        outcomes = tuple(EditOutcome(entry, tuple(reached[entry.id])) for entry in entries)
+        drift = self._outputs_of(state.active).drift(self._outputs_of(()), self._edited_probes(state))
+        return Examination(state.id, outcomes, drift)
+
+    def _reached(self, entries: Sequence[Entry]) -> dict[int, list[bool]]:
+        """For each edit's number which of its targets are reached, prompted in the way in which the edit was made."""
+        found: dict[int, list[bool]] = {}
+        for chat in (False, True):
+            own = [entry for entry in entries if entry.chat == chat]
+            pairs = [(r["prompt"], r["target"]) for entry in own for r in entry.requests]
+            reached = iter(targets_reached(self.stack.lm.reading(chat=chat), pairs) if pairs else ())
+            found |= {entry.id: [next(reached) for _ in entry.requests] for entry in own}
+        return found
+
+    def _edited_probes(self, state: Operation) -> set[str]:
+        """Probes that an active edit changes on purpose."""
+        probes = self._runner.prompts
+        edits = self.stack.ledger.with_same_prompts([{"prompt": each} for each in probes], state.id)
+        return {request["prompt"] for entry in edits for request in entry.requests} & {*probes}
+
+    def _outputs_of(self, active: tuple[int, ...]) -> ProbeOutputs:
+        """The outputs on the probes with the ledger's edits of the given numbers."""
+        key = (active[:-1], self.stack.ledger.digests(active[-1:])[0]) if active else _CLEAN
+        if key in self._outputs:
+            return self._outputs[key]
+        with self.stack.applied(active):
+            return self._run(key)
+
+    def _run(self, key: _Key) -> ProbeOutputs:
+        """The outputs on the probes now; those of the base model and of the last two other states are kept."""
+        outputs = self._runner.run()
+        others = [other for other in self._outputs if other != _CLEAN]
+        kept = [other for other in (_CLEAN, *others[-1:]) if other in self._outputs]
+        self._outputs = {**{other: self._outputs[other] for other in kept}, key: outputs}
+        return outputs

@@ -1,38 +1,40 @@
-"""The ledger: which edits are in force in one model, and every step that led there.
+"""The ledger of a model: which edits are active, and every step that led there.
 
-The model's weights are never changed by it: the working model is its base and the ledger's active edits, composed when
-it is loaded. One transaction is one step, and nothing is ever erased; whoever is killed on the way leaves the state
-before the step or the state after it.
+The ledger never changes the model's weights: the working model is the base model with the active edits, which are put
+together when the model is loaded. One transaction is one step, and nothing is erased. A process that is killed during
+a step leaves the state before it or the state after it.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Self, TypedDict, Unpack
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, select
 
 from emendo.errors import ConflictError, MismatchError, RequestError, StorageError
 from emendo.ledger import _migrations as migrations
-from emendo.ledger import _schema as queries
-from emendo.ledger import _schema as tables
-from emendo.ledger import _steps as steps
+from emendo.ledger import _queries as queries
+from emendo.ledger import _schema as schema
 from emendo.ledger._database import Database, Where
-from emendo.ledger._reading import Reading
-from emendo.ledger._schema import Check, NewEntry, Operation, State, Tag
+from emendo.ledger._queries import Plan
+from emendo.ledger._schema import About, Check, Entry, NewEntry, Operation, State, Tag
 
-__all__ = ["How", "Ledger", "State"]
+_OPTIMISTIC = 3  # times that a step is checked without holding up other writers
+_PAYLOADS = 64  # edits whose bytes are read at once
 
 
-class How(TypedDict, total=False):
-    """What goes with any step.
+class StepOptions(TypedDict, total=False):
+    """Options of every step.
 
     Attributes:
-        parent: the operation that the step was decided upon; None means whichever is the latest.
-        by: who does it; None means the user of this process.
-        note: why.
-        forced: whether the guard refused it.
+        parent: the operation on which the step is based; None stands for the latest one.
+        by: name of the user; None stands for the user of this process.
+        note: a comment.
+        forced: whether the guard refused the edit.
         health: the guard's figures, as JSON values.
     """
 
@@ -43,26 +45,42 @@ class How(TypedDict, total=False):
     health: Mapping[str, Any] | None
 
 
-class Ledger(Reading):
-    """The ledger of one model. Safe to use from several processes at once; holds no connection between calls.
+class Ledger:
+    """The ledger of one model. Several processes may use it at once; it holds no connection between calls.
 
-    Every method raises :class:`StorageError` when the database cannot be reached, written or understood. Those that
-    take a step take the keywords of :class:`How`, and raise :class:`ConflictError` when ``parent`` is given and no
-    longer the latest operation.
+    Every method raises :class:`StorageError` when the database cannot be reached, written or understood. The methods
+    that take a step accept :class:`StepOptions`, and raise :class:`ConflictError` when ``parent`` is given and is not
+    the latest operation.
+
+    Attributes:
+        id: a UUID; a copy of the file has the same one.
+        fingerprint: fingerprint of the model.
+        model: the name or folder that the model was loaded from.
+        created: time, ISO 8601 in UTC.
+        where: the file, or the URL without its password.
     """
+
+    def __init__(self, database: Database, about: About) -> None:
+        self._database, self.where = database, database.name
+        self.id, self.fingerprint = about.ledger, about.fingerprint
+        self.model, self.created = about.model, about.created
+
+    def __repr__(self) -> str:
+        return f"Ledger({self.where!r}, model={self.model!r})"
 
     @classmethod
     def create(cls, where: Where, fingerprint: str, model: str) -> Self:
-        """Begin a ledger.
+        """Create a ledger.
 
         Args:
-            where: a folder on a local disk, which then holds ``ledger.sqlite``, or an SQLAlchemy URL such as
+            where: a folder on a local disk, which will hold ``ledger.sqlite``, or an SQLAlchemy URL such as
                 ``postgresql://user@host/database``.
-            fingerprint: of the model.
-            model: the name it is loaded by.
+            fingerprint: fingerprint of the model.
+            model: the name or folder that it is loaded from.
 
         Raises:
-            StorageError: there is one already, or it cannot be written there.
+            RequestError: it is not a URL of a supported database.
+            StorageError: there is a ledger already, or it cannot be written there.
         """
         database = Database(where, create=True)
 
@@ -72,109 +90,314 @@ class Ledger(Reading):
                 missing = list(migrations.MIGRATIONS)
             for migration in missing:
                 migrations.run(migration, connection)
-            if (about := connection.execute(select(tables.about)).first()) is not None:
-                raise StorageError(
-                    f"There is a ledger of {about.model!r} at {database.name} already; open that."
-                )
+            if (row := connection.execute(select(schema.about)).first()) is not None:
+                raise StorageError(f"There is a ledger of {row.model!r} at {database.name} already; open it.")
             now = queries.now()
-            values = {"ledger": str(uuid.uuid4()), "fingerprint": fingerprint, "model": model, "created": now}
-            connection.execute(insert(tables.about).values(values))
-            begin = Operation(0, None, "begin", (), (), now, queries.user(), "", False, None)
-            queries.put(connection, tables.operations, begin)
+            connection.execute(About(str(uuid.uuid4()), fingerprint, model, now).insert())
+            beginning = Operation(0, None, "begin", (), 0, now, queries.user(), "", False, None)
+            connection.execute(beginning.insert())
 
         database.write(first)
         return cls.open(where, fingerprint)
 
     @classmethod
     def open(cls, where: Where, fingerprint: str | None = None) -> Self:
-        """Open a ledger; one made by an older emendo is brought up to date.
+        """Open a ledger; one of an older emendo is converted first.
 
         Args:
-            where: as it was given to :meth:`create`.
-            fingerprint: of the model at hand; None asks nothing.
+            where: as in :meth:`create`.
+            fingerprint: fingerprint of the model; None skips the comparison.
 
         Raises:
-            MismatchError: it is another model's.
-            StorageError: there is none, it is damaged, or it is from a newer emendo.
+            MismatchError: it belongs to another model.
+            StorageError: it does not exist, is damaged, or is from a newer emendo.
         """
         database = Database(where)
         with database.reading() as connection:
             missing = migrations.missing(connection)
         while missing:
-            missing = database.write(_advance)
-        about = None
+            missing = database.write(_migrate_once)
+        row = None
         if missing is not None:
             with database.reading() as connection:
-                about = connection.execute(select(tables.about)).first()
-        if about is None:
+                row = connection.execute(select(schema.about)).first()
+        if row is None:
             raise StorageError(f"There is no ledger at {database.name} yet.")
-        ledger = cls(database, about)
+        ledger = cls(database, About(*row))
         if fingerprint not in {None, ledger.fingerprint}:
             raise MismatchError(
                 f"The ledger at {ledger.where} belongs to {ledger.model!r} with fingerprint {ledger.fingerprint}, but "
-                f"the model at hand has fingerprint {fingerprint}. Load that model, or begin a ledger for this one."
+                f"the model at hand has fingerprint {fingerprint}. Load that model, or create a ledger for this one."
             )
         return ledger
 
-    def apply(self, data: bytes, about: NewEntry, **how: Unpack[How]) -> Operation:
-        """Put an edit on, after those that are active.
+    # ------------------------------------------------------------------------------------------------ states
 
-        An edit that the ledger has seen before (the same bytes) keeps its number and what is known about it.
+    @property
+    def head(self) -> Operation:
+        """The latest operation."""
+        return self.operation("head")
 
-        Raises:
-            RequestError: it is active already.
-        """
-        return self._step("apply", steps.apply(data, about), **how)
+    @property
+    def active(self) -> tuple[Entry, ...]:
+        """The active edits, in the order in which they were applied."""
+        return self.entries(self.head.active)
 
-    def undo(self, n: int = 1, **how: Unpack[How]) -> Operation:
-        """Take the last ``n`` active edits off.
-
-        Raises:
-            RequestError: so many are not active.
-        """
-        return self._step("undo", steps.undo(n), **how)
-
-    def revert(self, id: int, **how: Unpack[How]) -> Operation:
-        """Take one edit off, wherever it stands.
+    def operation(self, state: State) -> Operation:
+        """The operation of that number, the one that a tag names, or the ``"head"``.
 
         Raises:
-            RequestError: it is not active.
+            RequestError: there is none.
         """
-        return self._step("revert", steps.revert(id), **how)
+        with self._database.reading() as connection:
+            return self._attached(queries.operation(connection, state))
 
-    def checkout(self, state: State, **how: Unpack[How]) -> Operation:
-        """Have the edits that were active at an earlier state, as a new step; nothing is erased.
+    @property
+    def has_chat_edits(self) -> bool:
+        """Whether an active edit was made from prompts in a chat template."""
+        with self._database.reading() as connection:
+            return queries.has_chat_edits(connection)
+
+    def log(self, limit: int | None = None) -> list[Operation]:
+        """The operations, the latest first; at most ``limit``, without it all."""
+        newest = select(schema.operations).order_by(schema.operations.c.id.desc())
+        if limit is not None:
+            newest = newest.limit(max(0, min(limit, 2**31 - 1)))
+        with self._database.reading() as connection:
+            return [self._attached(Operation(*row)) for row in connection.execute(newest)]
+
+    def operations_of(self, id: int) -> list[Operation]:
+        """The operations that activated or deactivated an edit, the earliest first.
+
+        Raises:
+            RequestError: the ledger has no edit of that number.
+        """
+        with self._database.reading() as connection:
+            queries.entry(connection, id)
+            periods = queries.period_rows(connection, id)
+            numbers = {n for period in periods for n in (period.since, period.until) if n is not None}
+            found = [self._attached(queries.operation(connection, n)) for n in sorted(numbers)]
+        return [step for step in found if id in step.edits]
+
+    def diff(self, a: State, b: State) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+        """The edits active in state ``b`` but not in ``a``, and those active in ``a`` but not in ``b``.
 
         Raises:
             RequestError: there is no such operation or tag.
         """
-        return self._step("checkout", steps.checkout(state), **how)
+        before, after = self.operation(a).active, self.operation(b).active
+        return self.entries(queries.without(after, before)), self.entries(queries.without(before, after))
+
+    def tags(self) -> list[Tag]:
+        """The tags, in the order of their operations."""
+        c = schema.tags.c
+        with self._database.reading() as connection:
+            rows = connection.execute(select(schema.tags).order_by(c.operation, c.at, c.name))
+            return [Tag(*row) for row in rows]
+
+    def checks(self) -> list[Check]:
+        """The checks, the earliest first."""
+        with self._database.reading() as connection:
+            rows = connection.execute(select(schema.checks).order_by(schema.checks.c.id))
+            return [Check(*row) for row in rows]
+
+    # ------------------------------------------------------------------------------------------------- edits
+
+    def entry(self, id: int) -> Entry:
+        """The description of an edit.
+
+        Raises:
+            RequestError: the ledger has no edit of that number.
+        """
+        with self._database.reading() as connection:
+            return queries.entry(connection, id)
+
+    def entries(self, ids: Iterable[int] | None = None) -> tuple[Entry, ...]:
+        """The descriptions of the edits of the given numbers, in their order; without numbers those of all edits.
+
+        Raises:
+            StorageError: the ledger has no edit of one of the numbers.
+        """
+        with self._database.reading() as connection:
+            if ids is None:
+                rows = connection.execute(select(schema.edits).order_by(schema.edits.c.id))
+                return tuple(Entry(*row) for row in rows)
+            wanted = list(ids)
+            found = queries.entries(connection, wanted)
+        if lost := queries.without(wanted, found):
+            raise StorageError(f"The ledger at {self.where} is damaged: edit {lost[0]} is missing.")
+        return tuple(found[id] for id in wanted)
+
+    def load(self, id: int) -> bytes:
+        """The bytes of an edit, checked against its digest.
+
+        Raises:
+            RequestError: the ledger has no edit of that number.
+            StorageError: they are damaged.
+        """
+        self.entry(id)
+        return next(data for _, data in self.load_many([id]))
+
+    def load_many(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Numbers and bytes of edits in the given order, each checked against its digest; read in batches.
+
+        Raises:
+            StorageError: the ledger has no edit of one of the numbers, or its bytes are damaged.
+        """
+        with self._database.reading() as connection:
+            for id, digest, data in queries.payloads(connection, ids, _PAYLOADS):
+                if queries.sha256(data) != digest:
+                    raise StorageError(
+                        f"Edit {id} is damaged in the ledger at {self.where}: its bytes do not match their digest. "
+                        f"Take it off (revert {id}) and apply it again from its file, which restores it."
+                    )
+                yield id, data
+
+    def digests(self, ids: Sequence[int]) -> list[str]:
+        """The digests of edits, in the given order.
+
+        Raises:
+            StorageError: the ledger has no edit of one of the numbers.
+        """
+        with self._database.reading() as connection:
+            return queries.digests(connection, ids)
+
+    def later_upon(self, id: int) -> tuple[Entry, ...]:
+        """The active edits that were computed while this one was active: taking it off may weaken them.
+
+        Raises:
+            RequestError: the ledger has no edit of that number.
+        """
+        with self._database.reading() as connection:
+            digest = queries.entry(connection, id).digest
+            periods = queries.period_rows(connection, id)
+
+        def is_upon(reference: str) -> bool:
+            operation = self._operation_of(reference)
+            return reference == digest or (
+                operation is not None and any(period.covers(operation) for period in periods)
+            )
+
+        return tuple(entry for entry in self.active if any(map(is_upon, entry.upon)))
+
+    def made_upon(self, entry: Entry) -> list[int]:
+        """Numbers of the edits that were active while an edit was computed, as far as this ledger knows them."""
+        found: set[int] = set()
+        with self._database.reading() as connection:
+            for reference in entry.upon:
+                if (operation := self._operation_of(reference)) is not None:
+                    found |= set(queries.active(connection, operation))
+            found |= set(queries.ids(connection, entry.upon))
+        return sorted(found)
+
+    def _operation_of(self, reference: str) -> int | None:
+        """The operation of a reference to a state of this ledger; None for the digest of an edit."""
+        ledger, _, operation = reference.partition("@")
+        return int(operation) if ledger == self.id and operation.isdecimal() and len(operation) < 10 else None
+
+    def with_same_prompts(
+        self, requests: Sequence[Mapping[str, Any]], state: State = "head"
+    ) -> tuple[Entry, ...]:
+        """The edits active in a state that have a prompt in common with the requests.
+
+        Prompts are compared without regard to case, spacing and Unicode form.
+        """
+        prompts = [str(request.get("prompt", "")) for request in requests]
+        with self._database.reading() as connection:
+            operation = queries.operation(connection, state).id
+            found = queries.with_prompts(connection, prompts, operation)
+            return tuple(queries.entries(connection, found).values())
+
+    # ------------------------------------------------------------------------------------------------- steps
+
+    def apply(self, data: bytes, about: NewEntry, **options: Unpack[StepOptions]) -> Operation:
+        """Activate an edit, after those that are active.
+
+        An edit that the ledger knows (the same bytes) keeps its number and description.
+
+        Raises:
+            RequestError: it is active already.
+        """
+        return self._step("apply", queries.plan_apply(data, about), **options)
+
+    def apply_checked(
+        self,
+        data: bytes,
+        about: NewEntry,
+        check: Callable[[Operation], StepOptions],
+        **options: Unpack[StepOptions],
+    ) -> Operation:
+        """Check an edit on the latest state, and activate it in that very state.
+
+        The check may take long, so it does not hold up other processes at first. If they take steps in the meantime it
+        is repeated, and after a few times it runs while they wait: a slow check is never refused for its slowness.
+
+        Args:
+            data: the bytes of the edit.
+            about: its description.
+            check: is given the latest operation and returns further options of the step; it raises to refuse the edit.
+            options: see :class:`StepOptions`.
+
+        Raises:
+            RequestError: it is active already.
+        """
+        plan = queries.plan_apply(data, about)
+        for _ in range(_OPTIMISTIC):
+            head = self.head
+            found: StepOptions = {**options, **check(head), "parent": head.id}
+            with suppress(ConflictError):
+                return self._step("apply", plan, **found)
+        return self._step("apply", plan, check, **options)
+
+    def undo(self, n: int = 1, **options: Unpack[StepOptions]) -> Operation:
+        """Take the last ``n`` active edits off.
+
+        Raises:
+            RequestError: fewer than ``n`` are active.
+        """
+        return self._step("undo", queries.plan_undo(n), **options)
+
+    def revert(self, id: int, **options: Unpack[StepOptions]) -> Operation:
+        """Take one edit off, at any position.
+
+        Raises:
+            RequestError: it is not active.
+        """
+        return self._step("revert", queries.plan_revert(id), **options)
+
+    def checkout(self, state: State, **options: Unpack[StepOptions]) -> Operation:
+        """Return to the edits that were active in an earlier state, as a new step; nothing is erased.
+
+        Raises:
+            RequestError: there is no such operation or tag.
+        """
+        return self._step("checkout", queries.plan_checkout(state), **options)
 
     def tag(self, name: str, operation: int | None = None, *, by: str | None = None) -> Tag:
         """Name the state after an operation, by default the latest.
 
         Raises:
-            RequestError: the name is taken or is none, or there is no such operation.
+            RequestError: the name is in use or not allowed, or there is no such operation.
         """
-        by = queries.user() if by is None else queries.writable("name", by)
-        if not queries.writable("tag", name).strip() or name.isdecimal() or name == "head" or len(name) > 200:
+        by = queries.user() if by is None else queries.storable("name", by)
+        if not queries.storable("tag", name).strip() or name.isdecimal() or name == "head" or len(name) > 200:
             raise RequestError(
-                f"{name!r} cannot name a tag: not a number, not 'head', and 1 to 200 characters."
+                f"{name!r} cannot be a tag: not a number, not 'head', and 1 to 200 characters."
             )
 
         def work(connection: Connection) -> Tag:
-            named = select(tables.tags.c.operation).where(tables.tags.c.name == name)
+            named = select(schema.tags.c.operation).where(schema.tags.c.name == name)
             if (taken := connection.scalar(named)) is not None:
-                raise RequestError(f"The tag {name!r} names operation {taken} already; take another name.")
+                raise RequestError(f"The tag {name!r} names operation {taken} already; choose another name.")
             step = queries.operation(connection, "head" if operation is None else operation)
             tag = Tag(name, step.id, queries.now(), by)
-            queries.put(connection, tables.tags, tag)
+            connection.execute(tag.insert())
             return tag
 
         return self._database.write(work)
 
     def add_check(self, figures: Mapping[str, Any], operation: int | None = None) -> Check:
-        """Keep figures measured on the whole stack, after an operation, by default the latest.
+        """Store figures of all active edits together, measured after an operation, by default the latest.
 
         Raises:
             RequestError: there is no such operation.
@@ -182,8 +405,8 @@ class Ledger(Reading):
 
         def work(connection: Connection) -> Check:
             step = queries.operation(connection, "head" if operation is None else operation)
-            check = Check(queries.next_id(connection, tables.checks), step.id, queries.now(), figures)
-            queries.put(connection, tables.checks, check)
+            check = Check(queries.next_id(connection, schema.checks), step.id, queries.now(), figures)
+            connection.execute(check.insert())
             return check
 
         return self._database.write(work)
@@ -191,35 +414,46 @@ class Ledger(Reading):
     def _step(
         self,
         kind: str,
-        change: steps.Change,
-        parent: int | None = None,
-        by: str | None = None,
-        note: str = "",
-        forced: bool = False,
-        health: Mapping[str, Any] | None = None,
+        plan: Plan,
+        check: Callable[[Operation], StepOptions] | None = None,
+        **options: Unpack[StepOptions],
     ) -> Operation:
-        by = queries.user() if by is None else queries.writable("name", by)
-        queries.writable("note", note)
+        by, parent = options.get("by"), options.get("parent")
+        by = queries.user() if by is None else queries.storable("name", by)
+        note = queries.storable("note", options.get("note", ""))
 
         def work(connection: Connection) -> Operation:
             head = queries.head(connection)
             if parent not in {None, head.id}:
                 raise ConflictError(
-                    f"This was decided upon operation {parent}, but the latest is operation {head.id} ({head.kind} by "
+                    f"This step is based on operation {parent}, but the latest is operation {head.id} ({head.kind} by "
                     f"{head.by}, {head.at}). Look at the ledger again, and decide anew."
                 )
-            edits, active = change(connection, head)
+            found: StepOptions = {**options}
+            if check is not None:
+                found |= check(self._attached(head))
+            change = plan(connection, head)
+            count = head.active_count + len(change.on) - len(change.off)
+            forced, health = bool(found.get("forced", False)), found.get("health")
             step = Operation(
-                head.id + 1, head.id, kind, edits, active, queries.now(), by, note, forced, health
+                head.id + 1, head.id, kind, change.edits, count, queries.now(), by, note, forced, health
             )
-            queries.put(connection, tables.operations, step)
+            queries.record(connection, change, step)
             return step
 
-        return self._database.write(work)
+        return self._attached(self._database.write(work))
+
+    def _attached(self, step: Operation) -> Operation:
+        """The operation, able to read the edits that were active after it."""
+        return replace(step, read_active=self._active)
+
+    def _active(self, operation: int) -> tuple[int, ...]:
+        with self._database.reading() as connection:
+            return queries.active(connection, operation)
 
 
-def _advance(connection: Connection) -> list[migrations.Migration] | None:
-    """Run the next migration; another process may have run it in the meantime."""
+def _migrate_once(connection: Connection) -> list[migrations.Migration] | None:
+    """Run the next migration, and return those that remain; another process may have run it in the meantime."""
     if missing := migrations.missing(connection):
         migrations.run(missing.pop(0), connection)
     return missing

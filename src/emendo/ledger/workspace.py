@@ -1,9 +1,9 @@
-"""A model with its ledger: base weights and the active edits beside them, and the steps from one state to the next.
+"""A model with its ledger: the base weights with the active edits attached, and the steps from state to state.
 
 ::
 
     work = Workspace.open(emendo.load("my-model"))
-    work.apply(edit)                    # checked by the guard first
+    work.apply(edit)                    # the guard checks it first
     with work.applied() as lm:
         lm.generate("The capital of Australia is")
     work.undo()
@@ -19,17 +19,18 @@ from typing import Any
 
 from emendo.editors import Editor
 from emendo.edits.edit import BaseEdit, Edit, Request
-from emendo.errors import ConflictError, RequestError, StorageError
+from emendo.errors import RequestError, StorageError
+from emendo.ledger._composition import EditStack
 from emendo.ledger._database import Where
-from emendo.ledger._schema import NewEntry, Operation, State
-from emendo.ledger._stack import Stack
-from emendo.ledger.guard import Examination, Guard, Health, Limits, RefusedError
+from emendo.ledger._schema import Entry, NewEntry, Operation, State
+from emendo.ledger.guard import Examination, Guard
+from emendo.ledger.health import Health, Limits, RefusedError
 from emendo.ledger.place import create_ledger, find_ledger, open_ledger
-from emendo.ledger.store import Ledger
-from emendo.ledger.watch import Watched
+from emendo.ledger.probes import Probes
+from emendo.ledger.store import Ledger, StepOptions
 from emendo.models.lm import LM
 
-_ATTEMPTS = 10  # at a step while other processes take theirs
+_LISTED = 64  # edits that the provenance of another edit lists one by one
 
 
 class Workspace:
@@ -37,10 +38,12 @@ class Workspace:
 
     Args:
         lm: the base model; its weights are never changed.
-        ledger: which edits are active.
-        limits: the guard's.
-        watched: what the guard watches.
-        recheck_every: the whole stack is measured again whenever so many more edits are active; 0 for never.
+        ledger: the ledger of its active edits.
+        limits: the limits of the guard.
+        probes: the probes of the guard.
+        recheck_every: all active edits are measured again when their number reaches a multiple of this; from ten times
+            this number on, a multiple of ten times this, and so on, so that the cost for each edit stays the same. 0
+            for never.
     """
 
     def __init__(
@@ -49,32 +52,33 @@ class Workspace:
         ledger: Ledger,
         *,
         limits: Limits | None = None,
-        watched: Watched | None = None,
+        probes: Probes | None = None,
         recheck_every: int = 10,
     ) -> None:
         self.lm, self.ledger = lm, ledger
         self.limits, self.recheck_every = limits or Limits(), recheck_every
-        self._stack = Stack(lm, ledger)
-        self._watched = watched or Watched()
+        self._stack = EditStack(lm, ledger)
+        self._probes = probes or Probes()
 
     @cached_property
-    def _guard(self) -> Guard:  # made when it is needed: generating needs none
-        return Guard(self._stack, self._watched)
+    def _guard(self) -> Guard:  # on first use: generating does not need it
+        return Guard(self._stack, self._probes)
 
     @classmethod
     def open(cls, lm: LM, where: Where | None = None, *, create: bool = True, **settings: Any) -> Workspace:
-        """A model with its ledger, which is begun if there is none.
+        """Open the ledger of a model.
 
         Args:
             lm: the model.
             where: the ledger's folder or SQLAlchemy URL; by default the model's own place
-                (:func:`emendo.ledger.place.ledger_of`).
-            create: begin a ledger where there is none.
+                (:func:`emendo.ledger.place.default_folder`).
+            create: create a ledger if there is none.
             settings: further arguments of the workspace.
 
         Raises:
-            MismatchError: the ledger is another model's.
-            StorageError: it is damaged, from a newer emendo, missing and not to be made, or a second one of this model.
+            MismatchError: the ledger belongs to another model.
+            StorageError: it is damaged, from a newer emendo, missing (with ``create=False``), or a second one of the
+                model.
         """
         return cls(lm, _ledger(lm, where, create), **settings)
 
@@ -84,25 +88,25 @@ class Workspace:
         """An edit of the ledger, active or not.
 
         Raises:
-            RequestError: there is none of that number.
+            RequestError: the ledger has no edit of that number.
             StorageError: it is damaged.
         """
         return self._stack.edit(id)
 
     def composed(self, state: State = "head") -> Edit | None:
-        """The active edits as one; None where there is none."""
+        """The active edits as one; None if there are none."""
         return self._stack.composed(self.ledger.operation(state).active)
 
     def applied(self, state: State = "head") -> AbstractContextManager[LM]:
-        """The working model for the length of a ``with`` block: the base with all active edits.
+        """The working model for the length of a ``with`` block: the base model with all active edits.
 
         Args:
-            state: an earlier operation, or a tag, instead of the present state.
+            state: an earlier operation or a tag, instead of the latest state.
         """
-        return self._stack.under(self.ledger.operation(state).active)
+        return self._stack.applied(self.ledger.operation(state).active)
 
     def make(self, editor: Editor, requests: Sequence[Request]) -> Edit:
-        """An edit that an editor makes upon the working model, and that knows so; it is not applied yet.
+        """Make an edit with the active edits attached, without applying it; it records that they were active.
 
         Raises:
             RequestError: the editor's edits change no weights, or a request does not fit the model.
@@ -110,14 +114,20 @@ class Workspace:
         if editor.host(self.lm) is not self.lm:
             raise RequestError(f"{editor.name} edits a model that it trained itself, not {self.lm.name}.")
         head = self.ledger.head
-        with self._stack.under(head.active):
+        with self._stack.applied(head.active):
             edit = _of_weights(editor.edit(self.lm, requests))
         return self.upon(edit, head)
 
     def upon(self, edit: Edit, operation: Operation) -> Edit:
-        """The same edit, which knows that it was made upon the edits that were active after an operation."""
-        digests = tuple(entry.digest for entry in self.ledger.entries(operation.active))
-        return replace(edit, origin=replace(edit.origin, upon=digests))
+        """The same edit with the record that it was made with the edits that were active after an operation.
+
+        A short list is recorded as digests, a long one as a reference to the state of this ledger.
+        """
+        if operation.active_count > _LISTED:
+            upon = [f"{self.ledger.id}@{operation.id}"]
+        else:
+            upon = self.ledger.digests(operation.active)
+        return replace(edit, origin=replace(edit.origin, upon=tuple(upon)))
 
     # ------------------------------------------------------------------------------------------ steps
 
@@ -126,13 +136,22 @@ class Workspace:
 
         Args:
             edit: the edit.
-            paraphrases: rewordings of its one request.
+            paraphrases: paraphrases of its one request.
 
         Raises:
             MismatchError: it was made for another model.
-            RequestError: it changes no weights, or rewordings for an edit of several requests.
+            RequestError: it changes no weights, or there are paraphrases for an edit of several requests.
         """
-        return self._guard.health(self.ledger.head.active, _of_weights(edit), paraphrases)
+        return self._guard.health(self.ledger.head, _of_weights(edit), paraphrases)
+
+    def same_prompts(self, edit: BaseEdit, state: State = "head") -> tuple[Entry, ...]:
+        """The active edits that have a prompt in common with an edit: one fact edited twice.
+
+        Args:
+            edit: the edit.
+            state: an earlier operation or a tag, instead of the latest state.
+        """
+        return self.ledger.with_same_prompts(tuple(asdict(r) for r in edit.origin.requests), state)
 
     def apply(
         self,
@@ -143,69 +162,65 @@ class Workspace:
         by: str | None = None,
         note: str = "",
     ) -> Operation:
-        """Check an edit and put it on top of the active ones.
+        """Check an edit and activate it after the active ones.
+
+        If other processes change the ledger during the check it is repeated, at last while they wait.
 
         Args:
             edit: the edit.
-            paraphrases: rewordings of its one request, for the guard.
-            force: apply it even if the guard refuses it; the ledger says so.
-            by: who does it; by default the user of this process.
-            note: why.
+            paraphrases: paraphrases of its one request, for the guard.
+            force: apply it even if the guard refuses it; the ledger records that.
+            by: name of the user; by default the user of this process.
+            note: a comment.
 
         Raises:
             RefusedError: the guard refuses it; nothing was applied.
             RequestError: it is active already, or changes no weights.
             MismatchError: it was made for another model.
-            ConflictError: other processes changed the ledger time and again while it was being checked.
         """
         change = _of_weights(edit)
-        for _ in range(_ATTEMPTS):
-            head = self.ledger.head
-            health = self._guard.health(head.active, change, paraphrases)
+
+        def check(head: Operation) -> StepOptions:
+            health = self._guard.health(head, change, paraphrases)
             problems = health.problems(self.limits)
             if problems and not force:
                 raise RefusedError(health, problems)
-            figures = {**health.as_dict(), "limits": asdict(self.limits), "problems": problems}
-            try:
-                done = self.ledger.apply(
-                    change.to_bytes(),
-                    _about(change),
-                    parent=head.id,
-                    health=figures,
-                    forced=bool(problems),
-                    by=by,
-                    note=note,
-                )
-            except ConflictError:
-                continue  # checked upon a state that is no longer the latest
-            if self.recheck_every and len(done.active) % self.recheck_every == 0:
-                self.examine(keep=True)
-            return done
-        raise ConflictError(
-            f"The ledger changed {_ATTEMPTS} times while the edit was being checked; try again."
-        )
+            figures = {**health.as_dict(), "limits": self.limits.as_dict(), "problems": problems}
+            return {"health": figures, "forced": bool(problems)}
+
+        step = self.ledger.apply_checked(change.to_bytes(), _description(change), check, by=by, note=note)
+        if self._is_due(step.active_count):
+            self.examine(keep=True)
+        return step
+
+    def _is_due(self, active: int) -> bool:
+        """Whether all edits are to be measured again."""
+        every = self.recheck_every
+        while every and active >= 10 * every:
+            every *= 10
+        return bool(every) and active % every == 0
 
     def undo(self, n: int = 1, *, by: str | None = None, note: str = "") -> Operation:
         """Take the last ``n`` active edits off, exactly; see :meth:`emendo.ledger.store.Ledger.undo`."""
         return self.ledger.undo(n, by=by, note=note)
 
     def revert(self, id: int, *, by: str | None = None, note: str = "") -> tuple[Operation, Examination]:
-        """Take one edit off, wherever it stands, and measure those that stay.
+        """Take one edit off, at any position, and measure those that remain.
 
-        The weights are exactly those of the base with the other edits. Edits that were made while this one stood in the
-        model (:meth:`~emendo.ledger.store.Ledger.later_upon`) may have relied on it; the measurement says what holds.
+        The weights are exactly those of the base model with the other edits. Edits that were made while this one was
+        active (:meth:`~emendo.ledger.store.Ledger.later_upon`) may rely on it; the measurement shows what holds.
 
         Raises:
             RequestError: it is not active.
         """
-        done = self.ledger.revert(id, by=by, note=note)
-        return done, self.examine(keep=True)
+        step = self.ledger.revert(id, by=by, note=note)
+        return step, self.examine(keep=True)
 
     def examine(self, *, keep: bool = False) -> Examination:
-        """Ask every active edit again, and everything that is watched.
+        """Measure every active edit again, and the drift on the probes.
 
         Args:
-            keep: write the figures into the ledger.
+            keep: store the figures in the ledger.
         """
         found = self._guard.examine(self.ledger.head)
         if keep:
@@ -216,13 +231,13 @@ class Workspace:
 def _of_weights(edit: BaseEdit) -> Edit:
     if not isinstance(edit, Edit):
         raise RequestError(
-            f"A ledger keeps changes of weights; an edit of the kind {edit.kind!r} changes none. Apply it where the "
-            "model is asked: with edit.applied(lm)."
+            f"A ledger stores changes of weights; an edit of the kind {edit.kind!r} changes none. Apply it where the "
+            "model is used: with edit.applied(lm)."
         )
     return edit
 
 
-def _about(edit: Edit) -> NewEntry:
+def _description(edit: Edit) -> NewEntry:
     return NewEntry(
         editor=edit.origin.editor,
         version=edit.origin.version,
@@ -231,6 +246,7 @@ def _about(edit: Edit) -> NewEntry:
         upon=edit.origin.upon,
         rank=edit.rank,
         card=edit.card,
+        chat=edit.origin.chat,
     )
 
 
@@ -240,7 +256,7 @@ def _ledger(lm: LM, where: Where | None, create: bool) -> Ledger:
     try:
         return create_ledger(lm.name, lm.fingerprint, where)
     except StorageError as failed:
-        try:  # another process has begun it, or it was begun elsewhere and is named for the first time here
+        try:  # another process has created it, or it is elsewhere and named for the first time here
             return open_ledger(lm.name, lm.fingerprint, where)
         except StorageError:
             raise failed from None

@@ -1,4 +1,4 @@
-"""What must not change: prompts whose answers are watched, and a plain text whose perplexity is."""
+"""Probes: prompts and a plain text on which an edit must not change the model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from emendo.data.atlas import load as load_atlas
 from emendo.errors import DataError
+from emendo.ledger.health import Drift
 from emendo.models.lm import LM
 from emendo.models.losses import token_kl, token_nll
 from emendo.models.text import Text
 from emendo.models.tokenization import to_texts
 
 _BUILT_IN = 32
-"""Prompts of the built-in facts that are watched."""
+"""Number of built-in probes."""
 
 PASSAGE = (
     "Bread is made from flour, water, salt and a little yeast. The baker mixes them early in the morning and "
@@ -31,36 +32,37 @@ PASSAGE = (
     "sold for half the price in the evening, or given away. On Sundays the shop is closed, and the whole "
     "street is quiet."
 )
-"""Plain English about nothing that anyone edits."""
+"""The built-in plain text; it states no fact that anyone would edit."""
 
 
 @dataclass(frozen=True, slots=True)
-class Watched:
-    """What an edit is not to change.
+class Probes:
+    """What an edit must not change.
 
     Attributes:
-        prompts: each with its answer, at whose tokens the model is watched; without one ("") the next token alone is.
-        passage: a plain text; empty to watch none. Only a decoder's perplexity can be taken.
+        prompts: prompts with their answers; the model is compared at the answer's tokens. With an empty answer it is
+            compared at the next token.
+        passage: a plain text whose perplexity is compared; empty for none. Only a decoder has a perplexity.
     """
 
-    prompts: tuple[tuple[str, str], ...] = field(default_factory=lambda: built_in())
+    prompts: tuple[tuple[str, str], ...] = field(default_factory=lambda: built_in_prompts())
     passage: str = PASSAGE
 
 
-def built_in() -> tuple[tuple[str, str], ...]:
-    """Facts of many relations that the built-in data hold out from training."""
+def built_in_prompts() -> tuple[tuple[str, str], ...]:
+    """Facts of many relations, from the validation split of the built-in data."""
     return tuple((record.prompt, record.answer or "") for record in load_atlas("validation", _BUILT_IN))
 
 
 def read_prompts(file: str | Path) -> tuple[tuple[str, str], ...]:
-    """A user's own prompts, one a line: as they are, or as ``{"prompt": ..., "answer": ...}``.
+    """A user's own prompts, one a line: plain text, or ``{"prompt": ..., "answer": ...}``.
 
     Raises:
-        DataError: the file cannot be read, has nothing in it, or a line that is neither.
+        DataError: the file cannot be read or is empty, or a line is neither of the two.
     """
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
     found = [
         _prompt(line.strip(), f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()
@@ -78,53 +80,38 @@ def _prompt(line: str, where: str) -> tuple[str, str]:
         prompt, answer = value["prompt"], value.get("answer") or ""
         if isinstance(prompt, str) and isinstance(answer, str) and prompt.strip():
             return prompt, answer
-    except (json.JSONDecodeError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         pass
     raise DataError(
         f'{where}: expected a prompt, or {{"prompt": "...", "answer": "..."}}, found {line[:60]!r}'
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """How far a model is from what it was.
-
-    Attributes:
-        changed: share of watched prompts with another most likely token anywhere in the answer.
-        kl: KL(before || after) in nats, mean over the answers' tokens, then over the prompts.
-        perplexity: of the passage, after / before; None where there is none.
-    """
-
-    changed: float
-    kl: float
-    perplexity: float | None
-
-
 @dataclass(frozen=True, eq=False)
-class Reading:
-    """What a model says to everything that is watched.
+class ProbeOutputs:
+    """The outputs of one state of a model on the probes.
 
     Attributes:
-        prompts: what it was asked.
+        prompts: the prompts.
         logits: ``[labels, vocabulary]`` for each prompt.
-        nll: of the passage, in nats per token; None where there is none.
+        nll: negative log-likelihood of the passage, in nats per token; None without a passage.
     """
 
     prompts: tuple[str, ...]
     logits: tuple[Tensor, ...]
     nll: float | None
 
-    def drift(self, before: Reading, besides: Collection[str] = ()) -> Drift:
-        """How far this reading is from an earlier one of the same model.
+    def drift(self, before: ProbeOutputs, excluded: Collection[str] = ()) -> Drift:
+        """The difference from earlier outputs of the same model.
 
         Args:
-            before: the earlier one.
-            besides: prompts that do not count, because an edit was asked to change them.
+            before: the earlier outputs.
+            excluded: prompts that do not count, because an edit changes them on purpose.
         """
         pairs = [
             (old, new)
             for prompt, old, new in zip(self.prompts, before.logits, self.logits, strict=True)
-            if prompt not in besides
+            if prompt not in excluded
         ]
         changed = [bool((old.argmax(-1) != new.argmax(-1)).any()) for old, new in pairs]
         kl = [float(token_kl(old, new).mean()) for old, new in pairs]
@@ -135,32 +122,31 @@ class Reading:
         return Drift(sum(changed) / count, sum(kl) / count, ratio)
 
 
-class Watch:
-    """Everything that is watched, tokenised for one model; :meth:`read` reads it as the model is at the moment."""
+class ProbeRunner:
+    """The probes, tokenised once for a model; :meth:`run` takes the outputs of the model as it is at the moment."""
 
-    def __init__(self, lm: LM, watched: Watched) -> None:
+    def __init__(self, lm: LM, probes: Probes) -> None:
         self.lm = lm
-        self._prompts = tuple(prompt for prompt, _ in watched.prompts)
-        self._texts = _as_texts(lm, watched.prompts)
-        self._passage = _passage(lm, watched.passage)
+        self.prompts = tuple(prompt for prompt, _ in probes.prompts)
+        self._texts = _tokenised(lm, probes.prompts)
+        self._passage = _passage(lm, probes.passage)
 
     @torch.no_grad()
-    def read(self) -> Reading:
-        """The model's answers now, whatever is attached to it."""
+    def run(self) -> ProbeOutputs:
+        """The outputs of the model with everything that is attached to it."""
         logits = tuple(self.lm.logits(self._texts))
         if self._passage is None:
-            return Reading(self._prompts, logits, None)
+            return ProbeOutputs(self.prompts, logits, None)
         labels = torch.tensor(self._passage.labels, device=self.lm.device)
         found = self.lm.logits([self._passage])[0]
-        return Reading(self._prompts, logits, float(token_nll(found, labels).mean()))
+        return ProbeOutputs(self.prompts, logits, float(token_nll(found, labels).mean()))
 
 
-def _as_texts(lm: LM, prompts: Sequence[tuple[str, str]]) -> list[Text]:
-    bare = lm.kind == "classifier"  # its answer is a class, whatever the prompt asks for
+def _tokenised(lm: LM, prompts: Sequence[tuple[str, str]]) -> list[Text]:
     texts = []
     for prompt, answer in prompts:
-        known = answer and not bare
-        texts += to_texts(lm, [(prompt, answer)]) if known else lm.prompt_texts([prompt])
+        answered = answer and lm.kind != "classifier"  # a classifier's answer is a class
+        texts += to_texts(lm, [(prompt, answer)]) if answered else lm.prompt_texts([prompt])
     return texts
 
 

@@ -1,0 +1,180 @@
+"""A base model with any of its ledger's edits attached.
+
+A long list of edits is composed from its front in blocks, and the composition of the whole blocks is kept in a file of
+the user's cache, so that starting does not read every edit. It depends on the edits alone, never on the steps that led
+to them: after ``undo`` and ``revert`` the weights are those that they would be without the edit, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from emendo._storage import new_file
+from emendo.edits.edit import Edit, Origin, Request, compose
+from emendo.errors import StorageError
+from emendo.ledger.store import Ledger
+from emendo.low_rank import LowRank, applied
+from emendo.models.lm import LM
+from emendo.models.loading import cache_folder
+
+_BLOCK = 256  # edits composed at once
+_FILES = 4  # compositions kept for each ledger
+
+_Deltas = Mapping[str, LowRank]
+
+
+class EditStack:
+    """A base model and the edits of its ledger, each of the latest ones read once.
+
+    Attributes:
+        lm: the base model; its weights are never changed.
+        ledger: the ledger that stores the edits.
+    """
+
+    def __init__(self, lm: LM, ledger: Ledger) -> None:
+        self.lm, self.ledger = lm, ledger
+        self._edits: dict[int, Edit] = {}
+        self._front: tuple[str, _Deltas] = ("", {})
+
+    def edit(self, id: int) -> Edit:
+        """An edit of the ledger, active or not.
+
+        Raises:
+            RequestError: the ledger has no edit of that number.
+            StorageError: it is damaged.
+        """
+        if id not in self._edits:
+            self.ledger.entry(id)
+        return self._load([id])[0]
+
+    def composed(self, ids: Sequence[int]) -> Edit | None:
+        """Several edits of the ledger as one; None for an empty list."""
+        if not ids:
+            return None
+        if len(ids) < _BLOCK:
+            return compose(self._load(ids))
+        entries = self.ledger.entries(ids)
+        origin = Origin(
+            fingerprint=self.ledger.fingerprint,
+            model=self.ledger.model,
+            editor="composed",
+            settings={"of": [entry.digest for entry in entries]},
+            requests=tuple(Request(r["prompt"], r["target"]) for entry in entries for r in entry.requests),
+            date=max(entry.made for entry in entries),
+            chat=all(entry.chat for entry in entries),
+        )
+        return Edit(self._deltas(ids, ()), origin)
+
+    @contextmanager
+    def applied(self, ids: Sequence[int], *more: Edit) -> Iterator[LM]:
+        """The model with edits of the ledger, and others after them, for the length of a ``with`` block.
+
+        Raises:
+            MismatchError: an edit was made for another model.
+            StorageError: an edit is damaged.
+        """
+        with applied(self.lm.model, self._deltas(ids, more)):
+            yield self.lm
+
+    def _deltas(self, ids: Sequence[int], more: Iterable[Edit]) -> dict[str, LowRank]:
+        """The sum of the changes of each matrix."""
+        whole = len(ids) // _BLOCK * _BLOCK
+        changes = [self._composed_blocks(ids[:whole])] if whole else []
+        for edit in (*self._load(ids[whole:]), *more):
+            edit.check(self.lm)
+            changes.append(edit.deltas)
+        return _joined(changes)
+
+    def _load(self, ids: Sequence[int]) -> list[Edit]:
+        """Edits of the ledger in the given order; those read last stay in memory."""
+        missing = [id for id in ids if id not in self._edits]
+        found = {id: Edit.from_bytes(data) for id, data in self.ledger.load_many(missing)}
+        edits = [found[id] if id in found else self._edits[id] for id in ids]
+        self._edits = dict([*self._edits.items(), *found.items()][-2 * _BLOCK :])
+        return edits
+
+    def _composed_blocks(self, ids: Sequence[int]) -> _Deltas:
+        """The composition of whole blocks: from memory, from the longest one that is kept, or from the start."""
+        keys = _keys(self.ledger.digests(ids))
+        if self._front[0] == keys[-1]:
+            return self._front[1]
+        folder = cache_folder() / "composed" / hashlib.sha256(self.ledger.id.encode()).hexdigest()[:16]
+        done, deltas = 0, dict[str, LowRank]()
+        for count in range(len(keys), 0, -1):
+            kept = self._front[1] if self._front[0] == keys[count - 1] else _read(folder / keys[count - 1])
+            if kept is not None:
+                done, deltas = count, dict(kept)
+                break
+        for count in range(done, len(keys)):
+            block = [
+                Edit.from_bytes(data) for _, data in self.ledger.load_many(ids[count * _BLOCK :][:_BLOCK])
+            ]
+            for edit in block:
+                edit.check(self.lm)
+            joined = _joined([deltas, *(edit.deltas for edit in block)])
+            deltas = {name: _smaller(delta) for name, delta in joined.items()}
+        if done < len(keys):
+            _write(folder / keys[-1], deltas)
+        self._front = (keys[-1], deltas)
+        return deltas
+
+
+def _keys(digests: Sequence[str]) -> list[str]:
+    """A name for every prefix of whole blocks, from the digests of its edits in their order."""
+    keys, chain = [], hashlib.sha256(f"emendo blocks of {_BLOCK}".encode())
+    for start in range(0, len(digests), _BLOCK):
+        chain.update("".join(digests[start : start + _BLOCK]).encode())
+        keys.append(chain.hexdigest())
+    return keys
+
+
+def _joined(changes: Sequence[_Deltas]) -> dict[str, LowRank]:
+    parts: dict[str, list[LowRank]] = {}
+    for deltas in changes:
+        for name, delta in deltas.items():
+            parts.setdefault(name, []).append(delta)
+    return {name: LowRank.concatenate(each) for name, each in parts.items()}
+
+
+@torch.no_grad()
+def _smaller(delta: LowRank) -> LowRank:
+    """The change as it is, or multiplied out in float64 where its factors are larger than the matrix."""
+    d_out, d_in = delta.left.shape[-2], delta.right.shape[-1]
+    if delta.rank * (d_out + d_in) <= d_out * d_in:
+        return delta
+    return LowRank.from_dense((delta.left.double() @ delta.right.double()).to(delta.left.dtype))
+
+
+def _write(file: Path, deltas: _Deltas) -> None:
+    """Keep a composition, if the cache can be written, and remove the oldest ones."""
+    tensors: dict[str, Tensor] = {}
+    for name, delta in deltas.items():
+        tensors |= {f"{name}.left": delta.left, f"{name}.right": delta.right}
+    data = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    with suppress(OSError):
+        with new_file(file) as new:
+            new.write_bytes(hashlib.sha256(data).digest() + data)
+        for old in sorted(file.parent.iterdir(), key=lambda each: each.stat().st_mtime)[:-_FILES]:
+            old.unlink(missing_ok=True)
+
+
+def _read(file: Path) -> _Deltas | None:
+    """A composition that was kept; None if there is none, or it is damaged."""
+    try:
+        content = file.read_bytes()
+        digest, data = content[:32], content[32:]
+        if hashlib.sha256(data).digest() != digest:
+            return None
+        tensors = safetensors.torch.load(data)
+        names = [name.removesuffix(".left") for name in tensors if name.endswith(".left")]
+        return {name: LowRank(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names}
+    except (OSError, SafetensorError, KeyError, StorageError):
+        return None
