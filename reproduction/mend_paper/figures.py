@@ -14,14 +14,13 @@ Figures = dict[str, Interval]
 """Name -> value with its interval; a figure that does not apply is absent. See :data:`PROTOCOL`."""
 
 _LOCAL = ("near", "far")
-_BOOTSTRAP = "95% interval: bootstrap over the facts, 2000 draws, fixed seed"
-_WILSON = "95% interval: Wilson score over the facts"
+_BOOTSTRAP = "95% interval: bootstrap over the facts, 2000 draws, fixed seed; Wilson's where all agree"
 
 PROTOCOL = {
     "edit_success": "ES, Eq. 1: all target tokens are the argmax, teacher forced; mean over the edit prompt and its "
-    f"rewordings together, then over the facts. {_WILSON}",
-    "success": f"edit success on the edit prompt alone. {_WILSON}",
-    "generalisation": f"edit success on the rewordings alone. {_WILSON}",
+    f"rewordings together, then over the facts. {_BOOTSTRAP}",
+    "success": f"edit success on the edit prompt alone. {_BOOTSTRAP}",
+    "generalisation": f"edit success on the rewordings alone. {_BOOTSTRAP}",
     "accuracy_drawdown": "accuracy before minus after: the whole gold answer of a locality prompt is the argmax, "
     f"teacher forced; before is the ORIGINAL model. {_BOOTSTRAP}",
     "accuracy_drawdown_near": "accuracy drawdown on neighbours alone: the same relation, another subject",

@@ -18,9 +18,10 @@ from emendo.editors.ft import FineTuning, FineTuningConfig
 from emendo.edits.edit import Request
 from emendo.errors import RequestError
 from emendo.evaluate import evaluate, harness
+from emendo.evaluate.evaluation import SequentialEvaluation
 from emendo.evaluate.harness import Harness
 from emendo.evaluate.run_folder import RunFolder
-from emendo.evaluate.sequential import Sequential, sequence
+from emendo.evaluate.sequential import evaluate_sequence
 from emendo.models.lm import LM
 from emendo.models.sites import find_sites
 from emendo.models.tokenization import to_texts
@@ -94,7 +95,9 @@ def in_earnest(lm: LM, chosen: Sequence[Record], *, at_once: bool) -> LM:
 def test_after_a_sequence_the_model_with_all_edits_is_asked(tiny_llama: LM) -> None:
     chosen, asks = records(3), Spoken(["capitals"])
     with unchanged(tiny_llama.model):
-        found = sequence(tiny_llama, editor(tiny_llama), chosen, at=(1,), generated=False, harness=asks)
+        found = evaluate_sequence(
+            tiny_llama, editor(tiny_llama), chosen, at=(1,), generated=False, harness=asks
+        )
     score = found.as_dict()["lm_eval"]["scores"]["capitals: acc"]
     assert asks.asked_of == ["before", "after"]
     assert score["before"] == pytest.approx(sum(likelihoods(tiny_llama)), rel=1e-5)
@@ -110,7 +113,13 @@ def test_after_a_sequence_the_model_with_all_edits_is_asked(tiny_llama: LM) -> N
 def test_of_several_facts_at_once_the_first_edit_is_asked(tiny_llama: LM, tmp_path: Path) -> None:
     chosen, asks = records(4), Spoken(["capitals"])
     found = evaluate(
-        tiny_llama, editor(tiny_llama), chosen, together=2, generated=False, told=False, harness=asks
+        tiny_llama,
+        editor(tiny_llama),
+        chosen,
+        together=2,
+        generated=False,
+        fact_in_context=False,
+        harness=asks,
     )
     twin = in_earnest(tiny_llama, chosen[:2], at_once=True)
     score = found.harness["scores"]["capitals: acc"]
@@ -127,12 +136,12 @@ def test_of_several_facts_at_once_the_first_edit_is_asked(tiny_llama: LM, tmp_pa
 def test_what_is_not_measured_is_said(tiny_llama: LM) -> None:
     asks = Spoken(["capitals"])
     alone = evaluate(tiny_llama, editor(tiny_llama), records(1), generated=False, harness=asks)
-    cache = sequence(tiny_llama, Cache((), CacheConfig()), records(1), generated=False, harness=asks)
+    cache = evaluate_sequence(tiny_llama, Cache((), CacheConfig()), records(1), generated=False, harness=asks)
     for found, why in ((alone, "edits one at a time"), (cache, "cache changes no weights")):
         said = found.as_dict()["lm_eval"]
         assert not said["scores"] and why in said["edits"] and "not measured" in said["edits"]
         assert why in summary(found, {})
-        page = {"sequential": found} if isinstance(found, Sequential) else {"evaluation": found}
+        page = {"sequential": found} if isinstance(found, SequentialEvaluation) else {"evaluation": found}
         assert why in render_report(info={}, **page)  # type: ignore[arg-type]
     assert asks.asked_of == []
 
@@ -178,7 +187,7 @@ def test_the_harness_reads_the_edited_model(folder: Path) -> None:
     torch.manual_seed(5)
     wanted, _ = torch.rand(1), torch.manual_seed(5)
     with unchanged(lm.model):
-        found = sequence(lm, editor(lm), chosen, generated=False, harness=asks)
+        found = evaluate_sequence(lm, editor(lm), chosen, generated=False, harness=asks)
     assert torch.equal(torch.rand(1), wanted)  # the harness's seeds are its own
     twin = in_earnest(lm, chosen, at_once=False)
     for side, model in (("before", lm), ("after", twin)):
@@ -192,9 +201,9 @@ def test_the_harness_reads_the_edited_model(folder: Path) -> None:
     assert score["questions"] == 6 and score["better"] == 1 and score["before_stderr"] > 0
     fewer = Harness(["capitals"], 2, folder)
     assert (
-        sequence(lm, editor(lm), chosen, generated=False, harness=fewer).harness["scores"]["capitals: acc"][
-            "questions"
-        ]
+        evaluate_sequence(lm, editor(lm), chosen, generated=False, harness=fewer).harness["scores"][
+            "capitals: acc"
+        ]["questions"]
         == 2
     )
 

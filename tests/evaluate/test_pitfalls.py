@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from cases import build_lm
-from emendo.evaluate.intervals import harmonic, paired, score_interval
 from emendo.evaluate.metrics import (
     answer_rank,
     first_answer,
@@ -108,37 +107,3 @@ def test_entropy_and_repetition_by_hand() -> None:
     assert ngram_entropy("a a a a a") == 0 == ngram_entropy("")
     assert repetition("a a a a a") == pytest.approx(2 / 3)
     assert repetition("a b c d e") == 0 == repetition("a b")
-
-
-def test_the_interval_of_a_share_is_a_bootstrap_or_else_wilsons() -> None:
-    some = score_interval([1.0] * 8 + [0.0] * 2)
-    assert some is not None and (some.low, some.high) == (0.5, 1.0)
-    assert score_interval([1.0] * 20).low == pytest.approx(0.838875, abs=1e-6)  # type: ignore[union-attr]
-    same = score_interval([2.0, 2.0], share=False)
-    assert same is not None and (same.low, same.high) == (2, 2)
-    assert score_interval([]) is None
-
-
-def test_harmonic_by_hand() -> None:
-    assert float(harmonic(torch.tensor([1.0, 0.5]))) == pytest.approx(2 / 3)
-
-
-def test_a_paired_difference() -> None:
-    first, second = [0.0] * 10, [1.0] * 9 + [0.0]
-    found = paired(first, second)
-    assert found is not None
-    assert (found.first, found.second, found.facts) == (0, pytest.approx(0.9), 10)
-    assert found.difference.mean == pytest.approx(0.9)
-    assert found.p == pytest.approx(2 / 2**9, abs=0.002)  # all nine that differ must have one sign
-    same = paired(first, first)
-    assert same is not None and same.p == 1
-    assert paired([], []) is None
-
-
-def test_pairing_sees_what_two_intervals_would_hide() -> None:
-    first = [float(i % 2) for i in range(40)]
-    second = [max(value, float(i < 12)) for i, value in enumerate(first)]
-    found = paired(first, second)
-    assert found is not None and found.p < 0.05
-    one, two = score_interval(first), score_interval(second)
-    assert one is not None and two is not None and one.high > two.low

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from emendo.evaluate.metrics import score_interval
+from emendo.evaluate.intervals import mean_interval
 from evaluate.samples import evaluation
 
 
@@ -21,7 +21,7 @@ def test_scores_by_hand() -> None:
         "locality_neighbours": 0.75,
         "locality_unrelated": 0.5,
     }
-    assert forced["locality_neighbours"] == score_interval(
+    assert forced["locality_neighbours"] == mean_interval(
         [1.0, 0.5]
     )  # facts are what is counted, not prompts
     assert found.locality_kl() == 0.25

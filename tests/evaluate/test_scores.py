@@ -10,7 +10,7 @@ import pytest
 from cases import records
 from emendo.evaluate import Evaluation, Outcome, Result
 from emendo.evaluate.results import Kind
-from emendo.evaluate.scores import GROUPS, SCORES, figures, table, values_of
+from emendo.evaluate.scores import ALIASES, GROUPS, SCORES, score_intervals, table, values_of
 
 LN2 = math.log(2)
 
@@ -53,7 +53,12 @@ def two_facts() -> list[Result]:
 
 
 EXPECTED = {
-    "teacher_forced": {"edit_success": 1, "generalisation": 0.75, "locality": 0.75, "locality_told": 0.5},
+    "teacher_forced": {
+        "edit_success": 1,
+        "generalisation": 0.75,
+        "locality": 0.75,
+        "locality_in_context": 0.5,
+    },
     "token_fraction": {"edit_success": 0.5, "generalisation": 0.5, "locality": 0.5},
     "free_generation": {
         "edit_success": 1,
@@ -65,19 +70,19 @@ EXPECTED = {
     "probability": {
         "target_before": 0.125,
         "target_after": 0.5,
-        "target_after_reworded": 0.5,
+        "target_after_paraphrase": 0.5,
         "old_before": 0.5,
         "old_after": 0.25,
     },
     "rank": {
         "target_before": 9,
         "target_after": 2,
-        "target_after_reworded": 1.75,
+        "target_after_paraphrase": 1.75,
         "old_before": 1,
         "target_reciprocal": (1 + (1 / 4 + 1) / 2) / 2,
         "old_after": 2,
     },
-    "kl": {"locality": (0.25 + 0.5) / 2, "locality_told": 1.0},
+    "kl": {"locality": (0.25 + 0.5) / 2, "locality_in_context": 1.0},
     "counterfact": {
         "efficacy": 1,
         "efficacy_magnitude": 0.25,
@@ -85,7 +90,7 @@ EXPECTED = {
         "paraphrase_magnitude": 0.125,
         "neighbourhood": 0.5,
         "neighbourhood_magnitude": 0,
-        "neighbourhood_told": 0.5,
+        "neighbourhood_in_context": 0.5,
         "score": 3 / (1 + 1 / 0.75 + 1 / 0.5),
     },
     "zsre": {
@@ -102,7 +107,7 @@ EXPECTED = {
 def test_every_score_by_hand() -> None:
     found = {
         group: {name: score.mean for name, score in scores.items() if score}
-        for group, scores in figures(two_facts()).items()
+        for group, scores in score_intervals(two_facts()).items()
     }
     assert found == {group: pytest.approx(scores) for group, scores in EXPECTED.items()}
 
@@ -119,7 +124,7 @@ def test_a_broken_edit_is_no_success_by_comparison() -> None:
 
 def test_scores_that_nothing_speaks_to_are_left_out() -> None:
     alone = [Result(records(1)[0], (outcome("edit", True, other=None, other_nll_after=None),), 1, 0.1)]
-    found = figures(alone)
+    found = score_intervals(alone)
     assert "counterfact" not in found and "portability" not in found
     assert set(found["teacher_forced"]) == {"edit_success"}
 
@@ -127,7 +132,7 @@ def test_scores_that_nothing_speaks_to_are_left_out() -> None:
 def test_a_score_of_zero_makes_the_harmonic_mean_zero() -> None:
     lost = {"nll_after": 2 * LN2, "other_nll_after": LN2}
     bad = (outcome("edit", True), outcome("paraphrase", True), outcome("neighbour", True, **lost))
-    found = figures([Result(records(1)[0], bad, 1, 0.1)])["counterfact"]["score"]
+    found = score_intervals([Result(records(1)[0], bad, 1, 0.1)])["counterfact"]["score"]
     assert found is not None and found.mean == 0
 
 
@@ -151,3 +156,10 @@ def test_the_documentation_has_every_score() -> None:
     assert table() in page.read_text(encoding="utf-8"), (
         "put what emendo.evaluate.scores.table() gives into it"
     )
+
+
+def test_deprecated_names_stay_in_the_json() -> None:
+    plain = Evaluation(tuple(two_facts()), {}, 0.1, 0.1).as_dict()["scores"]
+    for (group, old), name in ALIASES.items():
+        assert plain[group][old] == plain[group][name]
+        assert values_of(two_facts(), group, old) == values_of(two_facts(), group, name)

@@ -25,7 +25,7 @@ from emendo.evaluate.damage import Damage
 from emendo.evaluate.metrics import answer_match, first_line, same_answer
 from emendo.evaluate.results import Result
 from emendo.evaluate.run_folder import RunFolder
-from emendo.evaluate.sequential import sequence
+from emendo.evaluate.sequential import evaluate_sequence
 from emendo.models.lm import LM
 from emendo.models.sites import find_sites
 from evaluate.reference import forced
@@ -48,7 +48,7 @@ def test_each_edit_is_made_in_the_model_that_the_earlier_ones_left(kind: str, na
     lm = build_lm(kind)
     editor, chosen = editor_for(lm, name), some(4)
     with unchanged(lm.model):
-        found = sequence(lm, editor, chosen, at=(1, 3))
+        found = evaluate_sequence(lm, editor, chosen, at=(1, 3))
     assert [point.edits for point in found.checkpoints] == [1, 3, 4]
     twin = LM(copy.deepcopy(lm.model), lm.tokenizer)  # its weights are changed in earnest
     for count, record in enumerate(chosen, 1):
@@ -87,7 +87,7 @@ def check(lm: LM, twin: LM, result: Result) -> None:
 
 
 def test_an_editor_that_changes_no_weights_holds_all_facts_so_far(tiny_llama: LM) -> None:
-    found = sequence(tiny_llama, Cache((), CacheConfig(radius=3)), some(3), at=(2,))
+    found = evaluate_sequence(tiny_llama, Cache((), CacheConfig(radius=3)), some(3), at=(2,))
     for point in found.checkpoints:
         assert all(result.outcomes[0].teacher_forced for result in point.results)
 
@@ -100,7 +100,9 @@ class Forgetful(Cache):
 
 
 def test_a_method_may_place_every_edit_and_lose_it_with_the_next(tiny_llama: LM) -> None:
-    found = sequence(tiny_llama, Forgetful((), CacheConfig(radius=0.1)), some(4), at=(1, 2)).as_dict()
+    found = evaluate_sequence(
+        tiny_llama, Forgetful((), CacheConfig(radius=0.1)), some(4), at=(1, 2)
+    ).as_dict()
     success = [
         tuple(point[when]["teacher_forced"]["edit_success"]["mean"] for when in ("right_after", "retained"))
         for point in found["checkpoints"]
@@ -114,7 +116,7 @@ class Killed(Exception):
 
 def test_a_killed_sequence_goes_on_and_gives_the_same_figures(tiny_llama: LM, tmp_path: Path) -> None:
     editor, chosen = editor_for(tiny_llama, "mend"), some(5)
-    whole = sequence(tiny_llama, editor, chosen, at=(2, 4))
+    whole = evaluate_sequence(tiny_llama, editor, chosen, at=(2, 4))
     run = RunFolder.begin(tmp_path / "run", chosen, {})
     write = run.write
 
@@ -125,10 +127,10 @@ def test_a_killed_sequence_goes_on_and_gives_the_same_figures(tiny_llama: LM, tm
 
     run.write = dying  # type: ignore[method-assign]
     with pytest.raises(Killed):
-        sequence(tiny_llama, editor, run.records, at=(2, 4), parts=run)
+        evaluate_sequence(tiny_llama, editor, run.records, at=(2, 4), parts=run)
     again = RunFolder.begin(tmp_path / "run", chosen, {})
     assert again.begun == 3
-    found = sequence(tiny_llama, editor, again.records, at=(2, 4), parts=again)
+    found = evaluate_sequence(tiny_llama, editor, again.records, at=(2, 4), parts=again)
     assert timeless(found.as_dict()) == timeless(whole.as_dict())
 
 
@@ -138,7 +140,9 @@ def timeless(found: dict[str, object]) -> dict[str, object]:
 
 def test_damage_is_seen_at_every_checkpoint(tiny_llama: LM) -> None:
     damage = Damage(("The river is long and old.",), (Choice("grammar", "It", ("is", "are"), 0),))
-    plain = sequence(tiny_llama, editor_for(tiny_llama, "mend"), some(3), at=(1,), damage=damage).as_dict()
+    plain = evaluate_sequence(
+        tiny_llama, editor_for(tiny_llama, "mend"), some(3), at=(1,), damage=damage
+    ).as_dict()
     json.dumps(plain, allow_nan=False)
     seen = [point["damage"]["perplexity"] for point in plain["checkpoints"]]
     assert len(set(seen) | {plain["clean"]["perplexity"]}) == 3
@@ -147,9 +151,9 @@ def test_damage_is_seen_at_every_checkpoint(tiny_llama: LM) -> None:
 def test_senseless_sequences_are_refused(tiny_llama: LM) -> None:
     editor = editor_for(tiny_llama, "mend")
     with pytest.raises(RequestError, match="no records"):
-        sequence(tiny_llama, editor, [])
+        evaluate_sequence(tiny_llama, editor, [])
     with pytest.raises(RequestError, match="at="):
-        sequence(tiny_llama, editor, some(1), at=(0,))
+        evaluate_sequence(tiny_llama, editor, some(1), at=(0,))
 
 
 def test_what_the_gate_refuses_is_taken_off_and_asked_for_all_the_same(tiny_llama: LM) -> None:
@@ -161,23 +165,23 @@ def test_what_the_gate_refuses_is_taken_off_and_asked_for_all_the_same(tiny_llam
         assert {delta.batched for delta in change.values()} == {False}
         return request.prompt != chosen[1].prompt
 
-    found = sequence(tiny_llama, editor, chosen, at=(2,), gate=gate)
+    found = evaluate_sequence(tiny_llama, editor, chosen, at=(2,), gate=gate)
     assert met == [record.target for record in chosen]
     assert [point["refused"] for point in found.as_dict()["checkpoints"]] == [1, 1]
-    without = sequence(tiny_llama, editor, [chosen[0], chosen[2]])
+    without = evaluate_sequence(tiny_llama, editor, [chosen[0], chosen[2]])
     for kept, expected in ((0, 0), (2, 1)):
         again = found.checkpoints[-1].results[kept].outcomes
         plain = without.checkpoints[-1].results[expected].outcomes
         assert [o.nll_after for o in again] == pytest.approx([o.nll_after for o in plain], rel=1e-4)
     with pytest.raises(RequestError, match="makes none"):
-        sequence(tiny_llama, Cache((), CacheConfig()), chosen, gate=gate)
+        evaluate_sequence(tiny_llama, Cache((), CacheConfig()), chosen, gate=gate)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("llama", "mend"), ("gpt2", "ft")])
 def test_free_generation_is_that_of_the_model_that_took_all_the_edits(kind: str, name: str) -> None:
     lm = build_lm(kind)
     editor, chosen = editor_for(lm, name), some(4)
-    found = sequence(lm, editor, chosen, at=(2,))
+    found = evaluate_sequence(lm, editor, chosen, at=(2,))
     twin = LM(copy.deepcopy(lm.model), lm.tokenizer)
     for count, record in enumerate(chosen, 1):
         change_in_earnest(twin, editor, record)
@@ -198,8 +202,8 @@ def test_free_generation_is_that_of_the_model_that_took_all_the_edits(kind: str,
 
 def test_what_is_retained_is_told_by_protocol(tiny_llama: LM) -> None:
     editor, chosen = Cache((), CacheConfig(radius=3)), some(3)
-    spoken = sequence(tiny_llama, editor, chosen, at=(2,))
-    silent = sequence(tiny_llama, editor, chosen, at=(2,), generated=False)
+    spoken = evaluate_sequence(tiny_llama, editor, chosen, at=(2,))
+    silent = evaluate_sequence(tiny_llama, editor, chosen, at=(2,), generated=False)
     groups = [point["retained"].keys() for point in spoken.as_dict()["checkpoints"]]
     assert all("free_generation" in names for names in groups)
     assert all("free_generation" not in p["retained"] for p in silent.as_dict()["checkpoints"])

@@ -21,7 +21,7 @@ from emendo.edits.edit import compose
 from emendo.edits.per_request import applied_to_rows
 from emendo.errors import FramingWarning, ModelError, RequestError
 from emendo.evaluate import evaluate
-from emendo.evaluate.sequential import sequence
+from emendo.evaluate.sequential import evaluate_sequence
 from emendo.models.lm import LM
 from emendo.models.sites import find_sites
 from emendo.models.tokenization import to_texts
@@ -216,7 +216,7 @@ def test_evaluation_asks_in_the_template_and_says_so() -> None:
     labels = torch.tensor(to_texts(lm, [(facts[0].prompt, facts[0].target)])[0].labels)
     assert first.teacher_forced == bool((logits.argmax(-1) == labels).all())
     assert first.text_after == said
-    in_turn = sequence(lm, editor, facts)
+    in_turn = evaluate_sequence(lm, editor, facts)
     assert in_turn.protocol["prompts"] == found.protocol["prompts"]
     assert evaluate(lm.reading(chat=False), editor, facts).protocol["prompts"] == "as they stand"
 

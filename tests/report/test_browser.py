@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from emendo.evaluate.sequential import Checkpoint, Sequential
+from emendo.evaluate.evaluation import Checkpoint, SequentialEvaluation
 from emendo.report.html import render_report
 from evaluate.samples import edit, evaluation, history, rows
 
@@ -56,9 +56,9 @@ HARNESS = {
 }
 
 
-def sequential() -> Sequential:
+def sequential() -> SequentialEvaluation:
     found = evaluation()
-    return Sequential(
+    return SequentialEvaluation(
         found.results,
         (Checkpoint(1, found.results[:1]), Checkpoint(2, found.results)),
         {"edits": "x"},

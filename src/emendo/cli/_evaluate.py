@@ -20,9 +20,10 @@ from emendo.edits.edit import Request
 from emendo.errors import RequestError
 from emendo.evaluate import Evaluation, evaluate
 from emendo.evaluate.damage import Damage
+from emendo.evaluate.evaluation import SequentialEvaluation
 from emendo.evaluate.harness import Harness
 from emendo.evaluate.run_folder import RunFolder, editor_digest, versions
-from emendo.evaluate.sequential import RETENTION, Sequential, sequence
+from emendo.evaluate.sequential import RETENTION, evaluate_sequence
 from emendo.ledger.guard import targets_reached
 from emendo.ledger.health import Health, Limits
 from emendo.ledger.probes import ProbeRunner, Probes
@@ -90,7 +91,7 @@ def harness(tasks: str | None, limit: int | None, folder: Path | None) -> Harnes
 
 def measure(
     lm: LM, editor: Editor, records: Sequence[Record], ask: Ask, out: Path | None, *, overwrite: bool = False
-) -> tuple[Evaluation | Sequential, Sequence[Record]]:
+) -> tuple[Evaluation | SequentialEvaluation, Sequence[Record]]:
     """Measure, in a folder or without one, and write the folder's report.
 
     Raises:
@@ -128,7 +129,7 @@ def _shared(
     out: Path | None,
     overwrite: bool,
     team: Processes,
-) -> tuple[Evaluation | Sequential, Sequence[Record]]:
+) -> tuple[Evaluation | SequentialEvaluation, Sequence[Record]]:
     """Measure a share of the run in each of several processes; the first of them puts all together.
 
     Raises:
@@ -154,13 +155,13 @@ def _shared(
     return run.found(), run.records
 
 
-def _finish(run: RunFolder, found: Evaluation | Sequential, ask: Ask) -> None:
+def _finish(run: RunFolder, found: Evaluation | SequentialEvaluation, ask: Ask) -> None:
     """Keep what was found, the harness's answers among it, and write the pages."""
     run.finish(found, ask.harness.rows if ask.harness is not None else ())
     _pages(run.folder, found, run)
 
 
-def _pages(out: Path, found: Evaluation | Sequential, run: RunFolder) -> None:
+def _pages(out: Path, found: Evaluation | SequentialEvaluation, run: RunFolder) -> None:
     """Write the report and the summary of a run."""
     write(out / PAGES[0], found, run.head)
     with new_file(out / PAGES[1]) as temporary:
@@ -168,7 +169,7 @@ def _pages(out: Path, found: Evaluation | Sequential, run: RunFolder) -> None:
     note(f"Wrote {out}: {', '.join(PAGES)}, and every answer as Parquet.")
 
 
-def write(path: Path, found: Evaluation | Sequential, head: Mapping[str, Any]) -> None:
+def write(path: Path, found: Evaluation | SequentialEvaluation, head: Mapping[str, Any]) -> None:
     """Write the page.
 
     Raises:
@@ -180,7 +181,7 @@ def write(path: Path, found: Evaluation | Sequential, head: Mapping[str, Any]) -
         "versions": head.get("versions", versions()),
     }
     info["seed"] = "0, of the bootstrap; nothing else is drawn"
-    if isinstance(found, Sequential):
+    if isinstance(found, SequentialEvaluation):
         write_report(path, info=info, sequential=found)
     else:
         write_report(path, info=info, evaluation=found)
@@ -194,11 +195,11 @@ def _measured(
     damage: Damage | None,
     parts: RunFolder | None,
     share: tuple[int, int] = (0, 1),
-) -> Evaluation | Sequential:
+) -> Evaluation | SequentialEvaluation:
     with show_progress() as progress:
         if ask.sequential:
             gate = Guarding(lm, editor) if ask.guard else None
-            return sequence(
+            return evaluate_sequence(
                 lm,
                 editor,
                 records,

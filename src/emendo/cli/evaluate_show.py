@@ -65,15 +65,15 @@ def run(
     from emendo.cli._tables import evaluation, print_table
     from emendo.errors import RequestError
     from emendo.evaluate import inspect
+    from emendo.evaluate.evaluation import SequentialEvaluation
     from emendo.evaluate.run_folder import RunFolder
-    from emendo.evaluate.sequential import Sequential
     from emendo.report import figures
 
     found = RunFolder.open(folder).found()
     if worst is None and by is None and record is None and after is None:
         emit(found.as_dict()) if as_json else evaluation(found.as_dict())
         return
-    if isinstance(found, Sequential):
+    if isinstance(found, SequentialEvaluation):
         found = found.after(after)
     elif after is not None:
         raise RequestError(f"--after is for edits made one after the other; {folder} holds others.")

@@ -1,7 +1,7 @@
 """Damage that an edit does away from its fact: perplexity of plain text, general abilities, long continuations.
 
-The perplexity is taken after every edit. The abilities and the continuations cost more and are looked at after some of
-the edits, evenly spaced, and in the clean model.
+The perplexity is measured after every edit. The abilities and the continuations cost more and are measured after some
+of the edits, evenly spaced. All are measured in the clean model too.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from emendo.models.tokenization import passage_texts, to_texts
 from emendo.models.trunk_cache import TrunkCache
 
 PASSAGE_TOKENS = 48
-"""A passage is its first so many tokens; all but the first of them are scored."""
+"""The number of tokens that are read of a passage; all but the first of them are scored."""
 
 
 @dataclass(eq=False)
 class Damage:
-    """What to look at.
+    """The measurements.
 
     Attributes:
         passages: plain texts for the perplexity.
-        items: questions with several options, for the abilities.
-        openings: beginnings of texts that are to be continued at length.
-        edits: after how many edits the abilities and the continuations are looked at.
-        long_tokens: how many tokens are written after an opening.
+        items: multiple-choice questions, for the abilities.
+        openings: beginnings of texts, for long continuations.
+        edits: the number of edits after which the abilities and the continuations are measured.
+        long_tokens: the number of tokens of a continuation.
     """
 
     passages: Sequence[str] = ()
@@ -49,12 +49,12 @@ class Damage:
     _chosen: frozenset[int] = field(default=frozenset(), init=False)
 
     def begin(self, lm: LM, store: TrunkCache, edits: int) -> None:
-        """Look at the clean model.
+        """Measure the clean model.
 
         Args:
             lm: the clean model, a decoder.
-            store: keeps the trunk's outputs; what is needed of them is computed here.
-            edits: how many edits there will be.
+            store: the cache of trunk outputs; those of the passages and questions are added to it.
+            edits: the number of edits that will follow.
 
         Raises:
             RequestError: the model does not continue texts, or an item does not fit it.
@@ -76,34 +76,34 @@ class Damage:
             self._clean |= _fluency(lm.generate(list(self.openings), self.long_tokens))
 
     def clean(self) -> Mapping[str, float]:
-        """What was seen in the clean model, by the same names."""
+        """The clean model's values, by the same names."""
         return self._clean
 
-    def look(self, asked: EditedModels, edits: Sequence[int]) -> list[dict[str, float]]:
-        """What is to be seen under some edits.
+    def measure(self, edited: EditedModels, edits: Sequence[int]) -> list[dict[str, float]]:
+        """Measure several edits.
 
         Args:
-            asked: the edits.
-            edits: the number of each among all edits.
+            edited: the edits.
+            edits: the number of each of them among all edits.
 
         Returns:
-            Of each edit, values by name.
+            For each edit, values by name.
         """
         everywhere = range(len(edits))
-        seen = [self._perplexity(row) for row in self._under(asked, everywhere, self._texts, _sum)]
+        seen = [self._perplexity(row) for row in self._under(edited, everywhere, self._texts, _sum)]
         closer = [row for row, edit in enumerate(edits) if edit in self._chosen]
-        for row, scores in zip(closer, self._under(asked, closer, self._options, _nll), strict=True):
+        for row, scores in zip(closer, self._under(edited, closer, self._options, _nll), strict=True):
             seen[row] |= self._abilities(scores)
         if closer and self.openings:
             rows = [row for row in closer for _ in self.openings]
-            texts = asked.generate(rows, [*self.openings] * len(closer), self.long_tokens)
+            texts = edited.generate(rows, [*self.openings] * len(closer), self.long_tokens)
             for place, row in enumerate(closer):
                 each = len(self.openings)
                 seen[row] |= _fluency(texts[place * each : (place + 1) * each])
         return seen
 
-    def words(self) -> dict[str, object]:
-        """How it was looked at."""
+    def describe(self) -> dict[str, object]:
+        """How it was measured, in words."""
         found: dict[str, object] = {}
         if self.passages:
             found["perplexity"] = (
@@ -124,20 +124,20 @@ class Damage:
 
     def _under(
         self,
-        asked: EditedModels,
+        edited: EditedModels,
         rows: Sequence[int],
         texts: Sequence[Text],
         value: Callable[[Tensor, Text], float],
     ) -> list[list[float]]:
-        """For each of the rows, the value of each text under its edit."""
+        """For each row, the value of each text under its edit."""
         found: dict[tuple[int, int], float] = {}
         pairs = [(row, place) for row in rows for place in range(len(texts))]
-        if not asked.shared:
+        if not edited.shared:
             parts = [[pair for pair in pairs if pair[0] == row] for row in rows]
         else:
             parts = [*length_buckets(pairs, lambda pair: texts[pair[1]].size, FORCED_TOKENS)]
         for part in parts:
-            logits = asked.logits([row for row, _ in part], [texts[place] for _, place in part])
+            logits = edited.logits([row for row, _ in part], [texts[place] for _, place in part])
             for pair, own in zip(part, logits, strict=True):
                 found[pair] = value(own, texts[pair[1]])
         return [[found[row, place] for place in range(len(texts))] for row in rows]
@@ -147,7 +147,7 @@ class Damage:
         return {"perplexity": _exp(math.fsum(nll) / tokens)} if tokens else {}
 
     def _abilities(self, scores: Sequence[float]) -> dict[str, float]:
-        """The share of items answered right, in all and by family."""
+        """The share of questions answered correctly, in total and by family."""
         right: dict[str, list[bool]] = {}
         left = iter(scores)
         for item in self.items:

@@ -1,7 +1,8 @@
-"""From figures back to their rows: the records that did worst, one record's answers, and two runs side by side."""
+"""From scores back to their rows: the worst records, the answers of one record, and two runs side by side."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,63 +13,60 @@ from emendo.errors import RequestError
 from emendo.evaluate.evaluation import Evaluation
 from emendo.evaluate.intervals import Paired, paired
 from emendo.evaluate.metrics import first_line
-from emendo.evaluate.results import SCORES as HEADLINES
-from emendo.evaluate.results import Outcome, Result
-from emendo.evaluate.scores import BY_NAME, SCORES, values_of
+from emendo.evaluate.results import MAIN, Outcome, Result
+from emendo.evaluate.scores import ALIASES, BY_NAME, SCORES, values_of
+
+_LOG = logging.getLogger("emendo")
 
 
 def worst(evaluation: Evaluation, count: int, by: str | None = None) -> list[tuple[Result, float]]:
-    """The records that did worst, worst first, each with what it is judged by.
+    """The records with the worst scores, worst first, each with the score.
 
     Args:
         evaluation: the run.
-        count: how many.
+        count: the number of records.
         by: ``PROTOCOL.SCORE`` of :data:`emendo.evaluate.scores.SCORES`, or the name of a damage such as
-            ``perplexity``; by default the mean of edit success, generalisation and locality, generated where that was
-            measured, and among equals the probability of the target.
+            ``perplexity``; by default the mean of edit success, generalisation and locality (generated, where that was
+            measured). Among equals, the records with the least probable target come first.
 
     Raises:
         RequestError: there is no such score, or no record has it.
     """
-    kept: list[tuple[float, float, int]] = []
+    kept: list[tuple[float, float, int, float]] = []
     for place, result in enumerate(evaluation.results):
-        value, less_is_better = _judged(result, by)
+        value, less_is_better = _ranked_by(result, by)
         if value is not None:
             bad = math.inf if math.isnan(value) else (value if less_is_better else -value)
-            kept.append((-bad, result.outcomes[0].after, place))
+            kept.append((-bad, result.outcomes[0].after, place, value))
     if not kept:
         raise RequestError(f"No record of this run has the score {by!r}.")
     kept.sort()
-    return [
-        (evaluation.results[place], _shown(evaluation.results[place], by)) for _, _, place in kept[:count]
-    ]
+    return [(evaluation.results[place], value) for _, _, place, value in kept[:count]]
 
 
-def _shown(result: Result, by: str | None) -> float:
-    value = _judged(result, by)[0]
-    assert value is not None
-    return value
-
-
-def _judged(result: Result, by: str | None) -> tuple[float | None, bool]:
-    """A record's value, and whether less is better."""
+def _ranked_by(result: Result, by: str | None) -> tuple[float | None, bool]:
+    """The value that a record is ranked by, and whether less is better."""
     if by is None:
         free = any(outcome.generated is not None for outcome in result.outcomes)
-        values = [result.score(name, "generated" if free else "teacher_forced") for name in HEADLINES]
+        values = [result.score(name, "generated" if free else "teacher_forced") for name in MAIN]
         return fmean(value for value in values if value is not None), False
     if by in result.damage:
         return result.damage[by], by in ("perplexity", "repetition")
     group, _, name = by.partition(".")
+    if (group, name) in ALIASES:
+        present = ALIASES[group, name]
+        _LOG.warning("%s is deprecated; the score is now %s.%s", by, group, present)
+        name = present
     if (group, name) not in BY_NAME:
         known = ", ".join(f"{score.group}.{score.name}" for score in SCORES)
         raise RequestError(
-            f"There is no score {by!r}; there are {known}, and of damage: {', '.join(result.damage)}."
+            f"There is no score {by!r}; the scores are {known}, and of damage: {', '.join(result.damage)}."
         )
     return values_of([result], group, name)[0], BY_NAME[group, name].better < 0
 
 
 def record_of(evaluation: Evaluation, name: str) -> Result:
-    """The result of the record of that id, or else of that number from 1 up.
+    """The result of the record with this id, or else with this number, from 1 up.
 
     Raises:
         RequestError: there is none.
@@ -86,7 +84,7 @@ def record_of(evaluation: Evaluation, name: str) -> Result:
 
 
 def answer(outcome: Outcome, side: str) -> str | None:
-    """What the model said, up to its line's end; None where it was not asked to speak.
+    """The first line of the generated text; None where nothing was generated.
 
     Args:
         outcome: of the prompt.

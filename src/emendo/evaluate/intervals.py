@@ -1,4 +1,10 @@
-"""Means and other statistics over facts, each with its 95% interval. Facts are what is drawn, never prompts."""
+"""Statistics over facts with their 95% intervals, and the paired comparison of two runs.
+
+There is one way to make an interval: the percentile bootstrap over the facts (Efron & Tibshirani, "An Introduction to
+the Bootstrap", 1993, section 13.3). It holds for every statistic here, also for ratios, differences and harmonic means,
+and it draws facts, never prompts, since the prompts of one fact are not independent. Where all facts have the same
+share a bootstrap shrinks to a point; the interval is then Wilson's score interval (Wilson, 1927).
+"""
 
 from __future__ import annotations
 
@@ -6,19 +12,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-Z95 = 1.959963984540054
-"""The 97.5% point of the normal distribution."""
-
 DRAWS = 2000
-"""How many times a bootstrap draws."""
+"""Resamples of a bootstrap."""
+
+_Z95 = 1.959963984540054  # the 97.5% point of the normal distribution
+_NUMBERS_AT_ONCE = 2_000_000  # of the resamples that are held in memory
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean and its 95% interval."""
+    """A statistic and its 95% interval."""
 
     mean: float
     low: float
@@ -27,33 +34,6 @@ class Interval:
     def as_dict(self) -> dict[str, float]:
         """``{"mean", "low", "high"}``."""
         return {"mean": self.mean, "low": self.low, "high": self.high}
-
-
-def mean_interval(values: Sequence[float]) -> Interval | None:
-    """The mean of values between 0 and 1, one for each fact, with the 95% Wilson score interval.
-
-    For 0/1 values this is the usual interval of a proportion; unlike a bootstrap it does not shrink to a point when
-    every fact succeeds. Where a fact's value is itself a mean (over its paraphrases) the interval is on the safe
-    side, since no variable between 0 and 1 with mean p has a variance above p (1 - p).
-
-    Args:
-        values: one value for each fact.
-
-    Returns:
-        None when there are no values.
-
-    Raises:
-        ValueError: a value outside 0 to 1.
-    """
-    if not values:
-        return None
-    if not all(0 <= value <= 1 for value in values):
-        raise ValueError("mean_interval takes values between 0 and 1.")
-    n, z2 = len(values), Z95**2
-    mean = math.fsum(values) / n
-    centre = (mean + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(mean * (1 - mean) / n + z2 / (4 * n * n))
-    return Interval(mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)))
 
 
 def bootstrap_interval(
@@ -66,47 +46,69 @@ def bootstrap_interval(
     """A statistic of sums over facts, with the 95% percentile interval of a bootstrap over the facts.
 
     Args:
-        rows: ``[facts, columns]`` what each fact adds to the sums.
+        rows: ``[facts, columns]``, what each fact adds to the sums.
         statistic: float64 sums ``[..., columns]`` to values ``[...]``, such as a difference of two ratios.
-        draws: how many times as many facts are drawn, with replacement.
-        seed: of the draws.
+        draws: the number of resamples.
+        seed: of the resampling.
 
     Returns:
-        None when there are no facts. The bounds always enclose the statistic itself; where it is no finite number,
-        neither are they.
+        None when there are no facts. The interval always encloses the statistic; where that is not finite, neither are
+        the ends.
     """
+    from scipy.stats import bootstrap  # slow to import
+
     if not rows:
         return None
-    table, count = torch.tensor(rows, dtype=torch.float64), len(rows)
-    value = float(statistic(table.sum(0)))
-    if not math.isfinite(value):
+    table = np.asarray(rows, dtype=np.float64)
+
+    def value_of(*columns: np.ndarray, axis: int) -> np.ndarray:
+        sums = np.stack([column.sum(axis) for column in columns], -1)
+        return statistic(torch.from_numpy(sums)).numpy()
+
+    value = float(statistic(torch.from_numpy(table.sum(0))))
+    if len(rows) == 1 or not math.isfinite(value):
         return Interval(value, value, value)
-    drawn = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(seed))
-    times = torch.zeros(draws, count, dtype=torch.float64)
-    times.scatter_add_(1, drawn, torch.ones(draws, count, dtype=torch.float64))
-    low, high = statistic(times @ table).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(value, min(low, value), max(high, value))
+    found = bootstrap(
+        tuple(table.T),
+        value_of,
+        paired=True,
+        vectorized=True,
+        n_resamples=draws,
+        batch=max(1, _NUMBERS_AT_ONCE // table.size),
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(value, min(float(found.low), value), max(float(found.high), value))
 
 
-def score_interval(values: Sequence[float], *, share: bool = True) -> Interval | None:
-    """The mean of one value for each fact, with its 95% bootstrap interval over the facts.
-
-    Where a bootstrap has nothing to tell, every fact having the same share (all succeed), it is the Wilson interval.
+def mean_interval(values: Sequence[float], *, share: bool = True) -> Interval | None:
+    """The mean of one value for each fact, with its 95% interval.
 
     Args:
         values: one value for each fact.
-        share: whether they are shares, between 0 and 1.
+        share: whether they are shares between 0 and 1, so that an interval is known even where all are equal.
+
+    Returns:
+        None when there are no values.
     """
     if share and len(set(values)) == 1 and 0 <= values[0] <= 1:
-        return mean_interval(values)
+        return _wilson(values[0], len(values))
     return bootstrap_interval([(value, 1.0) for value in values], lambda sums: sums[..., 0] / sums[..., 1])
 
 
+def _wilson(mean: float, n: int) -> Interval:
+    """Wilson's score interval of a proportion; too wide, if anything, where a fact's value is itself a mean."""
+    z2 = _Z95**2
+    centre = (mean + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * math.sqrt(mean * (1 - mean) / n + z2 / (4 * n * n))
+    return Interval(mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)))
+
+
 def harmonic_interval(rows: Sequence[Sequence[float]]) -> Interval | None:
-    """The harmonic mean of the means of several scores, with its 95% bootstrap interval over the facts.
+    """The harmonic mean of the means of several scores, with its 95% interval.
 
     Args:
-        rows: ``[facts, scores]``; facts that lack a score are to be left out before.
+        rows: ``[facts, scores]``, only facts that have all the scores.
     """
     return bootstrap_interval(
         [(*row, 1.0) for row in rows], lambda sums: harmonic(sums[..., :-1] / sums[..., -1:])
@@ -120,15 +122,15 @@ def harmonic(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """How two runs differ on the same facts.
+    """The difference of two runs on the same facts.
 
     Attributes:
         first: the mean of the first run.
-        second: of the second one.
-        difference: second minus first, with its 95% bootstrap interval over the facts.
-        p: how often a difference at least as large comes from swapping the two runs' values fact by fact (a sign-flip
-            permutation test, two-sided).
-        facts: how many facts both runs have.
+        second: the mean of the second run.
+        difference: second minus first, with its 95% interval.
+        p: of a two-sided permutation test that flips the signs of the facts' differences; exact where there are at most
+            10,000 ways to flip them.
+        facts: the number of facts.
     """
 
     first: float
@@ -144,28 +146,30 @@ def paired(
     """Compare one value for each fact with another one for the same fact.
 
     Args:
-        first: the first run's values.
-        second: the second run's, fact by fact.
-        draws: how many sign flips.
-        seed: of the draws.
+        first: the values of the first run.
+        second: those of the second run, in the same order.
+        draws: the number of random sign flips.
+        seed: of the sign flips.
 
     Returns:
         None when there are no facts.
     """
+    from scipy.stats import permutation_test  # slow to import
+
     if not first:
         return None
-    gap = torch.tensor(second, dtype=torch.float64) - torch.tensor(first, dtype=torch.float64)
-    difference = bootstrap_interval(
-        [(value, 1.0) for value in gap.tolist()], lambda sums: sums[..., 0] / sums[..., 1], seed=seed
-    )
+    gap = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    difference = mean_interval(gap.tolist(), share=False)
     assert difference is not None
-    generator = torch.Generator().manual_seed(seed)
-    extreme, done = 0, 0
-    seen = abs(float(gap.sum())) * (1 - 1e-12)
-    while done < draws:
-        count = min(draws - done, max(1, 2_000_000 // len(gap)))
-        signs = torch.randint(2, (count, len(gap)), generator=generator, dtype=torch.float64) * 2 - 1
-        extreme += int(((signs @ gap).abs() >= seen).sum())
-        done += count
-    n = len(gap)
-    return Paired(math.fsum(first) / n, math.fsum(second) / n, difference, (extreme + 1) / (draws + 1), n)
+    p = 1.0
+    if gap.any():
+        p = permutation_test(
+            (gap,),
+            lambda values, axis: values.sum(axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=draws,
+            batch=max(1, _NUMBERS_AT_ONCE // len(gap)),
+            rng=np.random.default_rng(seed),
+        ).pvalue
+    return Paired(math.fsum(first) / len(gap), math.fsum(second) / len(gap), difference, float(p), len(gap))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from emendo.evaluate.intervals import Interval, bootstrap_interval, mean_interval, score_interval
+from emendo.evaluate.intervals import Interval, bootstrap_interval, mean_interval
 from emendo.models.losses import per_example, token_nll
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "perplexity",
     "repetition",
     "same_answer",
-    "score_interval",
     "token_match",
     "unchanged",
 ]

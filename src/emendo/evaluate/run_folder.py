@@ -34,9 +34,8 @@ from emendo.data.schema import Record
 from emendo.editors.base import Editor
 from emendo.errors import StorageError
 from emendo.evaluate.answers import read_answers, write_answers
-from emendo.evaluate.evaluation import Evaluation
+from emendo.evaluate.evaluation import Checkpoint, Evaluation, SequentialEvaluation
 from emendo.evaluate.results import Result
-from emendo.evaluate.sequential import Checkpoint, Sequential
 
 FORMAT = 1
 
@@ -134,7 +133,7 @@ class RunFolder:
         return len([*(self.folder / "parts").glob("*.edits.parquet")])
 
     def read(self, number: int, records: Sequence[Record]) -> tuple[Result, ...] | None:
-        """A part; see :class:`emendo.evaluate.run.Parts`."""
+        """A part; see :class:`emendo.evaluate.run.ResultStore`."""
         found = read_answers(self.folder / "parts", f"{number:05d}.", self.records)
         return None if found is None else tuple(result for _, result in found)
 
@@ -145,7 +144,9 @@ class RunFolder:
         (self.folder / "parts").mkdir(exist_ok=True)
         write_answers(self.folder / "parts", f"{number:05d}.", rows)
 
-    def finish(self, found: Evaluation | Sequential, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+    def finish(
+        self, found: Evaluation | SequentialEvaluation, rows: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         """Keep all answers as few files and what else was found; the parts go.
 
         A sequence is kept as ``right-after.*`` and, for each checkpoint, ``after-N.*``.
@@ -158,7 +159,7 @@ class RunFolder:
             StorageError: something cannot be written; the parts are still there.
         """
         rest: tuple[str, ...] = ("protocol", "clean", "harness")
-        if isinstance(found, Sequential):
+        if isinstance(found, SequentialEvaluation):
             for point in found.checkpoints:
                 write_answers(self.folder, f"after-{point.edits}.", enumerate(point.results))
             write_answers(self.folder, "right-after.", enumerate(found.right_after))
@@ -170,12 +171,12 @@ class RunFolder:
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 temporary.write_text("".join(lines), encoding="utf-8")
         self.head["result"] = {name: getattr(found, name) for name in rest}
-        if isinstance(found, Sequential):
+        if isinstance(found, SequentialEvaluation):
             self.head["checkpoints"] = [point.edits for point in found.checkpoints]
         self._write_head()
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
 
-    def found(self) -> Evaluation | Sequential:
+    def found(self) -> Evaluation | SequentialEvaluation:
         """What was found.
 
         Raises:
@@ -188,7 +189,7 @@ class RunFolder:
         if "checkpoints" not in self.head:
             return Evaluation(self._results(""), **self.head["result"])
         points = tuple(Checkpoint(n, self._results(f"after-{n}.")) for n in self.head["checkpoints"])
-        return Sequential(self._results("right-after."), points, **self.head["result"])
+        return SequentialEvaluation(self._results("right-after."), points, **self.head["result"])
 
     def evaluation(self) -> Evaluation:
         """What was found, where that is no sequence.
@@ -197,7 +198,7 @@ class RunFolder:
             StorageError: the run has not finished, is a sequence, or a file is damaged.
         """
         found = self.found()
-        if isinstance(found, Sequential):
+        if isinstance(found, SequentialEvaluation):
             raise StorageError(f"{self.folder} holds a sequence of edits, not edits one at a time.")
         return found
 

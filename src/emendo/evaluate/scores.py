@@ -1,7 +1,7 @@
-"""The figures of an evaluation: every score of :mod:`emendo.evaluate.scores` with its interval.
+"""Every score, in one list, with its protocol and its definition; and the scores of an evaluation with their intervals.
 
 A score is the mean over the records of the mean over a record's prompts, so that a record with many prompts counts no
-more than others; its interval is a bootstrap over the records.
+more than others; its interval is a bootstrap over the records (:mod:`emendo.evaluate.intervals`).
 """
 
 from __future__ import annotations
@@ -10,19 +10,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from emendo.evaluate.intervals import Interval, harmonic_interval, score_interval
-from emendo.evaluate.results import PORTABLE, Kind, Outcome, Result, per_record
-
-# --------------------
-# Every score and its protocol, in one list: what it is taken over, what a prompt adds to it, and how to say it.
+from emendo.evaluate.intervals import Interval, harmonic_interval, mean_interval
+from emendo.evaluate.results import MAIN, PORTABLE, Kind, Outcome, Result, per_record, plain
 
 Value = Callable[[Outcome], "float | None"]
-
-_EDIT: tuple[Kind, ...] = ("edit",)
-_REWORDED: tuple[Kind, ...] = ("paraphrase",)
-_NEAR: tuple[Kind, ...] = ("neighbour",)
-_LOCAL: tuple[Kind, ...] = ("neighbour", "unrelated")
-_TOLD: tuple[Kind, ...] = ("told",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +21,11 @@ class Score:
     """One score.
 
     Attributes:
-        group: the protocol that it belongs to.
-        name: what it is called there.
-        about: how it is obtained, in words.
-        kinds: the prompts that it is taken over.
-        value: what a prompt adds; None where it has no say.
+        group: its protocol.
+        name: its name there.
+        about: its definition, in words.
+        kinds: the kinds of prompts that it is averaged over.
+        value: the value of a prompt; None for a prompt that does not count.
         share: whether the value is between 0 and 1.
         better: 1 where more is better, -1 where less is, 0 where neither is.
     """
@@ -48,38 +39,12 @@ class Score:
     better: int = 1
 
 
+# ---------------------------------------------------------------------------------- values of a prompt
+
+
 def _of(name: str) -> Value:
-    return lambda outcome: getattr(outcome, name)
+    """A field of the outcome as a number."""
 
-
-def _likelier(outcome: Outcome) -> float | None:
-    """Whether the answer is likelier than the other one in the edited model, per token."""
-    if outcome.nll_after is None or outcome.other_nll_after is None:
-        return None
-    return float(outcome.nll_after < outcome.other_nll_after)
-
-
-def _margin(outcome: Outcome) -> float | None:
-    """By how much it is likelier: the difference of the probabilities per token."""
-    if outcome.nll_after is None or outcome.other_nll_after is None:
-        return None
-    return math.exp(-outcome.nll_after) - math.exp(-outcome.other_nll_after)
-
-
-def _right_after(outcome: Outcome) -> float | None:
-    return None if outcome.share_after is None else float(outcome.share_after == 1)
-
-
-def _drawdown(outcome: Outcome) -> float | None:
-    right = _right_after(outcome)
-    return None if right is None else float(outcome.known) - right
-
-
-def _reciprocal(outcome: Outcome) -> float | None:
-    return None if outcome.rank_after is None else 1 / outcome.rank_after
-
-
-def _free(name: str) -> Value:
     def value(outcome: Outcome) -> float | None:
         found = getattr(outcome, name)
         return None if found is None else float(found)
@@ -87,12 +52,41 @@ def _free(name: str) -> Value:
     return value
 
 
+def _more_likely(outcome: Outcome) -> float | None:
+    """Whether the answer is more likely than the competing one in the edited model, per token."""
+    if outcome.nll_after is None or outcome.other_nll_after is None:
+        return None
+    return float(outcome.nll_after < outcome.other_nll_after)
+
+
+def _margin(outcome: Outcome) -> float | None:
+    """The difference of the two probabilities per token."""
+    if outcome.nll_after is None or outcome.other_nll_after is None:
+        return None
+    return math.exp(-outcome.nll_after) - math.exp(-outcome.other_nll_after)
+
+
+def _drawdown(outcome: Outcome) -> float | None:
+    if outcome.share_after is None:
+        return None
+    return float(outcome.known) - float(outcome.share_after == 1)
+
+
+def _reciprocal_rank(outcome: Outcome) -> float | None:
+    return None if outcome.rank_after is None else 1 / outcome.rank_after
+
+
+# -------------------------------------------------------------------------------------------- the list
+
+_EDIT, _PARAPHRASE, _LOCAL = MAIN["edit_success"], MAIN["generalisation"], MAIN["locality"]
+_NEIGHBOUR: tuple[Kind, ...] = ("neighbour",)
+_IN_CONTEXT: tuple[Kind, ...] = ("told",)
 _FORCED = "teacher forced: "
 _TF, _TOKENS, _FREE = "teacher_forced", "token_fraction", "free_generation"
 
 SCORES: tuple[Score, ...] = (
-    Score(_TF, "edit_success", f"{_FORCED}all target tokens are the argmax, edit prompt", _EDIT, _free(_TF)),
-    Score(_TF, "generalisation", f"{_FORCED}the same, rewordings", _REWORDED, _free(_TF)),
+    Score(_TF, "edit_success", f"{_FORCED}all target tokens are the argmax, edit prompt", _EDIT, _of(_TF)),
+    Score(_TF, "generalisation", f"{_FORCED}the same, paraphrases", _PARAPHRASE, _of(_TF)),
     Score(
         _TF,
         "locality",
@@ -101,17 +95,17 @@ SCORES: tuple[Score, ...] = (
             "unrelated prompts"
         ),
         _LOCAL,
-        _free(_TF),
+        _of(_TF),
     ),
     Score(
         _TF,
-        "locality_told",
+        "locality_in_context",
         (
-            f"{_FORCED}the same with the edited fact standing before the prompt, against the clean "
-            "model that reads it too"
+            f"{_FORCED}the same with the edited fact in the prompt's context, against the clean model "
+            "with the same context"
         ),
-        _TOLD,
-        _free(_TF),
+        _IN_CONTEXT,
+        _of(_TF),
     ),
     Score(
         _TOKENS,
@@ -120,7 +114,7 @@ SCORES: tuple[Score, ...] = (
         _EDIT,
         _of("token_level"),
     ),
-    Score(_TOKENS, "generalisation", f"{_FORCED}the same, rewordings", _REWORDED, _of("token_level")),
+    Score(_TOKENS, "generalisation", f"{_FORCED}the same, paraphrases", _PARAPHRASE, _of("token_level")),
     Score(
         _TOKENS,
         "locality",
@@ -136,15 +130,15 @@ SCORES: tuple[Score, ...] = (
             "quotes and punctuation around aside"
         ),
         _EDIT,
-        _free("generated"),
+        _of("generated"),
     ),
-    Score(_FREE, "generalisation", "the same, rewordings", _REWORDED, _free("generated")),
+    Score(_FREE, "generalisation", "the same, paraphrases", _PARAPHRASE, _of("generated")),
     Score(
         _FREE,
         "locality",
         ("the continuation begins with the same words before and after, as many as the stored answer has"),
         _LOCAL,
-        _free("generated"),
+        _of("generated"),
     ),
     Score(
         _FREE,
@@ -154,9 +148,9 @@ SCORES: tuple[Score, ...] = (
             "sentence) is the target and nothing else, normalised"
         ),
         _EDIT,
-        _free("exact"),
+        _of("exact"),
     ),
-    Score(_FREE, "generalisation_full", "the same, rewordings", _REWORDED, _free("exact")),
+    Score(_FREE, "generalisation_full", "the same, paraphrases", _PARAPHRASE, _of("exact")),
     Score(
         "probability",
         "target_before",
@@ -166,7 +160,13 @@ SCORES: tuple[Score, ...] = (
         better=0,
     ),
     Score("probability", "target_after", "in the edited model", _EDIT, _of("after")),
-    Score("probability", "target_after_reworded", "in the edited model, rewordings", _REWORDED, _of("after")),
+    Score(
+        "probability",
+        "target_after_paraphrase",
+        "in the edited model, paraphrases",
+        _PARAPHRASE,
+        _of("after"),
+    ),
     Score(
         "probability",
         "old_before",
@@ -188,14 +188,20 @@ SCORES: tuple[Score, ...] = (
     Score("rank", "target_after", "in the edited model", _EDIT, _of("rank_after"), share=False, better=-1),
     Score(
         "rank",
-        "target_after_reworded",
-        "in the edited model, rewordings",
-        _REWORDED,
+        "target_after_paraphrase",
+        "in the edited model, paraphrases",
+        _PARAPHRASE,
         _of("rank_after"),
         share=False,
         better=-1,
     ),
-    Score("rank", "target_reciprocal", "1 / rank in the edited model, rewordings", _REWORDED, _reciprocal),
+    Score(
+        "rank",
+        "target_reciprocal",
+        "1 / rank in the edited model, paraphrases",
+        _PARAPHRASE,
+        _reciprocal_rank,
+    ),
     Score(
         "rank",
         "old_before",
@@ -220,9 +226,9 @@ SCORES: tuple[Score, ...] = (
     ),
     Score(
         "kl",
-        "locality_told",
-        "the same with the edited fact standing before the prompt",
-        _TOLD,
+        "locality_in_context",
+        "the same with the edited fact in the prompt's context",
+        _IN_CONTEXT,
         _of("kl"),
         share=False,
         better=-1,
@@ -231,11 +237,11 @@ SCORES: tuple[Score, ...] = (
         "counterfact",
         "efficacy",
         (
-            "the target is likelier than the old answer in the edited model, by mean NLL per token, "
+            "the target is more likely than the old answer in the edited model, by mean NLL per token, "
             "edit prompt"
         ),
         _EDIT,
-        _likelier,
+        _more_likely,
     ),
     Score(
         "counterfact",
@@ -245,36 +251,36 @@ SCORES: tuple[Score, ...] = (
         _margin,
         share=False,
     ),
-    Score("counterfact", "paraphrase", "as efficacy, rewordings", _REWORDED, _likelier),
+    Score("counterfact", "paraphrase", "as efficacy, paraphrases", _PARAPHRASE, _more_likely),
     Score(
         "counterfact",
         "paraphrase_magnitude",
-        "as efficacy_magnitude, rewordings",
-        _REWORDED,
+        "as efficacy_magnitude, paraphrases",
+        _PARAPHRASE,
         _margin,
         share=False,
     ),
     Score(
         "counterfact",
         "neighbourhood",
-        "the stored answer is likelier than the edit's target in the edited model, neighbours",
-        _NEAR,
-        _likelier,
+        "the stored answer is more likely than the edit's target in the edited model, neighbours",
+        _NEIGHBOUR,
+        _more_likely,
     ),
     Score(
         "counterfact",
         "neighbourhood_magnitude",
         "the difference of the two probabilities",
-        _NEAR,
+        _NEIGHBOUR,
         _margin,
         share=False,
     ),
     Score(
         "counterfact",
-        "neighbourhood_told",
-        "as neighbourhood, with the edited fact standing before the prompt (CounterFact+)",
-        _TOLD,
-        _likelier,
+        "neighbourhood_in_context",
+        "as neighbourhood, with the edited fact in the prompt's context (CounterFact+)",
+        _IN_CONTEXT,
+        _more_likely,
     ),
     Score(
         "zsre",
@@ -283,7 +289,7 @@ SCORES: tuple[Score, ...] = (
         _EDIT,
         _of("share_after"),
     ),
-    Score("zsre", "paraphrase", "the same, rewordings", _REWORDED, _of("share_after")),
+    Score("zsre", "paraphrase", "the same, paraphrases", _PARAPHRASE, _of("share_after")),
     Score(
         "zsre",
         "specificity",
@@ -297,7 +303,7 @@ SCORES: tuple[Score, ...] = (
     Score(
         "zsre",
         "specificity_clean",
-        "the same in the clean model: what an edit that changes nothing gets",
+        "the same in the clean model: the value of an edit that changes nothing",
         _LOCAL,
         _of("share_before"),
         better=0,
@@ -305,9 +311,9 @@ SCORES: tuple[Score, ...] = (
     Score(
         "mend",
         "edit_success",
-        ("ES: all target tokens are the argmax, mean over the edit prompt and its rewordings together"),
+        ("ES: all target tokens are the argmax, mean over the edit prompt and its paraphrases together"),
         ("edit", "paraphrase"),
-        _free(_TF),
+        _of(_TF),
     ),
     Score(
         "mend",
@@ -324,7 +330,7 @@ SCORES: tuple[Score, ...] = (
             kind,
             f"{_FORCED}all tokens of the answer that follows from the edit are the argmax, {about}",
             (kind,),
-            _free(_TF),
+            _of(_TF),
         )
         for kind, about in zip(
             PORTABLE,
@@ -333,44 +339,66 @@ SCORES: tuple[Score, ...] = (
         )
     ),
     *(
-        Score("portability", f"{kind}_generated", "the same by free generation", (kind,), _free("generated"))
+        Score("portability", f"{kind}_generated", "the same by free generation", (kind,), _of("generated"))
         for kind in PORTABLE
     ),
 )
-"""In the order in which they are shown."""
+"""All scores, in the order in which they are shown."""
 
 GROUPS = {
     "teacher_forced": "the answer is fed token by token; all or nothing",
-    "token_fraction": "the same, as the share of tokens: what MALMEN, UltraEdit and EasyEdit quote",
+    "token_fraction": "the same, as the share of tokens: the figure of MALMEN, UltraEdit and EasyEdit",
     "free_generation": "greedy decoding from the prompt alone",
     "probability": "of whole answers, the product over their tokens",
     "rank": "among the vocabulary",
     "kl": "how far the whole distribution moved",
-    "counterfact": "the scores of ROME and MEMIT: which of two answers is likelier, by mean NLL per token",
+    "counterfact": "the scores of ROME and MEMIT: which of two answers is more likely, by mean NLL per token",
     "zsre": "the scores of MEMIT on zsRE: the share of tokens predicted",
     "mend": "the scores of the MEND paper",
-    "portability": "what follows from the edit",
+    "portability": "answers that follow from the edit",
 }
 """The protocols, in the order in which they are shown."""
 
+BY_NAME: Mapping[tuple[str, str], Score] = {(score.group, score.name): score for score in SCORES}
+"""Each score by its protocol and name."""
+
+ALIASES: Mapping[tuple[str, str], str] = {
+    ("probability", "target_after_reworded"): "target_after_paraphrase",
+    ("rank", "target_after_reworded"): "target_after_paraphrase",
+    ("teacher_forced", "locality_told"): "locality_in_context",
+    ("kl", "locality_told"): "locality_in_context",
+    ("counterfact", "neighbourhood_told"): "neighbourhood_in_context",
+}
+"""Deprecated names of scores; the JSON output has them beside the present ones until 0.2."""
 
 HARMONIC = ("efficacy", "paraphrase", "neighbourhood")
 HARMONIC_ABOUT = "S, the harmonic mean of efficacy, paraphrase and neighbourhood"
 
 
-def figures(results: Sequence[Result]) -> dict[str, dict[str, Interval | None]]:
-    """Group -> score -> its mean and interval over the records; a score that no prompt speaks to is left out.
-
-    Args:
-        results: one for each record.
-    """
+def score_intervals(results: Sequence[Result]) -> dict[str, dict[str, Interval | None]]:
+    """Protocol -> score -> its mean and interval over the records; scores without a prompt are left out."""
     found: dict[str, dict[str, Interval | None]] = {}
     for score in SCORES:
         values = [v for v in per_record(results, score.value, score.kinds) if v is not None]
         if values:
-            found.setdefault(score.group, {})[score.name] = score_interval(values, share=score.share)
+            found.setdefault(score.group, {})[score.name] = mean_interval(values, share=score.share)
     if (total := _harmonic(results)) is not None:
         found["counterfact"]["score"] = total
+    return found
+
+
+def _harmonic(results: Sequence[Result]) -> Interval | None:
+    columns = [values_of(results, "counterfact", name) for name in HARMONIC]
+    rows = [[value for value in row if value is not None] for row in zip(*columns, strict=True)]
+    return harmonic_interval([row for row in rows if len(row) == len(HARMONIC)])
+
+
+def scores_as_dict(results: Sequence[Result]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """:func:`score_intervals` as JSON values, with the deprecated names."""
+    found = {group: plain(scores) for group, scores in score_intervals(results).items()}
+    for (group, old), name in ALIASES.items():
+        if name in found.get(group, {}):
+            found[group][old] = found[group][name]
     return found
 
 
@@ -380,27 +408,18 @@ def values_of(results: Iterable[Result], group: str, name: str) -> list[float | 
     Args:
         results: of the records.
         group: the score's protocol.
-        name: the score.
+        name: the score, by its present or deprecated name.
 
     Raises:
         KeyError: there is no such score.
     """
-    score = BY_NAME[group, name]
+    score = BY_NAME[group, ALIASES.get((group, name), name)]
     return per_record(results, score.value, score.kinds)
 
 
-BY_NAME: Mapping[tuple[str, str], Score] = {(score.group, score.name): score for score in SCORES}
-
-
-def _harmonic(results: Sequence[Result]) -> Interval | None:
-    columns = [values_of(results, "counterfact", name) for name in HARMONIC]
-    rows = [row for row in zip(*columns, strict=True) if None not in row]
-    return harmonic_interval(rows)
-
-
 def table() -> str:
-    """The list of scores as a Markdown table."""
-    lines = ["| protocol | score | taken how |", "| --- | --- | --- |"]
+    """The list of scores as a Markdown table, as in docs/evaluation.md."""
+    lines = ["| protocol | score | definition |", "| --- | --- | --- |"]
     for group, about in GROUPS.items():
         lines.append(f"| **{group}** | | {about} |")
         lines += [f"| | `{score.name}` | {score.about} |" for score in SCORES if score.group == group]

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages with one look; they load nothing from anywhere. The only place that imports Jinja."""
+"""Self-contained HTML pages in one style; they load nothing from anywhere. The only module that imports Jinja."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from emendo.report import tables
 from emendo.report.plots import INK
 
 _HOME = "emendo.report"
@@ -20,7 +21,7 @@ def render_page(template: str, package: str = _HOME, **values: Any) -> str:
     Args:
         template: file name of the template.
         package: the package that holds it.
-        **values: what the template shows; text is escaped.
+        **values: the template's values; text is escaped.
     """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(name, ".") for name in dict.fromkeys((package, _HOME))]),
@@ -29,29 +30,20 @@ def render_page(template: str, package: str = _HOME, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "short": short}
+    environment.filters |= {
+        "number": tables.number,
+        "share": tables.share,
+        "chance": tables.chance,
+        "size": tables.size,
+        "seconds": tables.seconds,
+        "interval": lambda value: tables.show_value(value, "interval")[1].strip("()"),
+        "table": lambda table: Markup(tables.to_html(table)),
+    }
     return environment.get_template(template).render(**values)
 
 
-def number(value: Any) -> str:
-    """A number in four digits, everything else as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def short(value: float) -> str:
-    """A score in three decimals, or in three digits where it is small or large."""
-    return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 100 else f"{value:.3g}"
-
-
-def percent(value: float) -> str:
-    """A probability in percent, with one more digit where it is small."""
-    if 0 < value < 0.0005:
-        return "<0.1%"
-    return f"{value:.0%}" if value >= 0.0995 or value == 0 else f"{value:.1%}"
-
-
 def inline(svg: bytes) -> Markup:
-    """An SVG document as part of a page: no prologue, no metadata, no names of namespaces, the page's text colour."""
+    """An SVG document as part of a page: without prologue, metadata and namespaces, in the page's text colour."""
     text = svg.decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from emendo.evaluate.inspect import answer
+from emendo.evaluate.scores import ALIASES, BY_NAME, HARMONIC_ABOUT
 from emendo.report.tables import NO_NUMBER, Cell, Column, Table, chance, number
 
 if TYPE_CHECKING:
@@ -121,6 +122,34 @@ def harness(found: Mapping[str, Any] | None) -> Table | None:
         cells = [side if side[0] is not None else Cell(NO_NUMBER) for side in sides]
         rows.append([name, *cells, None if gap is None else Cell(gap), score["questions"], score["shots"]])
     return Table(columns, rows, note=note)
+
+
+class Score(NamedTuple):
+    """One score of an evaluation: its key, its interval as JSON values, its definition, and whether it is a share."""
+
+    name: str
+    value: Mapping[str, float | None]
+    about: str
+    share: bool
+
+
+def protocols(figures: Mapping[str, Any]) -> Iterator[tuple[str, list[Score]]]:
+    """Each protocol's name with its scores, deprecated keys left out."""
+    for group, values in figures["scores"].items():
+        scores = (BY_NAME.get((group, name)) for name in values)
+        yield (
+            group,
+            [
+                Score(
+                    name,
+                    value,
+                    HARMONIC_ABOUT if score is None else score.about,
+                    score is None or score.share,
+                )
+                for (name, value), score in zip(values.items(), scores, strict=True)
+                if (group, name) not in ALIASES
+            ],
+        )
 
 
 def retention(figures: Mapping[str, Any]) -> Table:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: what was measured, how, and what the edit did. It loads nothing from anywhere."""
+"""One self-contained HTML page about an edit, an evaluation or both; it loads nothing from anywhere."""
 
 from __future__ import annotations
 
@@ -10,16 +10,28 @@ from typing import Any
 from emendo._storage import new_file
 from emendo.edits.edit import BaseEdit
 from emendo.evaluate.before_after import Row
-from emendo.evaluate.evaluation import Evaluation
+from emendo.evaluate.evaluation import Evaluation, SequentialEvaluation
 from emendo.evaluate.inspect import answer
-from emendo.evaluate.results import Outcome, Result
-from emendo.evaluate.scores import BY_NAME, GROUPS
-from emendo.evaluate.sequential import Sequential
-from emendo.report import plots
-from emendo.report import plots as curves
-from emendo.report._render import inline, number, render_page
+from emendo.evaluate.results import MAIN, Outcome, Result
+from emendo.evaluate.scores import GROUPS
+from emendo.report import figures, plots
+from emendo.report._render import inline, render_page
 from emendo.report.figures import NAMES
-from emendo.report.markdown import ABOUT
+from emendo.report.tables import Column, Table
+
+_WORST = 8  # edits that are listed as the most harmful ones
+_TITLES = {"kl": "Divergence", "counterfact": "CounterFact", "zsre": "zsRE", "mend": "The MEND paper"}
+_HEADLINES = dict(
+    zip(
+        MAIN,
+        (
+            "the edited prompt gives the target",
+            "paraphrases give the target",
+            "other prompts answer as before",
+        ),
+        strict=True,
+    )
+)
 
 
 def write_report(
@@ -31,20 +43,20 @@ def write_report(
     rows: Sequence[Row] | None = None,
     norms: Mapping[str, float] | None = None,
     history: Sequence[Mapping[str, Any]] | None = None,
-    sequential: Sequential | None = None,
+    sequential: SequentialEvaluation | None = None,
 ) -> None:
-    """Write the report; a part for which nothing is given is left out.
+    """Write the report; parts that are not given are left out.
 
     Args:
         path: of the HTML file.
-        info: name -> value, shown as they are: command, model, editor, seed, versions, timings. ``title`` and
-            ``command`` have places of their own.
-        evaluation: the scores and the table of records.
-        edit: the edit that is shown.
-        rows: its before/after table.
-        norms: its size by site, from :meth:`Edit.relative_norms`; without an edit those of the evaluation.
-        history: rows of training, for its curves.
-        sequential: edits one after the other.
+        info: name -> value, shown as they are: model, editor, seed, versions, timings. ``title`` and ``command`` have
+            their own places on the page.
+        evaluation: shown with its scores and all its records.
+        edit: the edit of the before/after table.
+        rows: the before/after table.
+        norms: the edit's size by site, from :meth:`Edit.relative_norms`; by default that of the evaluation's edits.
+        history: rows of training, shown as curves.
+        sequential: an evaluation of edits one after the other.
 
     Raises:
         StorageError: the file cannot be written.
@@ -59,7 +71,7 @@ def write_report(
         sequential=sequential,
     )
     with new_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def render_report(
@@ -70,43 +82,41 @@ def render_report(
     rows: Sequence[Row] | None = None,
     norms: Mapping[str, float] | None = None,
     history: Sequence[Mapping[str, Any]] | None = None,
-    sequential: Sequential | None = None,
+    sequential: SequentialEvaluation | None = None,
 ) -> str:
     """The page of :func:`write_report` as text."""
-    details = {key: value for key, value in info.items() if key not in ("title", "command")}
     measured = evaluation or sequential
+    values = measured.as_dict() if measured is not None else None
     if norms is None and evaluation is not None:
         norms = evaluation.site_norms()
     return render_page(
         "report.html.j2",
         title=info.get("title", "Model editing report"),
         command=info.get("command"),
-        details=_flat(details),
+        details=figures.pairs({k: v for k, v in info.items() if k not in ("title", "command")}),
         names=NAMES,
         edit=edit,
         rows=rows or (),
-        **_measured(evaluation, sequential),
-        harness=measured.harness if measured is not None else None,
+        values=values,
+        protocol=figures.pairs(measured.protocol) if measured is not None else (),
+        harness=figures.harness(measured.harness) if measured is not None else None,
         target_plot=inline(plots.target_probabilities(rows)) if rows else None,
         norms_plot=inline(plots.site_norms(norms)) if norms else None,
         training_plot=inline(plots.training_curves(history)) if history else None,
-        sequence=sequence(sequential) if sequential is not None else None,
+        figures=_evaluation(evaluation, values) if evaluation is not None and values is not None else None,
+        sequence=_sequence(sequential) if sequential is not None else None,
     )
 
 
-def _measured(evaluation: Evaluation | None, sequential: Sequential | None) -> dict[str, Any]:
-    """What the template shows of an evaluation."""
-    if evaluation is None:
-        protocol = _flat(sequential.protocol) if sequential is not None else ()
-        return {"figures": None, "protocol": protocol}
+def _evaluation(evaluation: Evaluation, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The template's values for an evaluation."""
     forced = evaluation.scores("teacher_forced")
     generated = evaluation.scores("generated") if evaluation.has_generated else None
     groups = {"teacher forced": forced} | ({"free generation": generated} if generated else {})
-    known, known_count = evaluation.locality_known()
-    plain = evaluation.as_dict()
-    local = [o for result in evaluation.results for o in result.outcomes if o.local]
+    outcomes = [outcome for result in evaluation.results for outcome in result.outcomes]
+    edits = {r.edit: r for r in reversed(evaluation.results) if "perplexity" in r.damage}
+    has_curve = edits and "perplexity" in evaluation.clean
     return {
-        "figures": plain,
         "headline": [
             {
                 "name": NAMES[name],
@@ -114,122 +124,47 @@ def _measured(evaluation: Evaluation | None, sequential: Sequential | None) -> d
                 "forced": forced[name],
                 "generated": generated and generated[name],
             }
-            for name, about in HEADLINES.items()
+            for name, about in _HEADLINES.items()
         ],
-        "known": known,
-        "known_count": known_count,
-        "protocol": _flat(evaluation.protocol),
-        "protocols": protocols(plain),
+        "known": evaluation.locality_known(),
+        "protocols": [
+            {
+                "name": _TITLES.get(name) or figures.spelled(name).capitalize(),
+                "about": GROUPS[name],
+                "scores": scores,
+            }
+            for name, scores in figures.protocols(values)
+        ],
         "scores_plot": inline(plots.score_bars(groups)),
-        "scatter_plot": inline(plots.answer_scatter([o for r in evaluation.results for o in r.outcomes])),
-        "kl_plot": inline(curves.kl_histogram(evaluation)) if local else None,
-        **damage(evaluation, plain),
-        "records": records(evaluation.results),
+        "scatter_plot": inline(plots.answer_scatter(outcomes)),
+        "kl_plot": inline(plots.kl_histogram(evaluation)) if any(o.local for o in outcomes) else None,
+        "damage": figures.damage(values),
+        "harmful": _harmful([*edits.values()]) if edits else None,
+        "perplexity_plot": inline(plots.perplexity_curve(evaluation)) if has_curve else None,
+        "records": [_record(result) for result in evaluation.results],
     }
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """``(name, value)`` pairs in words; nested mappings become ``outer: inner``."""
-    pairs = []
-    for key, value in values.items():
-        name = prefix + str(key).replace("_", " ")
-        if isinstance(value, Mapping):
-            pairs += _flat(value, f"{name}: ")
-        elif isinstance(value, list | tuple):
-            pairs.append((name, ", ".join(map(str, value))))
-        else:
-            pairs.append((name, number(value)))
-    return pairs
+def _harmful(edits: Sequence[Result]) -> Table:
+    """The edits after which plain text has the highest perplexity."""
+
+    def harm(result: Result) -> float:
+        value = result.damage["perplexity"]
+        return value if math.isfinite(value) else math.inf
+
+    order = sorted(edits, key=lambda result: -harm(result))
+    rows = [(r.outcomes[0].prompt, r.outcomes[0].answer, r.damage["perplexity"]) for r in order[:_WORST]]
+    columns = (Column("edit"), Column("target"), Column("perplexity", "number"))
+    return Table(columns, rows, "The edits that did most to plain text")
 
 
-# --------------------
-# An evaluation as the report's template shows it: protocols, damage, every record.
-
-WORST = 8
-"""Edits of which the report says that they did most to plain text."""
-
-TITLES = {"kl": "Divergence", "counterfact": "CounterFact", "zsre": "zsRE", "mend": "The MEND paper"}
-"""Protocols that are called otherwise on the page."""
-
-HEADLINES = {
-    "edit_success": "the edited prompt gives the target",
-    "generalisation": "rewordings give the target",
-    "locality": "other prompts answer as before",
-}
+def _sequence(found: SequentialEvaluation) -> dict[str, Any]:
+    values = found.as_dict()
+    return {"table": figures.retention(values), "plot": inline(plots.retention_curves(values))}
 
 
-def protocols(plain: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each protocol with its scores; a score between 0 and 1 can be drawn as a bar.
-
-    Args:
-        plain: what ``as_dict()`` of an evaluation gives.
-    """
-    return [
-        {
-            "name": TITLES.get(group) or group.replace("_", " ").capitalize(),
-            "about": GROUPS[group],
-            "scores": [
-                {
-                    "name": name.replace("_", " "),
-                    "about": ABOUT[group, name],
-                    "value": value,
-                    "bar": value["mean"] is not None and _is_share(group, name),
-                }
-                for name, value in scores.items()
-            ],
-        }
-        for group, scores in plain["scores"].items()
-    ]
-
-
-def damage(evaluation: Evaluation, plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of damage, and the edits that did most to plain text.
-
-    Args:
-        evaluation: the run.
-        plain: what its ``as_dict()`` gives.
-    """
-    rows = [{"name": name.replace("_", " "), **value} for name, value in plain["damage"].items()]
-    edits = {r.edit: r for r in reversed(evaluation.results) if "perplexity" in r.damage}
-    order = sorted(edits.values(), key=lambda r: -_or_infinite(r.damage["perplexity"]))
-    harmful = [
-        {"prompt": r.outcomes[0].prompt, "target": r.outcomes[0].answer, "value": r.damage["perplexity"]}
-        for r in order[:WORST]
-    ]
-    plot = inline(curves.perplexity_curve(evaluation)) if edits and "perplexity" in evaluation.clean else None
-    return {"damage": rows, "harmful": harmful, "perplexity_plot": plot}
-
-
-def records(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The lines of the table of records, each with all its prompts."""
-    return [_line(result) for result in results]
-
-
-def sequence(found: Sequential) -> dict[str, Any]:
-    """The curves and the table of edits one after the other."""
-    plain = found.as_dict()
-    rows = [
-        {
-            "edits": point["edits"],
-            "refused": point["refused"],
-            "after": point["right_after"].get("teacher_forced", {}),
-            "kept": point["retained"].get("teacher_forced", {}),
-            "said": point["retained"].get("free_generation", {}),
-            "damage": point["damage"],
-            "norm": point["relative_norm"],
-        }
-        for point in plain["checkpoints"]
-    ]
-    said = any(row["said"] for row in rows)
-    return {"rows": rows, "said": said, "plot": inline(curves.retention_curves(plain)), **plain}
-
-
-def _is_share(group: str, name: str) -> bool:
-    """Whether a score is between 0 and 1; that of CounterFact as a whole is."""
-    return (group, name) not in BY_NAME or BY_NAME[group, name].share
-
-
-def _line(result: Result) -> dict[str, Any]:
+def _record(result: Result) -> dict[str, Any]:
+    """A line of the table of facts, with all its prompts."""
     first = result.outcomes[0]
     return {
         "id": result.record.id,
@@ -238,7 +173,7 @@ def _line(result: Result) -> dict[str, Any]:
         "before": answer(first, "before"),
         "after": answer(first, "after"),
         "probability": (first.before, first.after),
-        "scores": [(result.score(name), result.score(name, "generated")) for name in HEADLINES],
+        "scores": [(result.score(name), result.score(name, "generated")) for name in MAIN],
         "perplexity": result.damage.get("perplexity"),
         "prompts": [_prompt(outcome) for outcome in result.outcomes],
     }
@@ -255,7 +190,3 @@ def _prompt(outcome: Outcome) -> dict[str, Any]:
         "probability": (outcome.before, outcome.after),
         "good": outcome.teacher_forced if outcome.generated is None else outcome.generated,
     }
-
-
-def _or_infinite(value: float) -> float:
-    return value if math.isfinite(value) else math.inf

@@ -1,4 +1,8 @@
-"""The report's plots, as SVG or PNG bytes."""
+"""The report's plots, as SVG or PNG bytes, in one style.
+
+Colours are from the Okabe-Ito set, which colour-blind readers can tell apart, and no plot relies on colour alone. Text
+and axes are drawn in :data:`INK`, which a page replaces by its own text colour.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,6 @@ from emendo.evaluate.metrics import Interval
 from emendo.evaluate.results import Kind, Outcome
 from emendo.report.figures import NAMES
 
-# --------------------
-# How emendo's plots are drawn: one look for all of them, as SVG or PNG bytes.
-#
-# Colours are from the Okabe-Ito set, which colour-blind readers can tell apart, and no plot relies on colour alone.
-# Text and axes are drawn in :data:`INK`, so that a page can put its own text colour in its place.
-
 Format = Literal["svg", "png"]
 
 INK = "#24313f"
@@ -31,13 +29,13 @@ BLUE, SKY, ORANGE, GREEN, RED = "#0072b2", "#56b4e9", "#e69f00", "#009e73", "#d5
 
 
 def axes_of(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of so many inches with one plot in it."""
+    """A figure with one plot; sizes are in inches."""
     figure, (axes,) = panels(width, height, 1)
     return figure, axes
 
 
 def panels(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of so many inches with plots side by side."""
+    """A figure with several plots side by side; sizes are in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     found = list(figure.subplots(1, count, squeeze=False)[0])
     for axes in found:
@@ -46,7 +44,7 @@ def panels(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]
 
 
 def calm(axes: Axes) -> None:
-    """Few lines, all in the ink's colour, the grid behind the data."""
+    """Remove most lines, draw the rest in :data:`INK`, and put the grid behind the data."""
     axes.set_facecolor("none")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -75,7 +73,7 @@ def legend(axes: Axes, figure: Figure | None = None) -> None:
 
 
 def render(figure: Figure, image: Format = "svg") -> bytes:
-    """The figure as a file; the same figure is the same file."""
+    """The figure as a file; equal figures give equal bytes."""
     buffer = io.BytesIO()
     if image == "svg":
         with matplotlib.rc_context({"svg.hashsalt": "emendo"}):
@@ -85,6 +83,16 @@ def render(figure: Figure, image: Format = "svg") -> bytes:
     return buffer.getvalue()
 
 
+_KL_FLOOR = 1e-6
+"""The smallest KL that is shown, in nats."""
+_SERIES = (
+    ("right_after", "teacher_forced", "edit_success", "edit success right after the edit", SKY, "--"),
+    ("retained", "teacher_forced", "edit_success", "edit success, asked again", BLUE, "-"),
+    ("retained", "free_generation", "edit_success", "edit success, asked again, generated", BLUE, ":"),
+    ("retained", "teacher_forced", "generalisation", "generalisation, asked again", GREEN, "-"),
+    ("retained", "teacher_forced", "locality", "locality", ORANGE, "-"),
+)
+"""Time of asking, protocol, score, label, colour, dashes."""
 _FLOOR = 1e-8  # smallest probability drawn
 _LABEL = 72  # characters of a prompt
 
@@ -179,8 +187,8 @@ def target_probabilities(rows: Sequence[Row], image: Format = "svg") -> bytes:
 def answer_scatter(outcomes: Sequence[Outcome], image: Format = "svg") -> bytes:
     """The probability of each prompt's answer after its edit against before, on logarithmic scales.
 
-    For the edited prompts and rewordings the answer is the target, which shall rise; for the others it is the stored
-    answer, which shall stay on the diagonal. What is below 1e-8 is drawn there.
+    At edited prompts and paraphrases the answer is the target, which should rise; at the others it is the stored
+    answer, which should stay on the diagonal. Smaller probabilities than 1e-8 are drawn there.
 
     Args:
         outcomes: of all records.
@@ -211,7 +219,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], image: Format = "svg")
 
     Args:
         history: rows with ``step`` and any of ``loss``, ``edit``, ``KL``, ``success``, ``generalisation``,
-            ``locality``; the same with ``validation`` and a blank before the name are drawn as points.
+            ``locality``; names that begin with ``validation`` and a space are drawn as points.
         image: the format.
     """
     figure, (losses, scores) = panels(10.4, 3.4, 2)
@@ -259,7 +267,7 @@ def site_norms(norms: Mapping[str, float], image: Format = "svg") -> bytes:
 
 
 def _series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of the rows that have this name."""
+    """Steps and values of the rows that have this figure."""
     pairs = [(row["step"], row[name]) for row in history if row.get(name) is not None]
     return [float(x) for x, _ in pairs], [float(y) for _, y in pairs]
 
@@ -268,23 +276,8 @@ def _short(text: str) -> str:
     return text if len(text) <= _LABEL else text[: _LABEL - 1].rstrip() + "…"
 
 
-# --------------------
-# The report's plots of damage and of edits one after the other, as SVG or PNG bytes.
-
-_KL_FLOOR = 1e-6
-"""The smallest KL that is told apart, in nats."""
-_SERIES = (
-    ("right_after", "teacher_forced", "edit_success", "edit success right after the edit", SKY, "--"),
-    ("retained", "teacher_forced", "edit_success", "edit success, asked again", BLUE, "-"),
-    ("retained", "free_generation", "edit_success", "edit success, asked again, generated", BLUE, ":"),
-    ("retained", "teacher_forced", "generalisation", "generalisation, asked again", GREEN, "-"),
-    ("retained", "teacher_forced", "locality", "locality", ORANGE, "-"),
-)
-"""When it was asked, protocol, score, its name, colour, dashes."""
-
-
 def kl_histogram(evaluation: Evaluation, image: Format = "svg") -> bytes:
-    """How many locality prompts moved how far, on a logarithmic scale; the left bar holds all below 1e-6.
+    """The distribution of the KL at locality prompts, on a logarithmic scale; the left bar has all below 1e-6.
 
     Args:
         evaluation: the run.
@@ -293,7 +286,7 @@ def kl_histogram(evaluation: Evaluation, image: Format = "svg") -> bytes:
     groups = {
         "near neighbours": (ORANGE, _kl(evaluation, "neighbour")),
         "unrelated": (GREEN, _kl(evaluation, "unrelated")),
-        "with the fact told before": (SKY, _kl(evaluation, "told")),
+        "with the fact in context": (SKY, _kl(evaluation, "told")),
     }
     kept = {label: found for label, found in groups.items() if found[1]}
     top = max([0.0, *(max(values) for _, values in kept.values())])
@@ -319,7 +312,7 @@ def _kl(evaluation: Evaluation, kind: str) -> list[float]:
 
 
 def perplexity_curve(evaluation: Evaluation, image: Format = "svg") -> bytes:
-    """The perplexity of plain text after each edit, from the least to the greatest, beside the clean model's.
+    """The perplexity of plain text after each edit, in ascending order, and that of the clean model.
 
     Args:
         evaluation: the run.
@@ -347,7 +340,7 @@ def retention_curves(figures: Mapping[str, Any], image: Format = "svg") -> bytes
     """Scores on the left and perplexity on the right over the number of edits in the model.
 
     Args:
-        figures: what ``as_dict()`` of a sequence gives.
+        figures: ``as_dict()`` of a sequential evaluation.
         image: the format.
     """
     figure, (left, right) = panels(10.4, 3.6, 2)

@@ -35,7 +35,9 @@ NO_NUMBER = "no number"
 """Shown for a value that is infinite or NaN."""
 
 _LEFT = ("text", "verdict")
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~&]|(?<!\w)_|_(?!\w)")
 
 
@@ -207,18 +209,12 @@ def _interval(value: Any, kind: Kind, missing: str) -> tuple[str, str]:
 
 
 def printable(text: str) -> str:
-    """Text with its control characters shown and not sent: ESC becomes ``␛``; line breaks and tabs stay.
+    r"""Replace every character that could control a terminal by its escape, such as ``\x1b`` or ``\u202e``.
 
-    These are the C0 and C1 controls, the marks that reverse the direction of writing, line and paragraph separators,
-    and lone surrogates, which cannot be encoded.
+    These are the C0 and C1 controls except tab and line feed, the marks of the direction of writing, line and paragraph
+    separators, and lone surrogates, which cannot be encoded.
     """
-    return _CONTROL.sub(lambda found: _symbol(ord(found[0])), text)
-
-
-def _symbol(code: int) -> str:
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "\u2421" if code == 0x7F else f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def markdown_text(text: str) -> str:
