@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.layouts import SAMPLES
 from emendo.data import Probe, Record, read_records, write_records
 from emendo.data.records import RecordSet
 from emendo.errors import DataError, EmendoError, StorageError
@@ -19,27 +20,9 @@ GOOD: dict[str, Any] = {
     "target": "Rome",
     "paraphrases": ["France's capital is"],
 }
-COUNTERFACT: dict[str, Any] = {
-    "case_id": 7,
-    "prompt": "The mother tongue of Danielle is ",
-    "target_new": " English",
-    "subject": "Danielle",
-    "ground_truth": "French",
-    "rephrase_prompt": "Danielle speaks the language of ",
-    "locality_prompt": "Michel is a native speaker of",
-    "locality_ground_truth": "French",
-}
-ZSRE: dict[str, Any] = {
-    "subject": "WEFS",
-    "src": "When was WEFS established?",
-    "pred": "1998",
-    "rephrase": "When has WEFS been established?",
-    "alt": "1997",
-    "answers": ["1987", "1988"],
-    "loc": "nq question: who sang it",
-    "loc_ans": "Nobody",
-    "cond": "1998 >> 1997 || When was WEFS established?",
-}
+COUNTERFACT, ZSRE = (
+    {s.layout: s.raw for s in SAMPLES}[name] for name in ("CounterFact, one paraphrase", "zsRE")
+)
 
 
 def write(path: Path, *records: object, layout: str = "jsonl") -> Path:
@@ -56,45 +39,6 @@ def message(path: Path, **options: Any) -> str:
     with pytest.raises(DataError) as error:
         read_records(path, **options)
     return str(error.value)
-
-
-@pytest.mark.parametrize("layout", ["jsonl", "array"])
-def test_native(tmp_path: Path, layout: str) -> None:
-    raw = GOOD | {
-        "id": 3,
-        "subject": "France",
-        "relation": "capital",
-        "neighbours": [{"prompt": "The capital of Spain is ", "answer": " Madrid"}],
-        "unrelated": [{"prompt": "Two and two is", "answer": "four"}],
-        "answer": "Paris",
-        "note": "other keys are left alone",
-    }
-    record = read_records(write(tmp_path / "a.json", raw, layout=layout))[0]
-    assert record == Record(
-        "The capital of France is", "Rome", "France", "capital", "3", ("France's capital is",),
-        (Probe("The capital of Spain is", "Madrid"),), (Probe("Two and two is", "four"),), "Paris",
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("layout", ["jsonl", "array"])
-def test_counterfact(tmp_path: Path, layout: str) -> None:
-    record = read_records(write(tmp_path / "a.json", COUNTERFACT, layout=layout))[0]
-    assert record == Record(
-        "The mother tongue of Danielle is", "English", "Danielle", None, "7",
-        ("Danielle speaks the language of",), (Probe("Michel is a native speaker of", "French"),), (),
-        "French",
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("layout", ["jsonl", "array"])
-def test_zsre(tmp_path: Path, layout: str) -> None:
-    record = read_records(write(tmp_path / "a.json", ZSRE, layout=layout))[0]
-    assert record == Record(
-        "When was WEFS established?", "1997", "WEFS", paraphrases=("When has WEFS been established?",),
-        unrelated=(Probe("nq question: who sang it", "Nobody"),), answer="1987",
-    )  # fmt: skip
-    without = {key: value for key, value in ZSRE.items() if key != "answers"}
-    assert read_records(write(tmp_path / "b.json", without, layout=layout))[0].answer == "1998"
 
 
 def test_record_set(tmp_path: Path) -> None:
@@ -132,7 +76,7 @@ def test_line_separators_inside_texts_do_not_split_lines(tmp_path: Path) -> None
         ({"target": {}}, "field 'target': expected a non-empty text, found an object of length 0"),
         ({"subject": 1.5}, "field 'subject': expected a non-empty text, found the number 1.5"),
         ({"id": False}, "field 'id': expected a non-empty text, found the boolean false"),
-        ({"answer": " "}, "field 'answer': expected a non-empty text, found only whitespace"),
+        ({"answer": True}, "field 'answer': expected a text or a list of texts, found the boolean true"),
         (
             {"paraphrases": "one text"},
             "field 'paraphrases': expected a list of non-empty texts, found the text 'one text'",
@@ -169,12 +113,12 @@ def test_malformed_native_field(tmp_path: Path, change: dict[str, Any], expected
         ({"prompt": "a"}, "target", "expected a non-empty text, found nothing"),
         ({"target": "a"}, "prompt", "expected a non-empty text, found nothing"),
         (COUNTERFACT | {"target_new": ""}, "target_new", "expected a non-empty text, found an empty text"),
-        (COUNTERFACT | {"locality_ground_truth": None}, "locality_ground_truth", "expected a non-empty text"),
+        (COUNTERFACT | {"locality_prompt": 5}, "locality_prompt", "expected a non-empty text"),
         (COUNTERFACT | {"case_id": [1]}, "case_id", "expected a non-empty text, found a list of length 1"),
         (COUNTERFACT | {"rephrase_prompt": 3}, "rephrase_prompt", "expected a non-empty text, found the num"),
         (ZSRE | {"alt": " "}, "alt", "expected a non-empty text, found only whitespace"),
-        (ZSRE | {"answers": "1987"}, "answers", "expected a list of non-empty texts, found the text '1987'"),
-        (ZSRE | {"loc": None}, "loc", "expected a non-empty text, found null"),
+        (ZSRE | {"answers": [True]}, "answers", "expected a text or a list of texts, found the boolean true"),
+        (ZSRE | {"loc_ans": False}, "loc_ans", "expected a text or a list of texts, found the boolean false"),
     ],
 )
 def test_first_record_tells_the_layout_even_when_it_is_bad(

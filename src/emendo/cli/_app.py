@@ -18,6 +18,7 @@ from emendo.cli import (
     apply,
     checkout,
     compare,
+    data,
     demo,
     diff,
     doctor,
@@ -51,6 +52,7 @@ To keep many edits:     emendo apply, then emendo log, undo, revert and doctor
 
 MAKING = (
     demo,
+    data,
     train,
     edit,
     generate,

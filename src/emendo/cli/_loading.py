@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 
-from emendo.cli._console import note, status
+from emendo.cli._console import complain, note, status
 from emendo.cli._runs import editor_folder
 from emendo.cli._settings import RunSettings, editor_config, site_choice
-from emendo.data import Record, read_records
-from emendo.data.records import RecordSet
+from emendo.cli.data import unused_fields
+from emendo.data import Record, RecordSet, read_records
 from emendo.editors import EDITORS, Editor, editor_class
 from emendo.errors import DataError, RequestError
 from emendo.models.loading import BUILT_IN, LM, cache_folder, fastest_dtype, load
@@ -141,7 +142,7 @@ def read(
     skip_bad: bool = False,
     need_paraphrase: bool = True,
 ) -> RecordSet:
-    """Read records and say how many bad ones were left out.
+    """Read records, and note how many bad ones were left out, which fields are not read, and what is doubtful.
 
     Raises:
         DataError: see :func:`emendo.data.read_records`.
@@ -151,7 +152,12 @@ def read(
     )
     if bad := records.skipped:
         why = ", ".join(f"{count} {reason}" for reason, count in records.reasons.items())
-        note(f"{source}: {sum(records.reasons.values())} records were left out ({why}), the first: {bad[0]}")
+        left_out = sum(records.reasons.values())
+        note(escape(f"{source}: {left_out} records were left out ({why}), the first: {bad[0]}"))
+    if unused := unused_fields(records.unused):
+        note(escape(f"{source}: fields that are not read, with the number of records: {unused}."))
+    for warning in records.warnings:
+        complain(f"{source}: {warning}.", "Warning:")
     return records
 
 

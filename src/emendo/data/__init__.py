@@ -1,5 +1,14 @@
-"""Records to edit, train and measure with: from files, or from the built-in facts."""
+"""Records to edit, train and evaluate with, read from files or made from the built-in facts."""
 
-from emendo.data.records import Probe, Record, read_records, write_records
+from emendo.data.records import read_records, stream_records, write_records
+from emendo.data.schema import Consequence, Probe, Record, RecordSet
 
-__all__ = ["Probe", "Record", "read_records", "write_records"]
+__all__ = [
+    "Consequence",
+    "Probe",
+    "Record",
+    "RecordSet",
+    "read_records",
+    "stream_records",
+    "write_records",
+]

@@ -1,42 +1,45 @@
-"""Reads records from a file or from the built-in facts, and writes them as JSONL.
+"""Reading records from a file or from the built-in facts, and writing them as JSON Lines."""
 
-Five layouts are known, each as a JSON array or as JSONL: the native one (`native.py`), CounterFact
-(`counterfact.py`), zsRE as the MEND code reads it (`zsre.py`), MQuAKE (`mquake.py`) and RippleEdits
-(`ripple.py`). The keys of the first record tell which one a file has.
-"""
+from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO, overload
 
-from emendo.data import atlas, counterfact, mquake, native, ripple, zsre
-from emendo.data.schema import Fields, Probe, Problem, Record, RecordSet, count_reasons, describe
+import numpy as np
+
+from emendo.data import _reader, atlas
+from emendo.data._fields import describe
+from emendo.data._layouts import KNOWN, Layout, find_layout, prompt_field
+from emendo.data._reader import Raw
+from emendo.data.schema import Consequence, Probe, Problem, Record, RecordSet, count_reasons, printable
 from emendo.errors import DataError, StorageError
 
-__all__ = ["Probe", "Problem", "Record", "RecordSet", "read_records", "write_records"]
+__all__ = [
+    "Consequence",
+    "Probe",
+    "Problem",
+    "Record",
+    "RecordSet",
+    "RecordStream",
+    "read_records",
+    "stream_records",
+    "write_records",
+]
 
-_SHOWN = 10
+ATLAS = "atlas"
+"""The source that stands for the built-in facts."""
+LARGE_FILE = 1 << 25
+"""Bytes from which the records of a file stay in the file."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    keys: frozenset[str]  # any of these tells the layout
-    paraphrase: str  # the field that holds the paraphrases
-    to_record: Callable[[Fields], Record]
-
-
-_LAYOUTS = tuple(  # the native keys are the least telling ones, so they come last
-    _Layout(module.KEYS, module.PARAPHRASE, module.to_record)
-    for module in (counterfact, zsre, mquake, ripple, native)
-)
-_LAYOUT_HELP = (
-    "a record with the keys of a known layout: 'prompt' and 'target' (native), 'prompt' and 'target_new' "
-    "(CounterFact), 'src' and 'alt' (zsRE), 'requested_rewrite' (MQuAKE), or 'edit' and 'Compositionality_I' "
-    "(RippleEdits)"
-)
+_SHOWN = 10  # problems in an error message
+_MOST_PROBLEMS = 1000  # after which a file is given up, if its problems are an error
 
 
 def read_records(
@@ -47,44 +50,255 @@ def read_records(
     skip_bad: bool = False,
     need_paraphrase: bool = False,
 ) -> RecordSet:
-    """Reads the records of a file, or of the built-in facts.
+    """Read the records of a file, or of the built-in facts.
+
+    The whole file is checked, up to the limit. The records of a file above 32 MiB are not kept in memory but read
+    again whenever they are asked for, unless it is a table or one object of lists.
 
     Args:
-        source: "atlas" for the built-in facts, or the path of a JSON or JSONL file ("./atlas" for a file
-            of that name).
-        split: a part of the built-in facts ("train", "validation" or "test"); None for all of them.
-        limit: stop after this many records; what follows them in the file is not checked.
-        skip_bad: leave records with problems out and list the problems in `RecordSet.skipped`.
-        need_paraphrase: count a record without a paraphrase as a bad one.
+        source: ``"atlas"`` for the built-in facts, the path of a file (``"./atlas"`` for one of that name), or ``"-"``
+            for standard input.
+        split: a part of the built-in facts (``"train"``, ``"validation"`` or ``"test"``); None for all of them.
+        limit: stop after this many records; what follows them in the file is not read.
+        skip_bad: leave records with problems out and list the problems in ``RecordSet.skipped``.
+        need_paraphrase: whether a record without a paraphrase has a problem.
 
     Raises:
-        DataError: the file is missing, unreadable, empty or of an unknown layout, a record has a problem
-            (and `skip_bad` is off), no record is left, or `split` or `limit` makes no sense here.
+        DataError: the file is missing, unreadable, empty or of an unknown layout, a record has a problem and
+            ``skip_bad`` is off, no record is left, or ``split`` or ``limit`` makes no sense here.
+    """
+    stream = stream_records(
+        source, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=need_paraphrase
+    )
+    large = _is_large(source)
+    kept: list[Record] = []
+    starts = array("q")
+    for record in stream:
+        if large and stream.start >= 0:
+            starts.append(stream.start)
+        else:
+            kept.append(record)
+    records: Sequence[Record] = tuple(kept)
+    if starts and stream.layout is not None:
+        records = _RecordsOnDisk(Path(source), stream.layout, starts)
+    return RecordSet(
+        records,
+        tuple(stream.skipped),
+        str(source),
+        stream.layout_name,
+        stream.unused,
+        stream.warnings,
+        stream.lines,
+    )
+
+
+def stream_records(
+    source: str | Path,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    need_paraphrase: bool = False,
+) -> RecordStream:
+    """The records of a source one at a time, in flat memory; arguments and errors are those of :func:`read_records`.
+
+    Without ``skip_bad``, the first problem ends the records; the error comes when the rest of the file is checked.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; give a whole number from 1 up, or none to read everything")
-    if source == "atlas":
-        return RecordSet(atlas.load(split, limit), (), "atlas")
-    path = Path(source)
-    if split is not None:
+    if source != ATLAS and split is not None:
         raise DataError(
-            f"split {split!r} was asked of the file {path}, but only the built-in 'atlas' has splits; "
-            "leave it out and give the file that holds those records"
+            f"split {split!r} was asked of the file {source}, but only the built-in 'atlas' has splits; leave it out "
+            "and give the file that holds those records"
         )
-    records, problems = _read_file(path, limit, need_paraphrase)
-    if problems and not skip_bad:
-        raise DataError(_summary(path, problems))
-    if not records:
-        raise DataError(f"{_summary(path, problems)}\nno usable record is left")
-    return RecordSet(tuple(records), tuple(problems), str(path))
+    stream = RecordStream(source, limit, skip_bad, need_paraphrase)
+    if source == ATLAS:
+        stream.layout_name = "built-in facts"
+        stream.records = iter(atlas.load(split, limit))
+    return stream
+
+
+def _is_large(source: str | Path) -> bool:
+    try:
+        return str(source) != _reader.STDIN and Path(source).stat().st_size > LARGE_FILE
+    except (OSError, ValueError):
+        return False
+
+
+class RecordStream(Iterator[Record]):
+    """The records of a file; what is known about the file grows while they are read.
+
+    Attributes:
+        source: the path, or ``"atlas"``.
+        records: those that are still to come.
+        layout: of the file, by its first record.
+        layout_name: of the layout.
+        skipped: the problems of the records that were left out.
+        unused: fields that are not read, each with the number of records that have it.
+        lines: on which the records start.
+        start: the byte at which the latest record starts; -1 where it cannot be found by that.
+    """
+
+    def __init__(self, source: str | Path, limit: int | None, skip_bad: bool, need_paraphrase: bool) -> None:
+        self.source = source
+        self.layout: Layout | None = None
+        self.layout_name = ""
+        self.skipped: list[Problem] = []
+        self.unused: Counter[str] = Counter()
+        self.lines = array("Q")
+        self.start = -1
+        self._limit, self._skip_bad, self._need_paraphrase = limit, skip_bad, need_paraphrase
+        self._edits = (array("q"), array("q"))  # hashes of the prompts, and of the prompts with their targets
+        self._repeated: Counter[str] = Counter()
+        self._first_repeated = 0
+        self.records = self._read()
+
+    def __next__(self) -> Record:
+        return next(self.records)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is doubtful about the records read so far: repeated keys, repeated records and contradictions."""
+        found = []
+        if self._repeated:
+            keys, line = _listed(self._repeated), self._first_repeated
+            found.append(f"keys that one object has twice, of which the last counts: {keys}; see line {line}")
+        prompts, edits = (np.frombuffer(hashes, dtype=np.int64) for hashes in self._edits)
+        _, first = np.unique(edits, return_index=True)
+        if again := len(edits) - len(first):
+            repeats = np.delete(np.arange(len(edits)), first)
+            place = self._place(repeats[0])
+            found.append(
+                f"{again} of {len(edits)} records have the prompt and target of another; see {place}"
+            )
+        unlike, counts = np.unique(prompts[first], return_counts=True)
+        if several := int((counts > 1).sum()):
+            place = self._place(np.flatnonzero(np.isin(prompts, unlike[counts > 1]))[0])
+            found.append(
+                f"{several} prompt{'s have' if several > 1 else ' has'} several targets; see {place}"
+            )
+        return tuple(found)
+
+    def _place(self, index: int) -> str:
+        return f"record {index + 1} on line {self.lines[index]}"
+
+    def _read(self) -> Iterator[Record]:
+        with _reader.opened(self.source) as file:
+            count = 0
+            for raw in _reader.values(file, str(self.source), prompt_field):
+                record = self._record(raw)
+                if record is None:
+                    if not self._skip_bad and len(self.skipped) >= _MOST_PROBLEMS:
+                        break
+                    continue
+                count += 1
+                if not self.skipped or self._skip_bad:
+                    yield record
+                if count == self._limit:
+                    break
+        if self.skipped and not self._skip_bad:
+            raise DataError(_summary(str(self.source), self.skipped))
+        if self.skipped and not count:
+            raise DataError(f"{_summary(str(self.source), self.skipped)}\nno usable record is left")
+        if not count:
+            raise DataError(f"{self.source} holds no record")
+
+    def _record(self, raw: Raw) -> Record | None:
+        """The record of a value, or None after its problems were noted."""
+        name, value = str(self.source), raw.value
+        if isinstance(value, Problem):
+            self.skipped.append(value)
+            return None
+        if not isinstance(value, dict):
+            self.skipped.append(Problem(name, raw.line, "", "a JSON object", describe(value), item=raw.item))
+            return None
+        if self.layout is None:
+            self.layout = _layout(name, raw.line, value)
+            self.layout_name = self.layout.name
+        record, fields = self.layout.read(value, need_paraphrase=self._need_paraphrase)
+        if fields.problems:
+            self.skipped += [Problem(name, raw.line, *problem, raw.item) for problem in fields.problems]
+            return None
+        self.unused.update({printable(field) for field in fields.unused})
+        if raw.repeated:
+            self._first_repeated = self._first_repeated or raw.line
+            self._repeated.update({printable(key) for key in raw.repeated})
+        self.lines.append(raw.line)
+        self.start = raw.start
+        self._edits[0].append(hash(record.prompt))
+        self._edits[1].append(hash((record.prompt, record.target)))
+        return record
+
+
+def _layout(name: str, line: int, raw: dict[str, object]) -> Layout:
+    layout = find_layout(raw)
+    if layout is None:
+        keys = [repr(printable(key)) for key in list(raw)[:_SHOWN]]
+        found = f"the keys {', '.join(keys)}{', ...' * (len(raw) > _SHOWN)}" if raw else "an empty object"
+        raise DataError(str(Problem(name, line, "", KNOWN, found)))
+    return layout
+
+
+class _RecordsOnDisk(Sequence[Record]):
+    """The records of a file, read whenever they are asked for.
+
+    Args:
+        path: of the file, which was read before.
+        layout: of the file.
+        starts: the byte at which each record starts, in their order.
+    """
+
+    def __init__(self, path: Path, layout: Layout, starts: array[int]) -> None:
+        self._path, self._layout, self._starts = path, layout, starts
+        self._state = self._stat()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Record]:
+        starts = iter(self._starts)
+        start = next(starts, None)
+        self._check()
+        with _reader.opened(self._path) as file:
+            for raw in _reader.values(file, str(self._path), prompt_field):
+                if raw.start == start and isinstance(raw.value, dict):
+                    yield self._layout.read(raw.value)[0]
+                    if (start := next(starts, None)) is None:
+                        return
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Record, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Record | tuple[Record, ...]:
+        chosen = self._starts[index] if isinstance(index, slice) else [self._starts[index]]
+        self._check()
+        with _reader.opened(self._path) as file:
+            found = tuple(self._at(file, start) for start in chosen)
+        return found if isinstance(index, slice) else found[0]
+
+    def _at(self, file: BinaryIO, start: int) -> Record:
+        raw = _reader.value_at(file, str(self._path), start)
+        return self._layout.read(raw if isinstance(raw, dict) else {})[0]
+
+    def _stat(self) -> tuple[int, int]:
+        with _reader.opened(self._path) as file:
+            found = os.fstat(file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def _check(self) -> None:
+        if self._stat() != self._state:
+            raise DataError(f"{self._path} has changed since it was read; start again")
 
 
 def write_records(records: Iterable[Record], path: str | Path) -> None:
-    """Writes records in the native layout, one JSON object a line; empty fields are left out.
+    """Write records in emendo's own layout, one JSON object a line; empty fields are left out.
 
     Raises:
-        StorageError: the file cannot be written, or a text is not valid Unicode; an older file of that name
-            is then kept.
+        StorageError: the file cannot be written, or a text is not valid Unicode; an older file of that name is then
+            kept.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
@@ -100,111 +314,16 @@ def write_records(records: Iterable[Record], path: str | Path) -> None:
         raise StorageError(f"{path} cannot be written: {error}") from error
 
 
-def _read_file(path: Path, limit: int | None, need_paraphrase: bool) -> tuple[list[Record], list[Problem]]:
-    """The good records of a file, up to the limit, and every problem met on the way."""
-    records: list[Record] = []
-    problems: list[Problem] = []
-    layout: _Layout | None = None
-    for item, (line, raw) in enumerate(_raw_records(path, _read_text(path), problems), start=1):
-        if not isinstance(raw, dict):
-            problems.append(Problem(str(path), line, "", "a JSON object", describe(raw), item=item))
-            continue
-        layout = layout or _find_layout(path, line, raw)
-        fields = Fields(raw)
-        record = layout.to_record(fields)
-        if need_paraphrase and not record.paraphrases and not fields.notes:
-            fields.note(layout.paraphrase, "at least one paraphrase", "none")
-        problems.extend(Problem(str(path), line, *note, item) for note in fields.notes)
-        if not fields.notes:
-            records.append(record)
-        if limit is not None and len(records) == limit:
-            break
-    if not records and not problems:
-        raise DataError(f"{path} holds no record")
-    return records, problems
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} ({count} records)" for name, count in counts.most_common(_SHOWN))
 
 
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; give the path of a record file, or 'atlas'") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a UTF-8 text file (byte {error.start} is not valid)") from error
-    if not text.strip():
-        raise DataError(f"{path} is empty; a record file has one JSON object a line, or a JSON array of them")
-    return text
-
-
-def _find_layout(path: Path, line: int, raw: dict[str, object]) -> _Layout:
-    for layout in _LAYOUTS:
-        if layout.keys & raw.keys():
-            return layout
-    found = f"the keys {', '.join(map(repr, raw))}" if raw else "an empty object"
-    raise DataError(str(Problem(str(path), line, "", _LAYOUT_HELP, found)))
-
-
-def _raw_records(path: Path, text: str, problems: list[Problem]) -> Iterator[tuple[int, object]]:
-    """The JSON values of an array or of JSONL, each with the line on which it starts."""
-    if text.lstrip().startswith("["):
-        yield from _array(path, text)
-        return
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            raw = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "it cannot be parsed"
-            found = f"{content.strip()[:40]!r} ({reason})"
-            problems.append(Problem(str(path), line, "", "a line with one JSON object", found))
-        else:
-            yield line, raw
-
-
-def _array(path: Path, text: str) -> Iterator[tuple[int, object]]:
-    """The items of a JSON array; what follows a syntax error cannot be read, so that is always fatal."""
-    decoder = json.JSONDecoder()
-    position = _after_space(text, text.index("[") + 1)
-    line, counted = 1, 0
-    if text.startswith("]", position):
-        return
-    while True:
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            raw, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            at = error.pos if isinstance(error, json.JSONDecodeError) else position
-            raise _broken(path, text, at, "valid JSON") from error
-        yield line, raw
-        position = _after_space(text, position)
-        if text.startswith("]", position):
-            break
-        if not text.startswith(",", position):
-            raise _broken(path, text, position, "',' or ']' after a record")
-        position = _after_space(text, position + 1)
-    if text[position + 1 :].strip():
-        raise _broken(path, text, _after_space(text, position + 1), "nothing after the closing ']'")
-
-
-def _after_space(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _broken(path: Path, text: str, position: int, expected: str) -> DataError:
-    found = repr(text[position : position + 40]) if position < len(text) else "the end of the file"
-    return DataError(str(Problem(str(path), text.count("\n", 0, position) + 1, "", expected, found)))
-
-
-def _summary(path: Path, problems: list[Problem]) -> str:
+def _summary(name: str, problems: list[Problem]) -> str:
     """All problems of a file in one message."""
     reasons = count_reasons(problems)
     why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    lines = [f"{path}: {len(problems)} problem(s) in {sum(reasons.values())} record(s) ({why})"]
+    least = "at least " if len(problems) >= _MOST_PROBLEMS else ""
+    lines = [f"{name}: {least}{len(problems)} problem(s) in {sum(reasons.values())} record(s) ({why})"]
     lines += [f"  {problem}" for problem in problems[:_SHOWN]]
     if len(problems) > _SHOWN:
         lines.append(f"  and {len(problems) - _SHOWN} more")
