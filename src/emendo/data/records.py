@@ -219,10 +219,10 @@ class RecordStream(Iterator[Record]):
         if fields.problems:
             self.skipped += [Problem(name, raw.line, *problem, raw.item) for problem in fields.problems]
             return None
-        self.unused.update({printable(field) for field in fields.unused})
+        self.unused.update(dict.fromkeys(map(printable, fields.unused), 1))
         if raw.repeated:
             self._first_repeated = self._first_repeated or raw.line
-            self._repeated.update({printable(key) for key in raw.repeated})
+            self._repeated.update(dict.fromkeys(map(printable, raw.repeated), 1))
         self.lines.append(raw.line)
         self.start = raw.start
         self._edits[0].append(hash(record.prompt))
