@@ -1,4 +1,4 @@
-"""From text to an edit: how long, and where the time goes, beside one pass of the model.
+"""The time from text to edit and of each of its parts, compared with one pass of the model.
 
 The editor is untrained, which takes the same time. ``64 facts`` is one call of ``editor.edit`` for all of them.
 """
@@ -34,7 +34,7 @@ def forward(lm: LM, prompt: str, target: str, backward: bool) -> None:
 
 
 def phases(lm: LM, editor: Mend, prompt: str, target: str) -> dict[str, Callable[[], Any]]:
-    """The parts of an edit, each from what the part before it gave."""
+    """The steps of making an edit, each on the result of the one before."""
     trunk = Trunk(lm.model, editor.sites)
     texts = editor.texts(lm, _requests([(prompt, target)]))
     hidden = trunk.run(collate(texts))

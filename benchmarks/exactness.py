@@ -1,6 +1,6 @@
-"""How exact an edit is where it goes: attached and taken off, merged, and exported to PEFT; how large it is, how fast.
+"""The exactness of an edit that is attached and detached, merged, and exported to PEFT; its size and speed.
 
-``--edit FOLDER`` measures an edit of your own (``emendo edit --out FOLDER``); by default one is made by fine-tuning.
+``--edit FOLDER`` measures your own edit (``emendo edit --out FOLDER``); by default LoRA and fine-tuning make one each.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from emendo.editors.ft import FineTuning
 from emendo.editors.lora import Lora
-from emendo.edits.edit import Edit
-from emendo.edits.peft import prove, to_peft
+from emendo.edits import Edit, prove, to_peft
 from emendo.models import loading as models
 from emendo.models.lm import LM
 from emendo.models.sites import find_sites
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if dtype == DTYPES[0]:
                 sizes.append((name, *_size(lm, edit, options)))
     table(
-        f"Exactness ({TIMES:,} times attached and taken off)",
+        f"Exactness ({TIMES:,} times attached and detached)",
         (
             "edit, model",
             "bits changed",
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     table(
         "Size and time",
-        ("edit", "rank", "on disk, KB", "compacted to 1%: rank", "on disk, KB", "attached and taken off, ms"),
+        ("edit", "rank", "on disk, KB", "compacted to 1%: rank", "on disk, KB", "attached and detached, ms"),
         sizes,
     )
 

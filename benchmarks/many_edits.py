@@ -1,7 +1,7 @@
-"""What is left of single edits that are put into one model: added up, and fused.
+"""The effect of single edits combined in one model: added up, and fused.
 
-Every edit is made from the clean model. Success and rewordings are scored on the facts whose edits are in the model,
-locality on the first neighbour of each of ``--facts`` records, all teacher forced; perplexity is of plain passages.
+Every edit is made from the clean model. Edit success and generalisation are scored on the facts whose edits are in the
+model, locality on the first neighbour of each of ``--facts`` records, all teacher forced; perplexity on plain passages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from emendo import Edit, Editor, fuse
 from emendo.data.abilities import PASSAGES
 from emendo.editors import editor_class
-from emendo.edits.edit import compose
+from emendo.edits import compose
 from emendo.models.lm import LM
 from emendo.models.loading import cache_folder
 from emendo.models.losses import token_nll
@@ -27,32 +27,32 @@ from emendo.models.text import Text
 from emendo.models.tokenization import passage_texts, to_texts
 
 TOKENS = 48
-"""Of a passage, at most."""
+"""The longest passage."""
 
 
-class Judge:
-    """Asks a model, as it is now."""
+class Scores:
+    """Scores a model in its present state."""
 
     def __init__(self, lm: LM, probes: Sequence[tuple[str, str]]) -> None:
         self.lm, self.texts = lm, to_texts(lm, probes)
         self.passages = passage_texts(lm, PASSAGES, TOKENS)
-        self.clean = self._said(self.texts)
+        self.clean = self._answers(self.texts)
 
     def right(self, pairs: Sequence[tuple[str, str]]) -> float:
         """The share of pairs whose whole answer is the most likely one."""
         texts = to_texts(self.lm, pairs)
-        said = self._said(texts)
+        answers = self._answers(texts)
         return sum(
-            bool((own == torch.tensor(text.labels)).all()) for own, text in zip(said, texts, strict=True)
+            bool((own == torch.tensor(text.labels)).all()) for own, text in zip(answers, texts, strict=True)
         ) / len(texts)
 
     def kept(self) -> float:
-        """The share of probes whose answer's tokens are all what they were."""
-        now = self._said(self.texts)
+        """The share of probes whose answer keeps all its tokens."""
+        now = self._answers(self.texts)
         return sum(bool((a == b).all()) for a, b in zip(self.clean, now, strict=True)) / len(now)
 
     def perplexity(self) -> float:
-        """Of the passages, over all their tokens."""
+        """The perplexity of the passages, over all their tokens."""
         lost = [
             token_nll(logits.cpu(), torch.tensor(text.labels))
             for text, logits in zip(self.passages, self.lm.logits(self.passages), strict=True)
@@ -60,7 +60,7 @@ class Judge:
         nll = float(torch.cat(lost).mean())
         return math.exp(nll) if nll < 700 else math.inf
 
-    def _said(self, texts: Sequence[Text]) -> list[Tensor]:
+    def _answers(self, texts: Sequence[Text]) -> list[Tensor]:
         return [logits.argmax(-1).cpu() for logits in self.lm.logits(texts)]
 
 
@@ -81,39 +81,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
         editor = editor_class(options.editor)(find_sites(lm.model))
     records = facts(options, max(options.facts, *options.counts))
     edits = [editor.edit(lm, record.prompt, record.target) for record in records[: max(options.counts)]]
-    judge = Judge(
+    scores = Scores(
         lm,
         [(r.neighbours[0].prompt, r.neighbours[0].answer) for r in records[: options.facts] if r.neighbours],
     )
     folder = cache_folder() / "written"
-    told = [record.paraphrases[:1] for record in records]
-    ways: dict[str, Callable[[Sequence[Edit]], Edit]] = {"added up": compose}
+    paraphrases = [record.paraphrases[:1] for record in records]
+    methods: dict[str, Callable[[Sequence[Edit]], Edit]] = {"added up": compose}
     for keep in options.keep:
-        ways[f"fused, keep {keep:g}"] = lambda own, keep=keep: fuse(lm, own, keep=keep, folder=folder)
-        ways[f"fused and told the rewordings, keep {keep:g}"] = lambda own, keep=keep: fuse(
-            lm, own, rewordings=told[: len(own)], keep=keep, folder=folder
+        methods[f"fused, keep {keep:g}"] = lambda own, keep=keep: fuse(lm, own, keep=keep, folder=folder)
+        methods[f"fused with paraphrases, keep {keep:g}"] = lambda own, keep=keep: fuse(
+            lm, own, paraphrases=paraphrases[: len(own)], keep=keep, folder=folder
         )
     rows = []
     for count in options.counts:
         own = records[:count]
-        for name, way in ways.items():
+        for name, combine in methods.items():
             before = time.perf_counter()
-            edit = way(edits[:count])
+            edit = combine(edits[:count])
             seconds = time.perf_counter() - before
             with edit.applied(lm):
                 rows.append(
                     (
                         count,
                         name,
-                        judge.right([(r.prompt, r.target) for r in own]),
-                        judge.right([(r.paraphrases[0], r.target) for r in own if r.paraphrases]),
-                        judge.kept(),
-                        judge.perplexity(),
+                        scores.right([(r.prompt, r.target) for r in own]),
+                        scores.right([(r.paraphrases[0], r.target) for r in own if r.paraphrases]),
+                        scores.kept(),
+                        scores.perplexity(),
                         seconds,
                     )
                 )
-    head = ("edits", "how", "success", "rewordings", "locality", "perplexity", "seconds")
-    table(f"Edits of {options.editor} in one model; clean perplexity {judge.perplexity():.1f}", head, rows)
+    head = ("edits", "method", "success", "generalisation", "locality", "perplexity", "seconds")
+    table(f"Edits of {options.editor} in one model; clean perplexity {scores.perplexity():.1f}", head, rows)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ class LowRank:
         return self.left.shape[-1]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_in, d_out)`` of the matrix that is changed."""
+        return self.right.shape[-1], self.left.shape[-2]
+
+    @property
     def batched(self) -> bool:
         """Whether there is one change for each of several examples."""
         return self.left.dim() == 3

@@ -176,8 +176,8 @@ def test_fuse_puts_edits_into_one(
     other, out = tmp_path / "other", tmp_path / "fused"
     emendo_command("edit", "--editor", trained, "The capital of Gude is", "Lima", "--out", other)
     said = emendo_command("fuse", edit_folder, other, "--out", out, "--keep", "5")
-    assert f"2 edits in one of rank {Edit.from_pretrained(out).rank}, saved in {out}." in said.out
-    assert "of 2 facts have their answer" in said.out
+    assert f"Fused 2 edits into one of rank {Edit.from_pretrained(out).rank}, saved in {out}." in said.out
+    assert "of 2 facts have their new answer" in said.out
     parts = [Edit.from_pretrained(folder) for folder in (edit_folder, other)]
     expected = fuse(load(model), parts, keep=5.0)
     for name, delta in Edit.from_pretrained(out).deltas.items():
@@ -207,7 +207,7 @@ def test_fuse_edits_the_facts_of_a_file(
     lm, editor = load(model), Editor.from_pretrained(trained / "editor")
     told = read_records(facts, limit=3).records
     parts = [editor.edit(lm, record.prompt, record.target) for record in told]
-    expected = fuse(lm, parts, rewordings=[record.paraphrases for record in told])
+    expected = fuse(lm, parts, paraphrases=[record.paraphrases for record in told])
     found = Edit.from_pretrained(out)
     for name, delta in expected.deltas.items():
         torch.testing.assert_close(found.deltas[name].dense(), delta.dense(), rtol=1e-4, atol=1e-5)

@@ -37,7 +37,7 @@ def test_from_the_edit_to_its_use(emendo_command: Emendo, model: Path, tmp_path:
     command = ("edit", "--editor", name, "--model", model, *settings(name), PROMPT, "Oslo")
     said = emendo_command(*command, "--neighbour", "The capital of Gude is", "--out", out).out
     assert "P(Oslo)" in said and f"Saved in {out}" in said
-    weights = editor_class(name).changes_weights
+    weights = editor_class(name).makes.changes_weights
     assert ("||dW||/||W||" in said) == weights
     edit, lm = read_edit(out), load(model)
     assert isinstance(edit, Edit) == weights
@@ -69,7 +69,7 @@ def test_evaluate(emendo_command: Emendo, model: Path, facts: Path, name: str) -
     )
     said = emendo_command(*command, *settings(name), "--json").json
     assert said["protocol"]["editor"] == name
-    assert (said["rank"] > 0) == editor_class(name).changes_weights
+    assert (said["rank"] > 0) == editor_class(name).makes.changes_weights
 
 
 def test_settings_reach_the_method(emendo_command: Emendo, model: Path, facts: Path, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_it_makes_an_edit_that_says_where_it_comes_from(ready: Ready) -> None:
     assert origin.settings == asdict(editor.config)
     assert origin.requests == (ready.facts[0],)
     assert datetime.fromisoformat(origin.date).tzinfo is not None
-    if editor.changes_weights:
+    if editor.makes.changes_weights:
         assert isinstance(edit, Edit)
         assert list(edit.deltas) == [site.name for site in editor.sites]
         assert all(d.left.isfinite().all() and d.right.isfinite().all() for d in edit.deltas.values())
@@ -164,7 +164,7 @@ def test_several_facts_make_one_edit(ready: Ready) -> None:
 
 
 def test_separate_edits_in_one_batch_are_those_made_alone(ready: Ready) -> None:
-    if not ready.editor.changes_weights:
+    if not ready.editor.makes.changes_weights:
         with pytest.raises(RequestError, match="changes no weights"):
             ready.editor.each(ready.lm, ready.facts)
         return

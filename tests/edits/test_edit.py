@@ -1,9 +1,10 @@
-"""Edits: attached and taken off, saved and loaded, refused where they do not belong."""
+"""Edits: attached and detached, saved and loaded, refused by other models."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from torch import Tensor
 from cases import unchanged
 from damage import Damage, cut, drop_tensor, full_disk, remove, rewrite, without
 from emendo.editors import read_edit
-from emendo.edits.edit import Edit, Origin, Request, compose, diff
+from emendo.edits import Edit, Origin, Request, compose, conflicts, diff
+from emendo.edits.base import _packed
 from emendo.errors import MismatchError, RequestError, StorageError
 from emendo.low_rank import LowRank
 from emendo.models.lm import LM
@@ -52,7 +54,7 @@ def lm(request: pytest.FixtureRequest) -> LM:
     return chosen
 
 
-# ----------------------------------------------------------------------------- attached and taken off
+# ----------------------------------------------------------------------------- attached and detached
 
 
 def test_applied_for_the_length_of_a_block(lm: LM) -> None:
@@ -69,7 +71,7 @@ def test_applied_for_the_length_of_a_block(lm: LM) -> None:
     assert torch.equal(logits(lm), before)
 
 
-def test_taken_off_after_an_exception(lm: LM) -> None:
+def test_detached_after_an_exception(lm: LM) -> None:
     def use_and_fail() -> None:
         logits(lm)
         raise ZeroDivisionError
@@ -92,7 +94,7 @@ def test_attached_until_detached(lm: LM) -> None:
         assert torch.equal(logits(lm), before)
 
 
-def test_two_edits_at_once_come_off_in_any_order(lm: LM) -> None:
+def test_two_edits_can_be_detached_in_any_order(lm: LM) -> None:
     before = logits(lm)
     first, second = make_edit(lm), make_edit(lm)
     with second.applied(lm):
@@ -203,7 +205,7 @@ def test_a_full_disk_leaves_the_previous_edit(
 
 
 def origin(**changes: Any) -> Damage:
-    """Damage where the edit came from."""
+    """Damage to the origin of an edit."""
     return rewrite("edit.json", lambda head: {**head, "origin": {**head["origin"], **changes}})
 
 
@@ -221,6 +223,9 @@ DAMAGES: dict[str, Damage] = {
     "origin is a text": rewrite("edit.json", lambda head: {**head, "origin": "somewhere"}),
     "requests are numbers": origin(requests=[1]),
     "an unknown field": origin(colour="red"),
+    "nested 100,000 deep": lambda folder: (folder / "edit.json").write_text("[" * 100_000) and None,
+    "an integer of 5,000 digits": lambda folder: (folder / "edit.json").write_text("1" * 5_000) and None,
+    "half of a surrogate pair": rewrite("edit.json", lambda head: {**head, "card": {"a": "\ud800"}}),
 }
 
 
@@ -262,6 +267,13 @@ def test_an_edit_of_the_first_format_had_no_checksum(tiny_llama: LM, tmp_path: P
     assert Edit.from_pretrained(tmp_path / "edit").origin == edit.origin
 
 
+def test_the_first_format_is_no_way_around_the_checksum(tiny_llama: LM, tmp_path: Path) -> None:
+    make_edit(tiny_llama).save_pretrained(tmp_path / "edit")
+    rewrite("edit.json", lambda head: {**head, "format": 1})(tmp_path / "edit")
+    with pytest.raises(StorageError, match="format 1"):
+        Edit.from_pretrained(tmp_path / "edit")
+
+
 def test_as_bytes_and_back(tiny_llama: LM, tmp_path: Path) -> None:
     edit = make_edit(tiny_llama)
     data = edit.to_bytes()
@@ -299,7 +311,7 @@ def test_to_the_hub_and_back(tiny_llama: LM, tmp_path: Path, monkeypatch: pytest
     assert edit.push_to_hub("user/an-edit", private=True, token="t") == "https://hub/user/an-edit"
     assert calls == [("token", "t"), ("user/an-edit", True, True)]
     assert Edit.from_pretrained("user/an-edit").digest == read_edit("user/an-edit").digest == edit.digest
-    assert (tmp_path / "user/an-edit/README.md").read_text().startswith("---\nlibrary_name:")
+    assert (tmp_path / "user/an-edit/README.md").read_text().startswith("---\nbase_model: tiny-llama\n")
 
 
 def test_a_hub_that_cannot_be_reached_is_said(tiny_llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,6 +324,119 @@ def test_a_hub_that_cannot_be_reached_is_said(tiny_llama: LM, monkeypatch: pytes
         Edit.from_pretrained("user/nothing")
     with pytest.raises(StorageError, match="Cannot write to user/nothing"):
         make_edit(tiny_llama).push_to_hub("user/nothing")
+
+
+def resigned(change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> Damage:
+    """Change the content of an edit, and give it a checksum that fits."""
+
+    def damage(folder: Path) -> None:
+        head, tensors = files.read_json(folder / "edit.json"), files.read_tensors(folder / "edit.safetensors")
+        del head["checksum"]
+        change(head, tensors)
+        files.write_tensors(folder / "edit.safetensors", tensors)
+        checksum = hashlib.sha256(_packed(head, tensors)).hexdigest()
+        files.write_json(folder / "edit.json", {**head, "checksum": checksum})
+
+    return damage
+
+
+NAME = "model.layers.3.mlp.down_proj"
+
+
+def tensors(**new: Tensor | None) -> Damage:
+    """Other factors at one matrix; None removes one."""
+
+    def change(head: dict[str, Any], old: dict[str, Tensor]) -> None:
+        old |= {f"{NAME}.{side}": tensor for side, tensor in new.items() if tensor is not None}
+        for side, tensor in new.items():
+            if tensor is None:
+                del old[f"{NAME}.{side}"]
+
+    return resigned(change)
+
+
+def head(**new: Any) -> Damage:
+    return resigned(lambda head, _: head.update(new))
+
+
+BAD: dict[str, Damage] = {
+    "only a right factor": tensors(left=None),
+    "only a left factor": tensors(right=None),
+    "1-D": tensors(left=torch.zeros(32)),
+    "3-D": tensors(left=torch.zeros(2, 32, 2), right=torch.zeros(2, 2, 48)),
+    "ranks that differ": tensors(left=torch.zeros(32, 3)),
+    "rank 0": tensors(left=torch.zeros(32, 0), right=torch.zeros(0, 48)),
+    "whole numbers": tensors(
+        left=torch.ones(32, 2, dtype=torch.int8), right=torch.ones(2, 48, dtype=torch.int8)
+    ),
+    "NaN": tensors(left=torch.full((32, 2), float("nan"))),
+    "infinity": tensors(right=torch.full((2, 48), float("inf"))),
+    "a tensor that is no factor": tensors(bias=torch.zeros(32)),
+    "a card that is a list": head(card=[]),
+    "a card with a wrong factor": head(card={"scaled_by": "x"}),
+    "another kind": head(kind="cache"),
+    "a kind that is a list": head(kind=[]),
+    "format true": head(format=True),
+    "an origin without a date": resigned(lambda head, _: head["origin"].pop("date")),
+    "settings that are a text": resigned(lambda head, _: head["origin"].update(settings="x")),
+    "a model that is a number": resigned(lambda head, _: head["origin"].update(model=3)),
+    "upon numbers": resigned(lambda head, _: head["origin"].update(upon=[1])),
+    "an empty prompt": resigned(
+        lambda head, _: head["origin"].update(requests=[{"prompt": "", "target": "a"}])
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", BAD.values(), ids=BAD.keys())
+def test_bad_content_with_a_valid_checksum_is_named(tiny_llama: LM, tmp_path: Path, damage: Damage) -> None:
+    make_edit(tiny_llama).save_pretrained(tmp_path / "edit")
+    resigned(lambda head, tensors: None)(tmp_path / "edit")
+    Edit.from_pretrained(tmp_path / "edit")
+    damage(tmp_path / "edit")
+    with pytest.raises(StorageError) as error:
+        Edit.from_pretrained(tmp_path / "edit")
+    assert str(tmp_path / "edit") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [("model.layers.9.mlp.up_proj", (48, 32), "does not have"), (NAME, (48, 32), "32 x 48")],
+)
+def test_an_edit_that_does_not_fit_the_matrices_is_refused(
+    tiny_llama: LM, name: str, shape: tuple[int, int], words: str
+) -> None:
+    good = make_edit(tiny_llama)
+    edit = dataclasses.replace(
+        good, deltas={**good.deltas, name: LowRank(torch.ones(shape[0], 1), torch.ones(1, shape[1]))}
+    )
+    for use in (edit.attach, edit.merge_, edit.check):
+        with pytest.raises(MismatchError, match=words):
+            use(tiny_llama)
+
+
+def test_an_edit_with_nan_is_neither_saved_nor_merged(tiny_llama: LM, tmp_path: Path) -> None:
+    edit = make_edit(tiny_llama).scale(float("nan"))
+    with pytest.raises(RequestError, match="NaN or infinite"):
+        edit.save_pretrained(tmp_path / "edit")
+    with pytest.raises(RequestError, match="NaN or infinite"):
+        edit.merge_(tiny_llama)
+    assert not (tmp_path / "edit").exists()
+
+
+def test_a_request_is_text() -> None:
+    with pytest.raises(RequestError, match="not valid Unicode"):
+        Request("a\ud800", "b")
+
+
+def test_facts_that_are_edited_twice(tiny_llama: LM) -> None:
+    def edit(*pairs: tuple[str, str]) -> Edit:
+        made = make_edit(tiny_llama)
+        requests = tuple(Request(*pair) for pair in pairs)
+        return dataclasses.replace(made, origin=dataclasses.replace(made.origin, requests=requests))
+
+    edits = [edit(("A is", "x"), ("B is", "y")), edit(("A  is ", "z")), edit(("C is", "y"))]
+    assert conflicts(edits) == {"A is": ("x", "z")}
+    assert conflicts(edits[1:]) == {}
 
 
 # ------------------------------------------------------------------------------- values that are computed with
@@ -327,7 +452,7 @@ def test_attached_and_detached_a_thousand_times(dtype: torch.dtype, lm: LM) -> N
         assert torch.equal(logits(model), before)
 
 
-def test_composed_edits_do_what_they_do_together(lm: LM) -> None:
+def test_a_composed_edit_has_the_effect_of_its_parts(lm: LM) -> None:
     edits = [make_edit(lm) for _ in range(3)]
     last = find_sites(lm.model)[-1].name
     edits[1] = dataclasses.replace(edits[1], deltas={last: edits[1].deltas[last]})
@@ -364,7 +489,7 @@ def test_scaled(lm: LM) -> None:
     assert torch.equal(nothing, logits(lm))
 
 
-def test_compacted_it_says_what_was_lost(lm: LM) -> None:
+def test_a_compacted_edit_states_its_error(lm: LM) -> None:
     whole = compose([make_edit(lm) for _ in range(3)])
     lost = size = 0.0
     small = whole.compact(rank=2)
@@ -378,7 +503,7 @@ def test_compacted_it_says_what_was_lost(lm: LM) -> None:
     assert small.card["compacted"]["rank"] == small.rank == 2
     assert small.card["compacted"]["worst_site_error"] >= small.card["compacted"]["error"]
     exact = compose([whole, whole]).compact()
-    assert exact.rank == 6  # what is there twice is found
+    assert exact.rank == 6  # shared directions are stored once
     assert exact.card["compacted"]["error"] < 1e-5
     assert max(whole.compact(tolerance=0.5).ranks.values()) < 6
     for wrong in ({"rank": 0}, {"tolerance": -1.0}):
@@ -414,7 +539,7 @@ def test_merged_and_restored(dtype: torch.dtype, lm: LM) -> None:
 
 
 def test_many_edits_cost_no_more_than_the_matrix(lm: LM) -> None:
-    """The factors of many edits are multiplied out: one product a matrix, and the same answer."""
+    """The factors of many edits are multiplied out: one product for each matrix, with the same result."""
     edits = [make_edit(lm) for _ in range(40)]  # rank 80 in matrices of 32 x 48
     whole = compose(edits)
     with whole.applied(lm):

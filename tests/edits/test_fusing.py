@@ -1,4 +1,4 @@
-"""Edits fused by least squares against dense matrices, one text at a time."""
+"""Fused edits against the least-squares solution with dense matrices, one text at a time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cases import build_lm, unchanged
 from emendo.data import atlas
-from emendo.edits.edit import Edit, Origin, Request, compose
-from emendo.edits.fusing import fuse
+from emendo.edits import Edit, Origin, Request, compose, fuse
 from emendo.errors import MismatchError, RequestError
 from emendo.low_rank import LowRank
 from emendo.models._sampling import own_passages
@@ -61,7 +60,7 @@ def make_edits(lm: LM) -> list[Edit]:
 
 @torch.no_grad()
 def rows(lm: LM, ids: Sequence[int], site: Site, start: int, changes: dict[str, Tensor]) -> Tensor:
-    """What a text sends through a matrix of a model with changed weights; in the last block where it answers."""
+    """The inputs of a matrix at a text, with changed weights; in the last block those that lead to the answer."""
     model = copy.deepcopy(lm.model)
     for other in find_sites(model, last=2):
         if other.name in changes:
@@ -141,7 +140,7 @@ def test_the_more_is_kept_the_less_running_text_moves(lm: LM) -> None:
     assert moved[0] > moved[1] > 10 * moved[2]
 
 
-def test_neither_order_nor_company_of_copies_matters() -> None:
+def test_neither_order_nor_copies_matter() -> None:
     lm = build_lm("llama", torch.float64)
     edits = make_edits(lm)
     once = fuse(lm, edits, keep=1.0, passages=RUNNING)
@@ -152,7 +151,7 @@ def test_neither_order_nor_company_of_copies_matters() -> None:
             torch.testing.assert_close(same.deltas[name].dense(), delta.dense(), rtol=1e-5, atol=1e-8)
 
 
-def test_without_passages_it_is_what_the_model_writes_and_built_in_facts() -> None:
+def test_default_passages_are_generated_text_and_built_in_facts() -> None:
     lm = build_lm("llama")
     sites = find_sites(lm.model, last=1)
     edits = [
@@ -169,18 +168,21 @@ def test_without_passages_it_is_what_the_model_writes_and_built_in_facts() -> No
     assert [r.prompt for r in fused.origin.requests] == [prompt for prompt, _ in FACTS]
 
 
-def test_rewordings_are_more_texts_of_an_edit(lm: LM) -> None:
+def test_paraphrases_are_more_texts_of_an_edit(lm: LM) -> None:
     edits = [one_edit(lm, fact, find_sites(lm.model, last=1)) for fact in FACTS[:2]]
-    reworded = ("What is the capital of Fosoba?", FACTS[0][1])
-    wanted = answers(lm, edits[0], reworded)
-    moved = (wanted - answers(lm, None, reworded)).norm()
-    told = fuse(lm, edits, rewordings=[[reworded[0]], []], keep=0.0, passages=RUNNING)
-    assert (answers(lm, told, reworded) - wanted).norm() < 0.02 * moved
+    paraphrase = ("What is the capital of Fosoba?", FACTS[0][1])
+    wanted = answers(lm, edits[0], paraphrase)
+    moved = (wanted - answers(lm, None, paraphrase)).norm()
+    told = fuse(lm, edits, paraphrases=[[paraphrase[0]], []], keep=0.0, passages=RUNNING)
+    assert (answers(lm, told, paraphrase) - wanted).norm() < 0.02 * moved
+    with pytest.warns(DeprecationWarning, match="paraphrases"):
+        old = fuse(lm, edits, rewordings=[[paraphrase[0]], []], keep=0.0, passages=RUNNING)
+    assert all(torch.equal(delta.left, old.deltas[name].left) for name, delta in told.deltas.items())
     untold = fuse(lm, edits, keep=0.0, passages=RUNNING)
-    assert (answers(lm, untold, reworded) - wanted).norm() > 0.1 * moved
+    assert (answers(lm, untold, paraphrase) - wanted).norm() > 0.1 * moved
 
 
-def test_refuses_what_cannot_be_fused() -> None:
+def test_what_cannot_be_fused() -> None:
     lm = build_lm("llama", torch.float64)
     edit = one_edit(lm, FACTS[0], find_sites(lm.model))
     with pytest.raises(RequestError, match="nothing to compose"):
@@ -189,11 +191,14 @@ def test_refuses_what_cannot_be_fused() -> None:
         fuse(lm, [edit], keep=-1.0)
     with pytest.raises(RequestError, match="no passage of at least two tokens"):
         fuse(lm, [edit], passages=["a"])
-    with pytest.raises(RequestError, match="1 edits, but rewordings of 2"):
-        fuse(lm, [edit], rewordings=[[], []], passages=RUNNING)
+    with pytest.raises(RequestError, match="1 edits, but paraphrases for 2"):
+        fuse(lm, [edit], paraphrases=[[], []], passages=RUNNING)
     silent = dataclasses.replace(edit, origin=dataclasses.replace(edit.origin, requests=()))
-    with pytest.raises(RequestError, match="does not say what it was asked for"):
+    with pytest.raises(RequestError, match="has no requests"):
         fuse(lm, [edit, silent], passages=RUNNING)
+    broken = dataclasses.replace(edit, deltas={n: d.scale(float("nan")) for n, d in edit.deltas.items()})
+    with pytest.raises(RequestError, match="NaN"):
+        fuse(lm, [broken], passages=RUNNING)
     stranger = dataclasses.replace(edit, origin=dataclasses.replace(edit.origin, fingerprint="other"))
     with pytest.raises(MismatchError):
         fuse(lm, [stranger], passages=RUNNING)

@@ -10,8 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from cases import build_lm, records, unchanged
-from emendo.edits.edit import Edit, Origin, Request
-from emendo.edits.peft import from_peft, prove, to_merged, to_peft
+from emendo.edits import Edit, Origin, Request, from_peft, prove, to_merged, to_peft
 from emendo.errors import MismatchError, RequestError, StorageError
 from emendo.low_rank import LowRank
 from emendo.models.lm import LM

@@ -86,7 +86,7 @@ class Oracle(Editor):
 
     name = "oracle"
     Config = dict
-    changes_weights = False
+    makes = Known
 
     def __init__(self, subjects: dict[str, str]) -> None:
         super().__init__(())

@@ -1,4 +1,4 @@
-"""Making one edit and looking at what it does: what `emendo edit` and `emendo demo` share."""
+"""Making one edit and measuring its effect, for `emendo edit` and `emendo demo`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from statistics import fmean
 
 from emendo.cli._tables import rows_as_dicts
 from emendo.editors import Editor
-from emendo.edits.edit import BaseEdit, Edit, Request
+from emendo.edits import BaseEdit, Request
 from emendo.evaluate import Question, Row, before_after
+from emendo.evaluate.results import finite
 from emendo.models.lm import LM
 
 UNRELATED = (
@@ -16,13 +17,13 @@ UNRELATED = (
     "The chemical symbol of oxygen is",
     "The author of Romeo and Juliet is William",
 )
-"""Prompts that no usual edit should touch."""
+"""Prompts whose answers no usual edit should change."""
 
 
 def make_edit(
-    lm: LM, editor: Editor, request: Request, asked: Sequence[Question]
+    lm: LM, editor: Editor, request: Request, questions: Sequence[Question]
 ) -> tuple[BaseEdit, list[Row]]:
-    """An edit with its figures in its card, and what the model answers before and after.
+    """An edit with its figures in its card, and the model's answers before and after it.
 
     Where no weights change, the edit's rank and norm are 0.
 
@@ -31,16 +32,14 @@ def make_edit(
         MismatchError: the editor was trained for another model.
     """
     edit = editor.edit(lm, [request])
-    rows = before_after(lm, edit, asked, host=editor.host(lm))
-    rank, norms = 0, [0.0]
-    if isinstance(edit, Edit):
-        rank, norms = edit.rank, list(edit.relative_norms(editor.host(lm)).values())
+    host = editor.host(lm)
+    rows = before_after(lm, edit, questions, host=host)
     card = {
         "target_before": rows[0].target_before,
         "target_after": rows[0].target_after,
         "reached": rows[0].reached,
-        "rank": rank,
-        "relative_norm": fmean(norms),
+        "rank": edit.rank,
+        "relative_norm": finite(fmean(edit.relative_norms(host).values() or [0.0])),
         "rows": rows_as_dicts(rows),
     }
     return edit.with_card(card), rows

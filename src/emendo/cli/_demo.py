@@ -21,7 +21,7 @@ from emendo.cli._tables import evaluation as print_evaluation
 from emendo.data import Probe, Record
 from emendo.data.abilities import PASSAGES
 from emendo.editors import Editor
-from emendo.edits.edit import BaseEdit, Edit, Request
+from emendo.edits import BaseEdit, Request
 from emendo.evaluate import Evaluation, Question, Row, evaluate, questions
 from emendo.evaluate.damage import Damage
 from emendo.models.lm import LM
@@ -114,7 +114,7 @@ def _report(
         evaluation=evaluation,
         edit=edit,
         rows=rows,
-        norms=edit.relative_norms(lm) if isinstance(edit, Edit) else None,
+        norms=edit.relative_norms(lm) or None,
         history=read_json(run.folder / "history.json"),
     )
 

@@ -16,7 +16,7 @@ from emendo.cli._progress import show_progress
 from emendo.data import Record
 from emendo.data.abilities import OPENINGS, PASSAGES, abilities
 from emendo.editors import Editor
-from emendo.edits.edit import Request
+from emendo.edits import Request, weight_norm
 from emendo.errors import RequestError
 from emendo.evaluate import Evaluation, evaluate
 from emendo.evaluate.damage import Damage
@@ -284,7 +284,7 @@ class Guarding:
                 f"{editor.name} trains the model itself; --guard watches the clean one: leave it out."
             )
         self.lm, self.limits = lm, limits or Limits()
-        self.size = {site.name: float(site.weight(lm.model).double().norm()) for site in editor.sites}
+        self.size = {site.name: weight_norm(site.module(lm.model), site.shape) for site in editor.sites}
         self.probes = ProbeRunner(lm, Probes())
         self.clean = self.now = self.probes.run()
         self.prompts: list[str] = []

@@ -122,14 +122,14 @@ def _untrained(
             f"The {name} editor must be trained first: emendo train --editor {name}{where} --out runs/{name}. Then "
             f"give its folder: --editor runs/{name}."
         )
-    if not kind.changes_weights and (method.sites or method.last is not None):
+    if not kind.makes.changes_weights and (method.sites or method.last is not None):
         raise RequestError(
             f"--sites and --last choose weight matrices, but {name} changes none: leave them out."
         )
     config = editor_config(name, method.settings or ())
     lm = load_model(model or next(iter(BUILT_IN)), dtype, device, chat=chat)
     sites: tuple[Site, ...] = ()
-    if kind.changes_weights:
+    if kind.makes.changes_weights:
         sites = find_sites(lm.model, site_choice(method.sites or ["mlp"]), last=method.last)
     return lm, kind(sites, config).eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -11,11 +12,11 @@ from emendo.cli import _ledger as keep
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, note, output
 
-HELP = """Make one edit: after PROMPT the model shall say TARGET.
+HELP = """Make one edit: the model's answer to PROMPT becomes TARGET.
 
-Shows the likeliest answers before and after, and saves the edit. The model itself is not changed; the edit is a
-small folder of its own that can be applied and taken off. With --apply it is made upon the edits that are active in the
-model's ledger, and goes there if the guard lets it.
+Prints the most likely answers before and after, and saves the edit. The model itself does not change; the edit is a
+small folder that can be applied and removed. With --apply it is made upon the active edits of the model's ledger, and
+applied there unless the guard refuses it.
 
 \b
 Examples:
@@ -25,14 +26,16 @@ Examples:
 """
 
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="The text before the answer.")]
-Target = Annotated[str, typer.Argument(metavar="TARGET", help="What the model shall say after it.")]
+Target = Annotated[str, typer.Argument(metavar="TARGET", help="The new answer.")]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", metavar="FOLDER", help="Where to save the edit.  [default: it is only shown]"),
+    typer.Option("--out", metavar="FOLDER", help="Where to save the edit.  [default: not saved]"),
 ]
 Paraphrases = Annotated[
     list[str] | None,
-    typer.Option("--paraphrase", metavar="TEXT", help="A rewording of PROMPT to show too (may be repeated)."),
+    typer.Option(
+        "--paraphrase", metavar="TEXT", help="A paraphrase of PROMPT to show too (may be repeated)."
+    ),
 ]
 Neighbours = Annotated[
     list[str] | None,
@@ -44,7 +47,7 @@ Neighbours = Annotated[
 ]
 
 
-Apply = Annotated[bool, typer.Option("--apply", help="Put the edit into the model's ledger.")]
+Apply = Annotated[bool, typer.Option("--apply", help="Apply the edit to the model's ledger.")]
 
 
 def run(
@@ -76,7 +79,8 @@ def run(
     from emendo.cli._runs import refuse_occupied
     from emendo.cli._tables import before_after, rows_as_dicts
     from emendo.cli.apply import applied_as_values, print_applied
-    from emendo.edits.edit import Edit, Request
+    from emendo.edits import Request
+    from emendo.edits.edit import as_weights
     from emendo.errors import RequestError
     from emendo.evaluate import Question
 
@@ -85,25 +89,26 @@ def run(
     if out is not None:
         refuse_occupied(out, "edit.json", overwrite=overwrite)
     request = Request(prompt, target)
-    asked = [Question("edit", prompt)]
-    asked += [Question("paraphrase", text) for text in paraphrase or []]
-    asked += [Question("neighbour", text) for text in neighbour or []]
-    asked += [Question("unrelated", text) for text in UNRELATED]
+    questions = [Question("edit", prompt)]
+    questions += [Question("paraphrase", text) for text in paraphrase or []]
+    questions += [Question("neighbour", text) for text in neighbour or []]
+    questions += [Question("unrelated", text) for text in UNRELATED]
     lm, maker = load_editor(editor, model, dtype, device, MethodOptions(settings, sites, last), chat)
     if apply and maker.host(lm) is not lm:
         raise RequestError(f"--apply: {maker.name} edits a model that it trained itself, not {lm.name}.")
     work = keep.open_workspace(lm, ledger, create=True) if apply else None
     head = work.ledger.head if work else None
     with work.applied(head.id) if work and head else nullcontext():
-        edit, rows = make_edit(lm, maker, request, asked)
-    if work and head and isinstance(edit, Edit):
-        edit = work.upon(edit, head)
+        edit, rows = make_edit(lm, maker, request, questions)
+    if work and head:
+        edit = work.upon(as_weights(edit, "A ledger stores changes of weights"), head)
     if out is not None:
         edit.save_pretrained(out, overwrite=overwrite)
     if not as_json:
         before_after(rows)
-        if isinstance(edit, Edit):
-            norm = f"{edit.card['relative_norm']:.2%}"
+        if edit.rank:
+            size = edit.card["relative_norm"]
+            norm = "infinite" if size is None else f"{size:.2%}"
             output().print(f"rank {edit.rank}, ||dW||/||W|| {norm} on average over the sites")
     step = work.apply(edit, paraphrases=paraphrase or (), force=force, note=reason) if work else None
     if as_json:
@@ -125,9 +130,11 @@ def run(
     elif out is None:
         note("The edit was not saved; give --out FOLDER to keep it.")
     if out is not None:
-        host = "" if maker.host(lm) is lm else f" --editor {editor}"
+        command = ["emendo", "generate", "--edit", str(out)]
+        command += [] if edit.fits(lm) else ["--editor", editor]
+        command += ["--", prompt] if prompt.startswith("-") else [prompt]
         output().print(
-            f'Saved in {out}. Try it: emendo generate --edit {out}{host} "{prompt}"',
+            f"Saved in {out}. Try it: {shlex.join(command)}",
             soft_wrap=True,
             markup=False,
         )

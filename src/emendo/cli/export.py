@@ -11,13 +11,13 @@ from emendo.cli import _ledger as keep
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, note, output
 
-HELP = """Write an edit in a form that others serve: a PEFT LoRA adapter, or a whole checkpoint with the edit merged in.
+HELP = """Export an edit for other software: as a PEFT LoRA adapter, or as a whole checkpoint with the edit merged in.
 
-Without an EDIT it is the working model that is written: all active edits of the model's ledger.
+Without EDIT, all active edits of the model's ledger are exported together.
 
-An adapter is exact, unless --max-rank cuts its rank (servers cap it: vLLM at 16 by default); the error is stated. Where
-PEFT is installed the adapter is loaded back and its logits are compared with the edit's. A merge loses what the
-number format of the weights cannot hold, and says how much.
+An adapter is exact unless --max-rank cuts its rank (servers limit it: vLLM to 16 by default); the error is printed.
+Where PEFT is installed the adapter is loaded back and compared with the edit. A merge loses what the number format of
+the weights cannot hold; the loss is printed.
 
 \b
 Examples:
@@ -70,12 +70,12 @@ def run(
         change = Edit.from_pretrained(edit)
         lm = load_model(model or change.origin.model, dtype, device)
     else:
-        keep.find_ledger(model or opt.MODEL, ledger)  # before the model is loaded for nothing
+        keep.find_ledger(model or opt.MODEL, ledger)  # fails before the model is loaded
         lm = load_model(model or opt.MODEL, dtype, device)
         active = keep.open_workspace(lm, ledger).composed()
         if active is None:
-            raise RequestError(f"No edit of {lm.name} is active: there is nothing to export.")
-        change = active.compact()  # what is there twice is there once; nothing is lost
+            raise RequestError(f"No edit of {lm.name} is active, so there is nothing to export.")
+        change = active.compact()  # without loss: shared directions are stored once
     if to == "merged":
         merged = to_merged(change, lm, out, overwrite=overwrite)
         _show({"out": str(out), "form": to, "dtype": dtype, "merge_loss": merged.loss}, as_json)

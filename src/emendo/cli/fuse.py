@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from emendo.cli import _options as opt
-from emendo.cli._console import emit, output
+from emendo.cli._console import emit, note, output
 
 if TYPE_CHECKING:
-    from emendo.edits.edit import Edit
+    from emendo.edits import Edit
     from emendo.models.loading import LM
 
-HELP = """Put many edits into one that still does what each of them does.
+HELP = """Solve for one edit that has the effect of many.
 
-Edits that are applied one upon the other add up, and with them what they share: a handful may ruin a model that each of
+Edits that are applied together add up, and so does what they have in common: a handful may ruin a model that each of
 them leaves intact. Fused edits are solved for together instead, so that every fact keeps its answer and running text
-stays as it is. It takes seconds, needs no training, and the order does not matter: to take an edit out again, fuse the
+does not change. This takes seconds and needs no training, and the order does not matter: to remove an edit, fuse the
 others. The result is an edit like any other. With --data the edits are made from a file of facts first, each from the
-clean model, and are held to the file's rewordings too.
+clean model, and they keep their effect at the file's paraphrases too.
 
 \b
 Examples:
@@ -34,7 +34,9 @@ Edits = Annotated[
 ]
 Maker = Annotated[
     str | None,
-    typer.Option("--editor", metavar="EDITOR", help="What makes the edits of --data, as in emendo edit."),
+    typer.Option(
+        "--editor", metavar="EDITOR", help="The editor that edits the facts of --data, as in emendo edit."
+    ),
 ]
 Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Facts to edit: records, or atlas.")]
 Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N of them.")]
@@ -44,7 +46,7 @@ Keep = Annotated[
     typer.Option(
         "--keep",
         metavar="X",
-        help="Weight of running text: more keeps the rest better and the facts less well.",
+        help="Weight of running text: more preserves the rest better and the facts less well.",
     ),
 ]
 Text = Annotated[
@@ -52,7 +54,7 @@ Text = Annotated[
     typer.Option(
         "--text",
         metavar="FILE",
-        help="Plain text, a paragraph a line, that must stay as it is.  [default: what the model writes by itself, and "
+        help="Plain text that must not change, a paragraph a line.  [default: text that the model generates, and "
         "built-in facts]",
     ),
 ]
@@ -76,22 +78,23 @@ def run(
     """Fuse edits."""
     from emendo.cli._loading import passages
     from emendo.cli._runs import refuse_occupied
-    from emendo.edits.edit import compose
-    from emendo.edits.fusing import fuse
+    from emendo.edits import compose, conflicts, fuse
     from emendo.ledger.guard import targets_reached
     from emendo.models.loading import cache_folder
 
     refuse_occupied(out, "edit.json", overwrite=overwrite)
     running = passages(text)
-    lm, parts, rewordings = _parts(edits or [], editor, data, limit, model, dtype, device)
+    lm, parts, paraphrases = _parts(edits or [], editor, data, limit, model, dtype, device)
+    for prompt, targets in conflicts(parts).items():
+        note(f"{prompt!r} is edited {len(targets)} times, to {', '.join(map(repr, targets))}.")
     fused = fuse(
-        lm, parts, rewordings=rewordings, keep=keep, passages=running, folder=cache_folder() / "written"
+        lm, parts, paraphrases=paraphrases, keep=keep, passages=running, folder=cache_folder() / "written"
     )
     fused.save_pretrained(out, overwrite=overwrite)
     pairs = [(request.prompt, request.target) for request in fused.origin.requests]
     found = []
-    for change in (fused, compose(parts)):
-        with change.applied(lm.reading(chat=fused.origin.chat)) as edited:
+    for edit in (fused, compose(parts)):
+        with edit.applied(lm.reading(chat=fused.origin.chat)) as edited:
             found.append(sum(targets_reached(edited, pairs)))
     if as_json:
         emit(
@@ -105,8 +108,8 @@ def run(
         )
         return
     output().print(
-        f"{len(parts)} edits in one of rank {fused.rank}, saved in {out}. {found[0]} of {len(pairs)} facts have their "
-        f"answer; {found[1]} where the edits are added up.",
+        f"Fused {len(parts)} edits into one of rank {fused.rank}, saved in {out}. {found[0]} of {len(pairs)} facts "
+        f"have their new answer, against {found[1]} where the edits are added up.",
         soft_wrap=True,
     )
 
@@ -120,14 +123,15 @@ def _parts(
     dtype: str,
     device: str | None,
 ) -> tuple[LM, list[Edit], list[tuple[str, ...]]]:
-    """The model, the edits, and the rewordings of each where a file has them."""
+    """The model, the edits, and the paraphrases of each where a file has them."""
     from emendo.cli._loading import load_editor, load_model, read
-    from emendo.edits.edit import Edit
+    from emendo.edits import Edit
+    from emendo.edits.edit import as_weights
     from emendo.errors import RequestError
 
     if data is None:
         if not folders or editor is not None or limit is not None:
-            raise RequestError("Give edits, or facts with --data and what edits them with --editor.")
+            raise RequestError("Give edits, or facts with --data and an editor for them with --editor.")
         parts = [Edit.from_pretrained(folder) for folder in folders]
         return load_model(model or parts[0].origin.model, dtype, device), parts, []
     if folders or editor is None:
@@ -135,6 +139,5 @@ def _parts(
     records = read(data, split="test" if data == "atlas" else None, limit=limit, need_paraphrase=False)
     lm, maker = load_editor(editor, model, dtype, device)
     made = [maker.edit(lm, record.prompt, record.target) for record in records]
-    if not all(isinstance(edit, Edit) for edit in made):
-        raise RequestError(f"{maker.name} changes no weights, so there is nothing to fuse.")
-    return lm, cast("list[Edit]", made), [record.paraphrases for record in records]
+    parts = [as_weights(edit, "Only changes of weights can be fused") for edit in made]
+    return lm, parts, [record.paraphrases for record in records]

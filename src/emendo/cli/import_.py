@@ -10,7 +10,7 @@ import typer
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output
 
-HELP = """Read a PEFT LoRA adapter as an edit, to look at, compare and combine it like any other.
+HELP = """Import a PEFT LoRA adapter as an edit, to inspect, compare and combine it like any other.
 
 \b
 Example:
@@ -32,7 +32,7 @@ def run(
 ) -> None:
     """Import an adapter."""
     from emendo.cli._loading import load_model
-    from emendo.edits.peft import from_peft
+    from emendo.edits import from_peft
 
     edit = from_peft(adapter, load_model(model, dtype, device))
     edit.save_pretrained(out, overwrite=overwrite)
@@ -40,6 +40,6 @@ def run(
         emit({"out": str(out), "rank": edit.rank, "matrices": list(edit.deltas)})
         return
     output().print(
-        f"An edit of rank {edit.rank} at {len(edit.deltas)} matrices of {model}, saved in {out}.",
+        f"Imported an edit of rank {edit.rank} at {len(edit.deltas)} matrices of {model}, saved in {out}.",
         soft_wrap=True,
     )

@@ -55,10 +55,8 @@ class Editor(nn.Module):
     Config: ClassVar[type[Any]]
     needs_training: ClassVar[bool] = True
     """Whether it must be trained before it can edit."""
-    changes_weights: ClassVar[bool] = True
-    """Whether its edits are changes of weights; else :meth:`each` and :meth:`together` do not exist."""
     makes: ClassVar[type[BaseEdit]] = Edit
-    """The kind of its edits."""
+    """The class of its edits; where they change no weights, :meth:`each` and :meth:`together` do not exist."""
 
     def __init__(self, sites: tuple[Site, ...], config: Any = None, fingerprint: str = "") -> None:
         super().__init__()

@@ -179,7 +179,6 @@ class Cache(Editor):
     Config = CacheConfig
     config: CacheConfig
     needs_training = False
-    changes_weights = False
     makes = CacheEdit
 
     def edit(

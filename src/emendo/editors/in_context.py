@@ -163,7 +163,6 @@ class InContext(Editor):
     Config = InContextConfig
     config: InContextConfig
     needs_training = False
-    changes_weights = False
     makes = ContextEdit
 
     def edit(

@@ -1,1 +1,34 @@
-"""Edits as values: low-rank changes of a few matrices that are applied, saved, merged, fused and exported."""
+"""Edits as values: low-rank changes of a few matrices that are applied, saved, merged, fused and exported.
+
+:func:`emendo.editors.read_edit` reads an edit of any kind from its folder.
+"""
+
+from emendo.edits._provenance import Origin, Request
+from emendo.edits._weights import Merged, merge, weight_norm
+from emendo.edits.base import BaseEdit
+from emendo.edits.edit import Attachment, Edit, as_weights, compose, conflicts, diff
+from emendo.edits.fusing import fuse
+from emendo.edits.peft import Adapter, from_peft, prove, to_merged, to_peft
+from emendo.edits.per_request import applied_to_rows
+
+__all__ = [
+    "Adapter",
+    "Attachment",
+    "BaseEdit",
+    "Edit",
+    "Merged",
+    "Origin",
+    "Request",
+    "applied_to_rows",
+    "as_weights",
+    "compose",
+    "conflicts",
+    "diff",
+    "from_peft",
+    "fuse",
+    "merge",
+    "prove",
+    "to_merged",
+    "to_peft",
+    "weight_norm",
+]

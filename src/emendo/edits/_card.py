@@ -1,110 +1,127 @@
-"""The card of an edit: what was changed, why, by what, and with what measured side effects, as Markdown."""
+"""The card of an edit as Markdown: the requests, the method, and the measured side effects."""
 
 from __future__ import annotations
 
-import json
+import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from emendo.edits.provenance import Origin
+from huggingface_hub import ModelCardData
 
-_ASKED = 50
-"""Requests that a card lists."""
+from emendo.edits._provenance import Origin
+
+_LISTED = 50
+"""The most requests that a card lists."""
+
+_USE = """\
+## Use
+
+```python
+import emendo
+from emendo.editors import read_edit
+
+lm = emendo.load("BASE MODEL"{chat})
+edit = read_edit("THIS FOLDER")
+with edit.applied(lm) as edited:
+    print(edited.generate("PROMPT"))
+```
+
+`emendo export` makes a PEFT adapter or a merged checkpoint from it."""
 
 
 def card_of(
     origin: Origin, card: Mapping[str, Any], *, library: str = "emendo", notes: Sequence[str] = ()
 ) -> str:
-    """A model card with its metadata.
+    """A model card with its metadata. Text from data is escaped, so that it adds no markup.
 
     Args:
         origin: of the edit.
         card: its figures.
-        library: what loads it.
+        library: the library that loads it.
         notes: further paragraphs.
     """
-    about = {"library_name": library, "base_model": origin.model, "tags": ["model-editing", "emendo"]}
-    if library == "peft":
-        about["tags"] = [*about["tags"], "lora"]
+    tags = ["model-editing", "emendo", *(["lora"] if library == "peft" else [])]
+    data = ModelCardData(library_name=library, base_model=plain(origin.model), tags=tags)
     parts = [
-        "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in about.items()) + "---",
-        f"# An edit of {origin.model}",
-        _asked(origin),
+        f"---\n{data.to_yaml()}\n---",
+        f"# An edit of {markdown(origin.model)}",
+        _requests(origin),
         _made(origin),
         _figures(card),
         _answers(card),
         *notes,
-        _use(origin) if library == "emendo" else "",
+        _USE.format(chat=", chat=True" if origin.chat else "") if library == "emendo" else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _asked(origin: Origin) -> str:
-    """What the model shall say."""
-    rows = [f"| {_cell(r.prompt)} | {_cell(r.target)} |" for r in origin.requests[:_ASKED]]
+def plain(text: str) -> str:
+    """One line of text without control characters, white space as single spaces."""
+    return "".join(
+        char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split())
+    )
+
+
+def markdown(text: Any) -> str:
+    """Any value as one line of Markdown that shows it literally: no markup, HTML, images or table cells from data."""
+    return re.sub(r"([\\`*_\[\]|!~$])", r"\\\1", html.escape(plain(str(text)), quote=False))
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _requests(origin: Origin) -> str:
+    rows = [(markdown(r.prompt), markdown(r.target)) for r in origin.requests[:_LISTED]]
     if not rows:
         return ""
-    more = len(origin.requests) - len(rows)
-    table = "\n".join(["| after | the model shall say |", "| --- | --- |", *rows])
+    table, more = _table(("prompt", "target"), rows), len(origin.requests) - len(rows)
     return f"{table}\n\nand {more} more, listed in `edit.json`." if more else table
 
 
 def _made(origin: Origin) -> str:
-    """By what and for which weights."""
-    settings = ", ".join(f"{key} = {value}" for key, value in origin.settings.items())
+    settings = ", ".join(f"{markdown(key)} = {markdown(value)}" for key, value in origin.settings.items())
+    fingerprint = re.sub("[^0-9a-z]", "", origin.fingerprint)
     upon = f", upon {len(origin.upon)} earlier edit(s)" if origin.upon else ""
     return (
-        f"Made by the method `{origin.editor}` of emendo {origin.version} on {origin.date}{upon}, for the weights with "
-        f"fingerprint `{origin.fingerprint}`. It belongs to them alone."
+        f"Made by the method {markdown(origin.editor)} of emendo {markdown(origin.version)} on "
+        f"{markdown(origin.date)}{upon}, for the weights with fingerprint `{fingerprint}`. "
+        "It fits no other weights."
         + (f" Settings: {settings}." if settings else "")
         + (" The prompts were put into the model's chat template." if origin.chat else "")
     )
 
 
 def _figures(card: Mapping[str, Any]) -> str:
-    """The card's numbers, whoever put them there."""
-    numbers = {
-        key: value
+    """The numbers of the card."""
+    rows = [
+        (markdown(key.replace("_", " ")), _number(value))
         for key, value in card.items()
-        if isinstance(value, bool | int | float | str) and not isinstance(value, str)
-    }
-    if not numbers:
-        return "Nothing was measured."
-    rows = [f"| {_cell(key.replace('_', ' '))} | {_number(value)} |" for key, value in numbers.items()]
-    return "\n".join(["## Measured", "", "| figure | value |", "| --- | --- |", *rows])
+        if isinstance(value, bool | int | float)
+    ]
+    return "## Measured\n\n" + _table(("figure", "value"), rows) if rows else "Nothing was measured."
 
 
 def _answers(card: Mapping[str, Any]) -> str:
-    """What the model answers before and after, edited prompts and others."""
-    rows = [
-        f"| {_cell(row['kind'])} | {_cell(row['prompt'])} | {_first(row['before'])} | {_first(row['after'])} |"
-        for row in card.get("rows", ())
-    ]
-    if not rows:
+    """The model's answers before and after the edit, to edited prompts and others."""
+    try:
+        rows = [
+            (markdown(row["kind"]), markdown(row["prompt"]), _first(row["before"]), _first(row["after"]))
+            for row in card.get("rows", ())
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError):  # a card is free to hold other rows
         return ""
-    return "\n".join(["## Answers", "", "| | prompt | before | after |", "| --- | --- | --- | --- |", *rows])
+    return "## Answers\n\n" + _table(("", "prompt", "before", "after"), rows) if rows else ""
 
 
 def _first(answers: Sequence[Mapping[str, Any]]) -> str:
-    """The likeliest answer with its probability."""
-    return f"{_cell(str(answers[0]['text']))} ({answers[0]['probability']:.1%})" if answers else ""
+    """The most likely answer with its probability."""
+    return f"{markdown(answers[0]['text'])} ({answers[0]['probability']:.1%})" if answers else ""
 
 
 def _number(value: float) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value) if isinstance(value, int) else f"{value:.4g}"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _use(origin: Origin) -> str:
-    chat = ", chat=True" if origin.chat else ""
-    return (
-        "## Use\n\n```python\nimport emendo\nfrom emendo.editors import read_edit\n\n"
-        f'lm = emendo.load("BASE MODEL"{chat})\nedit = read_edit("THIS FOLDER")\nwith edit.applied(lm) as edited:\n'
-        '    print(edited.generate("PROMPT"))\n```\n\n'
-        "`emendo export` makes a PEFT adapter or a merged checkpoint of it."
-    )

@@ -1,13 +1,14 @@
-"""What an edit of any kind offers, and how it is kept.
+"""The interface of an edit of any kind, and its storage.
 
-A kind says how it is applied and what is to be kept. Kept as a folder (``edit.safetensors``, ``edit.json`` and a card
-for people) or as bytes, an edit carries the checksum of all that it is: damage is named when it is read.
+An edit is stored as a folder (``edit.safetensors``, ``edit.json`` and a card, ``README.md``) or as bytes. Both carry a
+checksum over the whole content, so that damage is detected when the edit is read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -21,70 +22,102 @@ from torch import Tensor, nn
 
 from emendo._storage import folder_of, new_folder, read_json, read_tensors, upload, write_json, write_tensors
 from emendo.edits._card import card_of
-from emendo.edits.provenance import Origin
-from emendo.errors import MismatchError, StorageError
+from emendo.edits._provenance import Origin
+from emendo.errors import MismatchError, RequestError, StorageError
 from emendo.models._fingerprint import fingerprint
 from emendo.models.lm import LM
 
-FORMAT = 2  # 1 had no checksum
+FORMAT = 2
 WEIGHTS = "weights"
-"""The kind of edits that change weights; files of the first format do not name it."""
+"""The kind of edits that change weights."""
+_FIRST_FORMAT = {"format", "origin", "card"}
+"""The fields of format 1, which had neither kinds nor a checksum."""
 
 
 class BaseEdit(ABC):
-    """What an edit of any kind offers. Immutable; the model is never changed by it.
+    """An edit of any kind. It is immutable and never changes the model.
 
-    A kind says how it is :meth:`applied` and what is to be kept (:meth:`_content`, :meth:`_restored`); saving and
-    reading come with it.
+    A kind implements :meth:`applied`, and :meth:`_content` with :meth:`_restored` for storage.
 
     Attributes:
-        kind: what ``edit.json`` calls edits of this kind.
-        origin: what made it, for which model, from which request.
-        card: figures about the edit that whoever made it wants to keep, as JSON values.
+        kind: the name of this kind in ``edit.json``.
+        changes_weights: whether edits of this kind are changes of weight matrices.
+        origin: the method, the model and the requests.
+        card: figures about the edit, as JSON values.
     """
 
     kind: ClassVar[str]
+    changes_weights: ClassVar[bool] = False
     origin: Origin
     card: Mapping[str, Any]
 
     @abstractmethod
     def applied(self, model: LM) -> AbstractContextManager[LM]:
-        """The edited model for the length of a ``with`` block; the model itself is afterwards as it was.
+        """The edited model for the length of a ``with`` block. The model itself stays as it is.
 
         Raises:
-            MismatchError: the model is not the one that the edit was made for.
+            MismatchError: the edit belongs to another model.
         """
 
     @abstractmethod
     def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values from which :meth:`_restored` makes the edit again."""
+        """The tensors and JSON values from which :meth:`_restored` makes the edit again."""
 
     @classmethod
     @abstractmethod
     def _restored(
         cls, tensors: dict[str, Tensor], values: Any, origin: Origin, card: Mapping[str, Any]
     ) -> Self:
-        """The edit of what :meth:`_content` gave."""
-
-    def with_card(self, card: Mapping[str, Any]) -> Self:
-        """The same edit with other figures."""
-        return replace(self, card=card)  # type: ignore[type-var]  # every kind is a dataclass
-
-    def check(self, model: nn.Module | LM) -> None:
-        """Make sure that the edit was made for this model.
+        """The inverse of :meth:`_content`.
 
         Raises:
-            MismatchError: it was made for another one.
+            KeyError, TypeError, ValueError: the content is not that of an edit.
         """
-        found = model.fingerprint if isinstance(model, LM) else fingerprint(model)
-        if found != self.origin.fingerprint:
+
+    @property
+    def rank(self) -> int:
+        """The highest rank among the changed matrices; 0 where no weights change."""
+        return 0
+
+    def relative_norms(self, model: nn.Module | LM) -> dict[str, float]:
+        """``||dW|| / ||W||`` (Frobenius) of each changed matrix; empty where no weights change."""
+        return {}
+
+    def with_card(self, card: Mapping[str, Any]) -> Self:
+        """The same edit with another card."""
+        return replace(self, card=card)  # type: ignore[type-var]  # every kind is a dataclass
+
+    def fits(self, model: nn.Module | LM) -> bool:
+        """Whether the edit belongs to this model."""
+        return _fingerprint(model) == self.origin.fingerprint
+
+    def check(self, model: nn.Module | LM) -> None:
+        """Make sure that the edit belongs to this model.
+
+        Raises:
+            MismatchError: it belongs to another one.
+        """
+        if not self.fits(model):
             raise MismatchError(
                 f"This edit was made for {self.origin.model!r} with fingerprint {self.origin.fingerprint}, but "
-                f"the model at hand has fingerprint {found}. Load the model that the edit was made for."
+                f"this model has fingerprint {_fingerprint(model)}. Load the model that the edit was made for."
             )
 
+    def check_numbers(self) -> None:
+        """Make sure that every number of the edit is finite.
+
+        Raises:
+            RequestError: a tensor holds NaN or infinity.
+        """
+        for name, tensor in self._content()[0].items():
+            if not bool(tensor.isfinite().all()):
+                raise RequestError(
+                    f"The edit holds NaN or infinite numbers at {name}, so it would destroy every answer. Make it "
+                    "again with another editor or other settings."
+                )
+
     def _parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The head and the tensors, as they are kept."""
+        """The head and the tensors, as they are stored."""
         tensors, values = self._content()
         head = {
             "format": FORMAT,
@@ -97,53 +130,54 @@ class BaseEdit(ABC):
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of :meth:`to_bytes`: two edits with the same digest are the same in every bit."""
+        """The SHA-256 of :meth:`to_bytes`: edits with the same digest are equal in every bit."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """The whole edit as a safetensors file, its head in the file's metadata."""
+        """The whole edit as a safetensors file, with its head in the metadata."""
         return _packed(*self._parts())
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """The edit that :meth:`to_bytes` gave.
+        """The inverse of :meth:`to_bytes`.
 
         Raises:
-            StorageError: the bytes are damaged, from a newer emendo, or of another kind.
+            StorageError: the bytes are damaged, from a newer emendo, or an edit of another kind.
         """
         try:
             length = int.from_bytes(data[:8], "little")
             head = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["emendo"])
             tensors = safetensors.torch.load(data)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise StorageError(f"These bytes are no edit, or they are damaged: {error!r}.") from error
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise StorageError(f"These bytes are not an edit, or are damaged: {error!r}.") from error
         return cls._of_parts(_readable(head, "This edit"), tensors, "This edit")
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write ``edit.safetensors``, ``edit.json`` and a card (``README.md``) into a folder, all or nothing.
 
         Raises:
-            StorageError: the folder already holds something, or cannot be written.
+            StorageError: the folder is not empty, or cannot be written.
+            RequestError: the edit holds NaN or infinite numbers.
         """
+        self.check_numbers()
         with new_folder(folder, overwrite=overwrite) as new:
             self._write(new)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Put the edit's folder on the Hugging Face hub, card and all.
+        """Upload the edit's folder with its card to the Hugging Face hub.
 
         Args:
-            repo_id: such as ``"user/name"``; made if need be.
-            private: make the repository private, if it is made now.
-            token: to write with; by default the one of ``hf auth login``.
+            repo_id: such as ``"user/name"``; created where it does not exist.
+            private: whether a new repository is private.
+            token: a token that may write; by default that of ``hf auth login``.
 
         Returns:
             The address of the commit.
 
         Raises:
-            StorageError: the hub cannot be reached, or does not let us.
+            StorageError: the hub cannot be reached, or refuses the upload.
         """
-        import tempfile
-
+        self.check_numbers()
         with tempfile.TemporaryDirectory() as temporary:
             self._write(Path(temporary))
             return upload(Path(temporary), repo_id, private=private, token=token)
@@ -159,36 +193,43 @@ class BaseEdit(ABC):
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read an edit of this kind from its folder, or from the hub (``"user/name"``).
 
-        :func:`emendo.editors.read_edit` reads any kind.
+        :func:`emendo.editors.read_edit` reads an edit of any kind.
 
         Raises:
-            StorageError: a file is missing, damaged, from a newer emendo, or of another kind.
+            StorageError: a file is missing, damaged, from a newer emendo, or an edit of another kind.
         """
         where = folder_of(folder)
         head = edit_head(where)
         tensors = read_tensors(where / "edit.safetensors")
         checksum = head.pop("checksum", None)
-        if head["format"] > 1 and hashlib.sha256(_packed(head, tensors)).hexdigest() != checksum:
+        if head["format"] > 1 and not _intact(head, tensors, checksum):
             raise StorageError(
-                f"{where} is damaged: its content does not have the checksum that it was saved with."
+                f"{where} is damaged: its content does not match the checksum that was saved with it."
             )
-        return cls._of_parts(head, tensors, str(where))
+        edit = cls._of_parts(head, tensors, str(where))
+        try:
+            edit.check_numbers()
+        except RequestError as error:
+            raise StorageError(f"{where} cannot be used. {error}") from error
+        return edit
 
     @classmethod
     def _of_parts(cls, head: dict[str, Any], tensors: dict[str, Tensor], where: str) -> Self:
         if (kind := head.get("kind", WEIGHTS)) != cls.kind:
             raise StorageError(
-                f"{where} is an edit of the kind {kind!r}, not {cls.kind!r}; emendo.editors.read_edit reads any."
+                f"{where} is an edit of the kind {kind!r}, not {cls.kind!r}; emendo.editors.read_edit reads any kind."
             )
         try:
-            origin = Origin.of(head["origin"])
-            return cls._restored(tensors, head.get("content", {}), origin, head.get("card", {}))
-        except (KeyError, TypeError, ValueError) as error:
-            raise StorageError(f"{where} is damaged: {error!r} is missing or not as expected.") from error
+            card = head.get("card", {})
+            if not isinstance(card, dict):
+                raise TypeError("card")
+            return cls._restored(tensors, head.get("content", {}), Origin.of(head["origin"]), card)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise StorageError(f"{where} is damaged: {error!r} is missing or wrong.") from error
 
 
 def edit_head(folder: Path) -> dict[str, Any]:
-    """What ``edit.json`` says.
+    """The content of ``edit.json``.
 
     Raises:
         StorageError: it is missing, damaged, or from a newer emendo.
@@ -197,11 +238,28 @@ def edit_head(folder: Path) -> dict[str, Any]:
 
 
 def _readable(head: Any, where: str) -> dict[str, Any]:
-    if not isinstance(head, dict) or head.get("format") not in range(1, FORMAT + 1):
+    version = head.get("format") if isinstance(head, dict) else None
+    if isinstance(version, bool) or version not in range(1, FORMAT + 1):
         raise StorageError(f"{where} is not an edit that this version of emendo can read.")
-    return head
+    if version == 1 and not head.keys() <= _FIRST_FORMAT:
+        raise StorageError(
+            f"{where} is damaged: it claims format 1, which had no field {min(head.keys() - _FIRST_FORMAT)!r}."
+        )
+    return head  # type: ignore[no-any-return]
 
 
 def _packed(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """A head and tensors as one safetensors file; the same ones give the same bytes."""
+    """A head and tensors as one safetensors file; equal input gives equal bytes."""
     return safetensors.torch.save(dict(tensors), {"emendo": json.dumps(head, ensure_ascii=False)})
+
+
+def _intact(head: Mapping[str, Any], tensors: Mapping[str, Tensor], checksum: Any) -> bool:
+    """Whether the parts of an edit have the checksum that was saved with them."""
+    try:
+        return bool(hashlib.sha256(_packed(head, tensors)).hexdigest() == checksum)
+    except (SafetensorError, TypeError, ValueError, RecursionError):  # such as text that is not valid Unicode
+        return False
+
+
+def _fingerprint(model: nn.Module | LM) -> str:
+    return model.fingerprint if isinstance(model, LM) else fingerprint(model)

@@ -1,18 +1,17 @@
-"""An edit of weights: low-rank changes of a few matrices, and where they came from.
+"""An edit of weights: low-rank changes of a few matrices, and their origin.
 
 ::
 
     with edit.applied(lm) as edited:
         edited.generate("The capital of Australia is")
 
-Edits are values: they can be scaled, made smaller, compared and put together, and each of these gives a new edit. The
-model is never changed, unless it is asked for by name (:meth:`Edit.merge_`). Edits of every kind share
-:class:`~emendo.edits.base.BaseEdit`.
+Edits are values: scaling, compacting, comparing and composing them gives new edits. The model is changed only by
+:meth:`Edit.merge_`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -22,26 +21,37 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from emendo.edits._provenance import Origin, Request
+from emendo.edits._weights import Merged, matrix_shape, merge, weight_norm
 from emendo.edits.base import WEIGHTS, BaseEdit, edit_head
-from emendo.edits.merging import Merged, merge
-from emendo.edits.provenance import Origin, Request
 from emendo.errors import MismatchError, RequestError
 from emendo.low_rank import LowRank, applied
 from emendo.models.lm import LM
 
-__all__ = ["Attachment", "BaseEdit", "Edit", "Origin", "Request", "compose", "diff", "edit_head"]
+__all__ = [
+    "Attachment",
+    "BaseEdit",
+    "Edit",
+    "Origin",
+    "Request",
+    "as_weights",
+    "compose",
+    "conflicts",
+    "diff",
+    "edit_head",
+]
 
 M = TypeVar("M", nn.Module, LM)
 
 
 class Attachment:
-    """An edit attached to a model; :meth:`detach` takes it off, once and for all."""
+    """An edit that is attached to a model until :meth:`detach` is called."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
 
     def detach(self) -> None:
-        """Take the edit off. The model is bit for bit what it was; calling it again does nothing."""
+        """Detach the edit. The model is bit for bit what it was before; calling this again does nothing."""
         self._stack.close()
 
     def __enter__(self) -> Attachment:
@@ -58,21 +68,41 @@ class Edit(BaseEdit):
     """A change of a model's weights: ``dW = left @ right`` at each site.
 
     Attributes:
-        deltas: module name -> its change.
+        deltas: module name -> the change of its weight.
     """
 
     kind: ClassVar[str] = WEIGHTS
+    changes_weights: ClassVar[bool] = True
     deltas: Mapping[str, LowRank]
     origin: Origin
     card: Mapping[str, Any] = field(default_factory=dict)
 
-    def attach(self, model: nn.Module | LM) -> Attachment:
-        """Add the edit beside the model's matrices until the returned attachment is detached.
-
-        Several edits may be attached at once, and taken off in any order.
+    def check(self, model: nn.Module | LM) -> None:
+        """Make sure that the edit belongs to this model, and that each change has the shape of its matrix.
 
         Raises:
-            MismatchError: the model is not the one that the edit was made for.
+            MismatchError: it belongs to another model.
+        """
+        super().check(model)
+        module = _module(model)
+        for name, delta in self.deltas.items():
+            try:
+                shape = matrix_shape(module.get_submodule(name))
+            except AttributeError:
+                raise MismatchError(f"This edit changes {name!r}, which the model does not have.") from None
+            if shape is not None and shape != delta.shape:
+                raise MismatchError(
+                    f"This edit changes {name} by a matrix of {delta.shape[1]} x {delta.shape[0]}, but the model's has "
+                    f"{shape[1]} x {shape[0]}."
+                )
+
+    def attach(self, model: nn.Module | LM) -> Attachment:
+        """Attach the edit beside the model's matrices until the returned attachment is detached.
+
+        Several edits can be attached at once, and detached in any order.
+
+        Raises:
+            MismatchError: the edit belongs to another model.
         """
         self.check(model)
         stack = ExitStack()
@@ -81,7 +111,7 @@ class Edit(BaseEdit):
 
     @contextmanager
     def applied(self, model: M) -> Iterator[M]:
-        """The edit attached for the length of a ``with`` block, which is given the model; see :meth:`attach`."""
+        """Attach the edit for the length of a ``with`` block, which yields the model; see :meth:`attach`."""
         with self.attach(model):
             yield model
 
@@ -89,23 +119,25 @@ class Edit(BaseEdit):
         """Add the edit to the weights themselves, in place.
 
         Args:
-            model: whose weights are changed. An :class:`~emendo.models.loading.LM` keeps the fingerprint it had.
-            keep: keep the old tensors, so that ``restore()`` of what is returned puts them back bit for bit.
+            model: the model to change. An :class:`~emendo.models.loading.LM` keeps its fingerprint.
+            keep: keep the old tensors, so that ``restore()`` of the result puts them back bit for bit.
 
         Returns:
-            What the merge lost in the weights' number format, and the way back.
+            The rounding error of the merge, and the way to undo it.
 
         Raises:
-            MismatchError: the model is not the one that the edit was made for.
-            ModelError: a matrix is quantised, so that it cannot take the change.
+            MismatchError: the edit belongs to another model.
+            ModelError: a matrix is quantised, so that nothing can be added to it.
+            RequestError: the edit holds NaN or infinite numbers.
         """
         self.check(model)
+        self.check_numbers()
         return merge(_module(model), self.deltas, keep=keep)
 
     @property
     def rank(self) -> int:
         """The highest rank among the sites."""
-        return max((delta.rank for delta in self.deltas.values()), default=0)
+        return max(self.ranks.values(), default=0)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -119,14 +151,18 @@ class Edit(BaseEdit):
 
     @torch.no_grad()
     def relative_norms(self, model: nn.Module | LM) -> dict[str, float]:
-        """``||dW|| / ||W||`` (Frobenius) at each site."""
-        module = _module(model)
-        return {
-            name: norm / float(_weight(module, name).double().norm()) for name, norm in self.norms().items()
-        }
+        """``||dW|| / ||W||`` (Frobenius) at each site; of a quantised matrix, ``W`` is the one it stands for.
+
+        Infinite where ``W`` is zero.
+        """
+        module, found = _module(model), {}
+        for name, norm in self.norms().items():
+            size = weight_norm(module.get_submodule(name), self.deltas[name].shape)
+            found[name] = norm / size if size else (float("inf") if norm else 0.0)
+        return found
 
     def scale(self, factor: float) -> Self:
-        """The edit with every change ``factor`` times as large."""
+        """The edit with every change multiplied by ``factor``."""
         return replace(
             self,
             deltas={name: delta.scale(factor) for name, delta in self.deltas.items()},
@@ -138,18 +174,19 @@ class Edit(BaseEdit):
         """The nearest edit of lower rank, site by site (Eckart-Young).
 
         Args:
-            rank: the most columns of any site; by default as many as ``tolerance`` asks for.
-            tolerance: what may be lost at each site, as ``||dW - dW'|| / ||dW||``.
+            rank: the highest rank of any site; by default as low as ``tolerance`` permits.
+            tolerance: the largest error at each site, as ``||dW - dW'|| / ||dW||``.
 
         Returns:
-            An edit whose card says under ``compacted`` what was lost over all sites together and at the worst one.
+            An edit whose card states the error under ``compacted``, over all sites and at the worst one.
 
         Raises:
-            RequestError: a rank below 1, or a negative tolerance.
+            RequestError: the rank is below 1, or the tolerance negative.
         """
         if (rank is not None and rank < 1) or tolerance < 0:
             raise RequestError(
-                f"An edit cannot have rank {rank} or be off by {tolerance}; give at least 1, or 0."
+                f"An edit cannot have rank {rank} or an error of {tolerance}: give a rank of at least 1 and a "
+                "tolerance of at least 0."
             )
         deltas = {name: delta.compact(rank, tolerance) for name, delta in self.deltas.items()}
         smaller = replace(self, deltas=deltas)
@@ -170,16 +207,54 @@ class Edit(BaseEdit):
         cls, tensors: dict[str, Tensor], values: Any, origin: Origin, card: Mapping[str, Any]
     ) -> Self:
         names = [key.removesuffix(".left") for key in tensors if key.endswith(".left")]
+        if odd := set(tensors) - {f"{name}.{side}" for name in names for side in ("left", "right")}:
+            raise ValueError(min(odd))
+        if not isinstance(card.get("scaled_by", 1.0), int | float):
+            raise TypeError("scaled_by")
         deltas = {name: LowRank(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names}
+        for name, delta in deltas.items():
+            check_factors(name, delta)
         return cls(deltas, origin, card)
+
+
+def check_factors(name: str, delta: LowRank) -> None:
+    """Make sure that two tensors from a file are the factors of one change.
+
+    Raises:
+        ValueError: they are not floating-point matrices ``[d_out, r]`` and ``[r, d_in]``.
+    """
+    left, right = delta.left, delta.right
+    sound = left.dim() == right.dim() == 2 and left.shape[1] == right.shape[0] > 0
+    if not sound or not left.is_floating_point() or left.dtype != right.dtype:
+        raise ValueError(
+            f"{name}: factors of {left.dtype} {tuple(left.shape)} and {right.dtype} {tuple(right.shape)}"
+        )
+
+
+def as_weights(edit: BaseEdit, purpose: str) -> Edit:
+    """The edit as a change of weights, for what works on weights alone.
+
+    Args:
+        edit: an edit of any kind.
+        purpose: the beginning of the error message, such as ``"A ledger keeps changes of weights"``.
+
+    Raises:
+        RequestError: the edit changes no weights.
+    """
+    if not isinstance(edit, Edit):
+        raise RequestError(
+            f"{purpose}; an edit of the kind {edit.kind!r} changes no weights. Apply it with edit.applied(lm) where "
+            "the model is used."
+        )
+    return edit
 
 
 def compose(edits: Sequence[Edit]) -> Edit:
     """Several edits as one: changes of the same matrix add up, and so do their ranks. Nothing is lost.
 
     Raises:
-        RequestError: no edit at all.
-        MismatchError: the edits were made for different models.
+        RequestError: there are no edits.
+        MismatchError: the edits belong to different models.
     """
     origin = common_origin(edits, "composed", {})
     parts: dict[str, list[LowRank]] = {}
@@ -189,12 +264,24 @@ def compose(edits: Sequence[Edit]) -> Edit:
     return Edit({name: LowRank.concatenate(deltas) for name, deltas in parts.items()}, origin)
 
 
+def conflicts(edits: Iterable[BaseEdit]) -> dict[str, tuple[str, ...]]:
+    """The prompts that are edited more than once, each with its targets in order.
+
+    Prompts that differ only in white space are the same. Where edits of one fact are combined, neither may hold.
+    """
+    targets: dict[str, list[str]] = {}
+    for edit in edits:
+        for request in edit.origin.requests:
+            targets.setdefault(" ".join(request.prompt.split()), []).append(request.target)
+    return {prompt: tuple(found) for prompt, found in targets.items() if len(found) > 1}
+
+
 def common_origin(edits: Sequence[Edit], editor: str, settings: Mapping[str, Any]) -> Origin:
-    """Where one edit comes from that several were made into.
+    """The origin of one edit that is made of several.
 
     Raises:
-        RequestError: no edit at all.
-        MismatchError: the edits were made for different models.
+        RequestError: there are no edits.
+        MismatchError: the edits belong to different models.
     """
     if not edits:
         raise RequestError("There is nothing to compose: give at least one edit.")
@@ -218,10 +305,10 @@ def common_origin(edits: Sequence[Edit], editor: str, settings: Mapping[str, Any
 
 @dataclass(frozen=True, slots=True)
 class SiteDifference:
-    """How two edits differ at one matrix.
+    """The difference of two edits at one matrix.
 
     Attributes:
-        first: ``||A||`` (Frobenius), 0 where the first edit leaves the matrix alone.
+        first: ``||A||`` (Frobenius), 0 where the first edit does not change the matrix.
         second: ``||B||``.
         between: ``||A - B||``.
     """
@@ -237,17 +324,17 @@ class SiteDifference:
 
     @property
     def cosine(self) -> float:
-        """Of the angle between the two changes; 0 where one of them is none."""
+        """The cosine of the angle between the two changes; 0 where one of them is zero."""
         size = self.first * self.second
         return (self.first**2 + self.second**2 - self.between**2) / (2 * size) if size else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How two edits differ.
+    """The difference of two edits.
 
     Attributes:
-        sites: by module name, over the matrices that either of them changes.
+        sites: by module name, for each matrix that either edit changes.
     """
 
     sites: Mapping[str, SiteDifference]
@@ -262,7 +349,7 @@ class Difference:
 
 @torch.no_grad()
 def diff(a: Edit, b: Edit) -> Difference:
-    """How two edits differ, matrix by matrix."""
+    """The difference of two edits, matrix by matrix."""
     sites = {}
     for name in dict.fromkeys([*a.deltas, *b.deltas]):
         one, other = a.deltas.get(name), b.deltas.get(name)
@@ -276,9 +363,3 @@ def diff(a: Edit, b: Edit) -> Difference:
 
 def _module(model: nn.Module | LM) -> nn.Module:
     return model.model if isinstance(model, LM) else model
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight

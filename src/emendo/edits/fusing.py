@@ -1,25 +1,26 @@
-"""Many edits as one, by least squares: what each does at its own texts stays, what they do elsewhere is kept small.
+"""Many edits as one, by least squares: each keeps its effect at its own texts, and the effect elsewhere stays small.
 
-Adding edits up (:func:`emendo.edits.edit.compose`) adds what they share as often as there are edits, and a handful may
-ruin a model that each of them leaves intact. Fusing asks for something else. For each matrix::
+Adding edits up (:func:`emendo.edits.edit.compose`) adds what they have in common once for each edit, and a handful may
+ruin a model that each of them leaves intact. Fusing solves, for each matrix::
 
     min over dW    sum_i ||dW x_i - y_i||^2  +  keep * mean_j ||dW p_j||^2
 
-    x_i     the rows that the edits' prompts and targets, and rewordings where they are given, send through the matrix
-    y_i     what the edit of row i adds there when it stands alone, dW_e x_i
-    p_j     the rows of running text and of built-in facts, which shall stay as they are
+    x_i     the matrix's input at the edits' prompts and targets, and at paraphrases where they are given
+    y_i     what the edit of row i adds there when it is applied alone, dW_e x_i
+    p_j     the matrix's input at running text and at built-in facts, where nothing should change
 
     dW = Y^T X (X^T X + keep * P^T P / n)^-1
 
-The matrices are solved for in the order in which they run, each on the rows that it gets once those before it are
-changed, so that no matrix relies on what another no longer does. Without the second term this is RegMean (Jin et al.,
-ICLR 2023) for changes of weights; the second term and the order are MEMIT's (Meng et al., ICLR 2023, section 4).
+The matrices are solved in the order in which they run, each on its inputs once those before it are changed, so that no
+matrix relies on an effect that another no longer has. Without the second term this is RegMean (Jin et al.,
+ICLR 2023) for changes of weights; the second term and the order are those of MEMIT (Meng et al., ICLR 2023, section 4).
 
-Nothing is learnt and the order of the edits does not matter: to take one of them out again, fuse the others.
+Nothing is trained, and the order of the edits does not matter. To remove an edit, fuse the others.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,13 +42,13 @@ from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
 
 KEEP = 30.0
-"""Weight of what must stay; 10 to 100 serve alike (docs/log.md)."""
+"""Weight of running text; 10 to 100 work equally well (docs/log.md)."""
 _PASSAGES = 256
 _FACTS = 500
 _TOKENS = 64  # of a passage, at most
 _TOGETHER = 64  # passages whose rows are held at once
 _BATCH_TOKENS = 512
-_RIDGE = 1e-6  # of the mean square of a row's numbers, where neither rows nor passages say anything
+_RIDGE = 1e-6  # of the mean square of a feature, for directions that occur in no text
 
 
 @torch.no_grad()
@@ -55,64 +56,56 @@ def fuse(
     lm: LM,
     edits: Sequence[Edit],
     *,
-    rewordings: Sequence[Sequence[str]] = (),
+    paraphrases: Sequence[Sequence[str]] = (),
     keep: float = KEEP,
     passages: Sequence[str] = (),
     folder: Path | None = None,
+    rewordings: Sequence[Sequence[str]] = (),
 ) -> Edit:
-    """Several edits as one that does at each edit's own texts what that edit does there; see the module's text.
+    """Several edits as one that has, at each edit's own texts, the effect of that edit; see the module's docstring.
 
     Args:
-        lm: the model that they were made for.
-        edits: edits that know what they were asked for.
-        rewordings: for each edit, more prompts at which it shall do what it does, with the target of its first request.
-        keep: weight of the running text against the rows of the edits.
-        passages: running text that shall stay, one passage a string; without any, what the model writes by itself, and
-            built-in facts.
-        folder: where the model's own passages are kept for the next time.
+        lm: the model of the edits.
+        edits: edits with requests.
+        paraphrases: for each edit, more prompts at which it keeps its effect, with the target of its first request.
+        keep: weight of running text against the edits' own texts.
+        passages: running text that should not change, one passage a string; by default text that the model generates
+            and built-in facts.
+        folder: a cache for the model's generated passages.
+        rewordings: the former name of ``paraphrases``.
 
     Returns:
-        An edit whose card says under ``fused`` how far it is from what the edits do, ``||dW x - y|| / ||y||`` over all
-        rows and matrices.
+        An edit whose card states the error under ``fused``: ``||dW x - y|| / ||y||`` over all rows and matrices.
 
     Raises:
-        RequestError: no edit, one that does not say what it was asked for, a model that is no decoder, a negative
-            weight, rewordings of another number of edits, or running text without any.
-        MismatchError: an edit was made for another model.
+        RequestError: there are no edits, an edit has no requests or holds NaN, the model is not a decoder, ``keep`` is
+            negative, there are paraphrases for another number of edits, or the running text is empty.
+        MismatchError: an edit belongs to another model.
     """
+    if rewordings:
+        warnings.warn("fuse(rewordings=...) is now fuse(paraphrases=...)", DeprecationWarning, stacklevel=2)
+        paraphrases = rewordings
     origin = common_origin(edits, "fused", {"keep": keep})
-    for edit in edits:
-        edit.check(lm)
-        if not edit.origin.requests:
-            raise RequestError(
-                f"An edit of {edit.origin.editor!r} does not say what it was asked for, so there is no text at which "
-                "it could be held to what it does."
-            )
-    if lm.kind != "causal":
-        raise RequestError(f"Edits are fused in decoders only, and {lm.name} is a {lm.kind}.")
-    if rewordings and len(rewordings) != len(edits):
-        raise RequestError(f"There are {len(edits)} edits, but rewordings of {len(rewordings)}.")
-    if not keep >= 0:
-        raise RequestError(f"keep must not be negative, but is {keep}.")
+    _check(lm, edits, paraphrases, keep)
     names = {name for edit in edits for name in edit.deltas}
     sites = tuple(site for site in all_sites(lm.model) if site.name in names)
     store = TrunkCache(Trunk(lm.model, sites), dtype=lm.model.dtype)
-    more = rewordings or [()] * len(edits)
-    asked = [_asked(lm, edit, prompts) for edit, prompts in zip(edits, more, strict=True)]
-    texts = [text for own in asked for text in own]
-    running = passage_texts(lm, passages or _own(lm, folder), _TOKENS)
+    more = paraphrases or [()] * len(edits)
+    own = [_own_texts(lm, edit, prompts) for edit, prompts in zip(edits, more, strict=True)]
+    texts = [text for group in own for text in group]
+    running = passage_texts(lm, passages or _default_passages(lm, folder), _TOKENS)
     if not running:
         raise RequestError("The running text has no passage of at least two tokens.")
     store.ensure([*texts, *running])
 
-    stay = _second_moments(store, running)
-    wanted = _wanted(lm, store, edits, asked)
+    moments = _second_moments(store, running)
+    targets = _targets(lm, store, edits, own)
     fused: dict[str, LowRank] = {}
     missed = total = 0.0
-    for name, moment in stay.items():
+    for name, moment in moments.items():
         with applied(lm.model, fused):
             x = _rows(store, texts)[name]
-        y = wanted.pop(name)
+        y = targets.pop(name)
         fused[name] = _solved(x, y, keep * moment)
         missed += float((fused[name](x) - y).square().sum())
         total += float(y.square().sum())
@@ -125,8 +118,26 @@ def fuse(
     )
 
 
+def _check(lm: LM, edits: Sequence[Edit], paraphrases: Sequence[Sequence[str]], keep: float) -> None:
+    """Refuse what cannot be fused; see :func:`fuse`."""
+    for edit in edits:
+        edit.check(lm)
+        edit.check_numbers()
+        if not edit.origin.requests:
+            raise RequestError(
+                f"An edit made by {edit.origin.editor!r} has no requests, so there is no text at which its effect "
+                "could be kept."
+            )
+    if lm.kind != "causal":
+        raise RequestError(f"Edits can be fused in decoders only, and {lm.name} is a {lm.kind}.")
+    if paraphrases and len(paraphrases) != len(edits):
+        raise RequestError(f"There are {len(edits)} edits, but paraphrases for {len(paraphrases)}.")
+    if not keep >= 0:
+        raise RequestError(f"keep must not be negative, but is {keep}.")
+
+
 def _second_moments(store: TrunkCache, texts: Sequence[Text]) -> dict[str, Tensor]:
-    """For each matrix, in the order in which they run, the mean of ``p p^T`` over the rows of some texts."""
+    """For each matrix, in the order in which they run, the mean of ``p p^T`` over its inputs ``p`` at some texts."""
     sums: dict[str, Tensor] = {}
     for start in range(0, len(texts), _TOGETHER):
         for name, p in _rows(store, texts[start : start + _TOGETHER]).items():
@@ -135,13 +146,13 @@ def _second_moments(store: TrunkCache, texts: Sequence[Text]) -> dict[str, Tenso
     return {name: total / count for name, total in sums.items()}
 
 
-def _wanted(
-    lm: LM, store: TrunkCache, edits: Sequence[Edit], asked: Sequence[Sequence[Text]]
+def _targets(
+    lm: LM, store: TrunkCache, edits: Sequence[Edit], texts: Sequence[Sequence[Text]]
 ) -> dict[str, Tensor]:
-    """For each matrix, what each edit adds there to the rows of its own texts when it stands alone."""
+    """For each matrix, what each edit adds at its own texts when it is applied alone."""
     d_out = {name: len(delta.left) for edit in edits for name, delta in edit.deltas.items()}
     found: dict[str, list[Tensor]] = {}
-    for edit, own in zip(edits, asked, strict=True):
+    for edit, own in zip(edits, texts, strict=True):
         with edit.applied(lm):
             for name, x in _rows(store, own).items():
                 change = edit.deltas.get(name)
@@ -150,31 +161,33 @@ def _wanted(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _own(lm: LM, folder: Path | None) -> list[str]:
-    """What the model writes by itself, and facts told shortly: answers are what an edit moves first."""
-    told = [f"{fact.prompt} {fact.answer}" for fact in atlas.load("train")]
-    return [*own_passages(lm, _PASSAGES, folder), *told[:: max(1, len(told) // _FACTS)]]
+def _default_passages(lm: LM, folder: Path | None) -> list[str]:
+    """Text that the model generates, and short statements of facts, whose answers an edit changes first."""
+    facts = [f"{fact.prompt} {fact.answer}" for fact in atlas.load("train")]
+    return [*own_passages(lm, _PASSAGES, folder), *facts[:: max(1, len(facts) // _FACTS)]]
 
 
-def _asked(lm: LM, edit: Edit, rewordings: Sequence[str]) -> list[Text]:
-    """What the edit was asked for, and the same in other words."""
+def _own_texts(lm: LM, edit: Edit, paraphrases: Sequence[str]) -> list[Text]:
+    """The requests of an edit, and their paraphrases with the target of the first one."""
     requests = edit.origin.requests
-    pairs = [(r.prompt, r.target) for r in requests] + [(prompt, requests[0].target) for prompt in rewordings]
+    pairs = [(r.prompt, r.target) for r in requests] + [
+        (prompt, requests[0].target) for prompt in paraphrases
+    ]
     return to_texts(lm.reading(chat=edit.origin.chat), pairs)
 
 
 def _rows(store: TrunkCache, texts: Sequence[Text]) -> dict[str, Tensor]:
-    """What some texts send through each matrix, in float64; the matrices in the order in which they run."""
+    """The input of each matrix at some texts, in float64; the matrices in the order in which they run."""
     found: dict[str, dict[int, Tensor]] = {}
     for places in length_buckets(range(len(texts)), lambda i: texts[i].size, _BATCH_TOKENS):
         chosen = [texts[i] for i in places]
-        matter = store.trunk.relevant_rows(collate(chosen))
+        relevant = store.trunk.relevant_rows(collate(chosen))
 
         def keep(
-            name: str, places: Sequence[int] = places, matter: Mapping[str, Rows] = matter
+            name: str, places: Sequence[int] = places, relevant: Mapping[str, Rows] = relevant
         ) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                index, owner = matter[name].index, matter[name].owner
+                index, owner = relevant[name].index, relevant[name].owner
                 rows = args[0].flatten(0, -2)[index.to(args[0].device)].double()
                 own = rows.split(torch.bincount(owner, minlength=len(places)).tolist())
                 found.setdefault(name, {}).update(zip(places, own, strict=True))
@@ -182,15 +195,15 @@ def _rows(store: TrunkCache, texts: Sequence[Text]) -> dict[str, Tensor]:
             return hook
 
         with ExitStack() as stack:
-            for name in matter:
+            for name in relevant:
                 stack.callback(store.model.get_submodule(name).register_forward_hook(keep(name)).remove)
             store.logits(chosen)
     return {name: torch.cat([own[i] for i in range(len(texts))]) for name, own in found.items()}
 
 
-def _solved(x: Tensor, y: Tensor, stay: Tensor) -> LowRank:
-    """``argmin ||x dW^T - y||^2 + tr(dW stay dW^T)`` as factors, for ``x [n, d_in]`` and ``y [n, d_out]``."""
-    both = x.T @ x + stay
+def _solved(x: Tensor, y: Tensor, moment: Tensor) -> LowRank:
+    """``argmin ||x dW^T - y||^2 + tr(dW moment dW^T)`` as factors, for ``x [n, d_in]`` and ``y [n, d_out]``."""
+    both = x.T @ x + moment
     both.diagonal().add_(_RIDGE * both.diagonal().mean())
     right = torch.linalg.solve(both, x.T).T
     return LowRank(y.T, right).compact()

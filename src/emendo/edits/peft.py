@@ -24,8 +24,8 @@ from torch import Tensor
 from emendo._storage import new_folder, read_json, read_tensors, write_json, write_tensors
 from emendo._version import __version__
 from emendo.edits._card import card_of
+from emendo.edits._weights import Merged, merge
 from emendo.edits.edit import Edit, Origin
-from emendo.edits.merging import Merged, merge
 from emendo.errors import ModelError, RequestError
 from emendo.low_rank import LowRank
 from emendo.models.lm import LM

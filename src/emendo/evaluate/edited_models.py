@@ -90,7 +90,7 @@ def make_edits(
     """
     start = _now(lm)
     with torch.enable_grad():
-        if not editor.changes_weights:
+        if not editor.makes.changes_weights:
             edits = [editor.edit(lm, list(group)) for group in groups]
             return _OneByOne(_now(lm) - start, None, lambda row: _beside(lm, edits[row]))
         deltas = _changes(lm, editor, groups)

@@ -173,7 +173,7 @@ def unmeasured(editor: Editor, single: bool) -> str | None:
     """
     if single:
         return "not measured: edits one at a time are as many models as facts; use --together or --sequential"
-    if not editor.changes_weights:
+    if not editor.makes.changes_weights:
         return f"not measured: {editor.name} changes no weights, and the harness reads the model itself"
     return None
 

@@ -21,7 +21,7 @@ import torch
 
 from emendo.data.schema import Record
 from emendo.editors.base import Editor
-from emendo.edits.edit import Request
+from emendo.edits import Request, weight_norm
 from emendo.errors import RequestError
 from emendo.evaluate._prompts import EXTRA_TOKENS, TOKEN_STEP, tokenise
 from emendo.evaluate._scoring import Continuations, score_forced, score_generated, trunk_batches
@@ -182,10 +182,7 @@ class _Run:
         self.trunk = trunk_batches(self.store, [text for case in cases for text in case.texts()])
         self.clean = Continuations(lm, cases if config.generated else ())
         host = editor.host(lm).model
-        self.size = {
-            site.name: float(torch.linalg.vector_norm(site.weight(host), dtype=torch.float64))
-            for site in editor.sites
-        }
+        self.size = {site.name: weight_norm(site.module(host), site.shape) for site in editor.sites}
 
     def measure(self, parts: ResultStore | None) -> tuple[Result, ...]:
         """The results of this process's share, in the records' order."""

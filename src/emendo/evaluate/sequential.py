@@ -19,7 +19,7 @@ from torch import Tensor
 
 from emendo.data.schema import Record
 from emendo.editors.base import Editor
-from emendo.edits.edit import BaseEdit, Request
+from emendo.edits import BaseEdit, Request, weight_norm
 from emendo.errors import RequestError
 from emendo.evaluate._prompts import PromptCase, tokenise
 from emendo.evaluate._scoring import Continuations, score_forced, score_generated, trunk_batches
@@ -76,7 +76,7 @@ def evaluate_sequence(
     """
     if not records:
         raise RequestError("There are no records to evaluate on.")
-    if gate is not None and not editor.changes_weights:
+    if gate is not None and not editor.makes.changes_weights:
         raise RequestError(f"The guard watches changes of weights, and {editor.name} makes none.")
     if any(count < 1 for count in at):
         raise RequestError(f"at={tuple(at)}: give whole numbers from 1 up.")
@@ -119,7 +119,7 @@ class _Run:
         self.clean = Continuations(lm, [case for cases in self.cases for case in cases] if generated else ())
         self.state: dict[str, Tensor] | BaseEdit = {}
         host = editor.host(lm).model
-        self.size = {site.name: float(site.weight(host).double().norm()) for site in editor.sites}
+        self.size = {site.name: weight_norm(site.module(host), site.shape) for site in editor.sites}
 
     def measure(self, at: Sequence[int]) -> SequentialEvaluation:
         right_after: list[Result] = []
@@ -213,7 +213,7 @@ class _Run:
 
     def _all(self, count: int) -> list[Result]:
         """All facts so far, asked again."""
-        if not self.editor.changes_weights:
+        if not self.editor.makes.changes_weights:
             self.state = self.editor.edit(self.lm, [self._request(index) for index in range(count)])
         edited = existing_edit(self.lm, self.editor, self.state, 0.0, self.store)
         seen = self.damage.measure(edited, [0])[0] if self.damage is not None else {}

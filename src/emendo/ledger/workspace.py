@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from emendo.editors import Editor
-from emendo.edits.edit import BaseEdit, Edit, Request
+from emendo.edits.edit import BaseEdit, Edit, Request, as_weights
 from emendo.errors import RequestError, StorageError
 from emendo.ledger._composition import EditStack
 from emendo.ledger._database import Where
@@ -229,12 +229,7 @@ class Workspace:
 
 
 def _of_weights(edit: BaseEdit) -> Edit:
-    if not isinstance(edit, Edit):
-        raise RequestError(
-            f"A ledger stores changes of weights; an edit of the kind {edit.kind!r} changes none. Apply it where the "
-            "model is used: with edit.applied(lm)."
-        )
-    return edit
+    return as_weights(edit, "A ledger stores changes of weights")
 
 
 def _description(edit: Edit) -> NewEntry:
