@@ -1,249 +1,341 @@
 """Edits as PEFT LoRA adapters and as merged checkpoints, and adapters as edits.
 
-An edit *is* a LoRA: with ``dW = left @ right`` the adapter has ``lora_A = right [R, d_in]`` and ``lora_B = left
-[d_out, R]`` and the scale ``lora_alpha / r = 1``. All matrices are padded with zeros to one rank, since a
-``rank_pattern`` is dropped by some servers and wrong by others' scale. Serving frameworks cap the rank (vLLM: 16 by
-default), so an export can be compacted; the error is stated.
+An edit is a LoRA: with ``dW = left @ right`` the adapter has ``lora_A = right [R, d_in]``, ``lora_B = left [d_out, R]``
+and the scale ``lora_alpha / r = 1``. All matrices are padded with zeros to one rank, since some servers ignore
+``rank_pattern`` and others scale it wrongly. Servers also limit the rank (vLLM to 16 by default), so an export can be
+compacted; its error is stated.
 
-An adapter is written with safetensors and JSON alone; PEFT itself is only needed to prove it (:func:`prove`).
+An adapter is written with safetensors and JSON alone. Where PEFT is installed, the adapter is loaded back and compared
+with the edit before it takes its place (:func:`prove`).
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from emendo._storage import new_folder, read_json, read_tensors, write_json, write_tensors
+from emendo._storage import new_folder, read_tensors, write_json, write_tensors
 from emendo._version import __version__
 from emendo.edits._card import card_of
+from emendo.edits._lora_config import LoraSettings
 from emendo.edits._weights import Merged, merge
-from emendo.edits.edit import Edit, Origin
-from emendo.errors import ModelError, RequestError
+from emendo.edits.edit import Edit, Origin, check_factors
+from emendo.errors import MismatchError, ModelError, RequestError, StorageError
 from emendo.low_rank import LowRank
 from emendo.models.lm import LM
-from emendo.models.sites import Site, all_sites
+from emendo.models.sites import all_sites
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classifier": "SEQ_CLS"}
-_PLAIN: Mapping[
-    str, tuple[Any, ...]
-] = {  # what else a config may say without changing what the adapter computes
-    "use_dora": (False, None),
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "modules_to_save": ([], None),
-    "layer_replication": ([], None),
-    "trainable_token_indices": ([], {}, None),
-    "target_parameters": ([], None),
-}
+_HEADS = ("classifier", "score")  # modules that PEFT expects in the adapter of a classifier
+_HUB_IDS = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"
+}  # the built-in model, as other tools load it
+_PROMPTS = ("Water is made of hydrogen and", "The capital of France is")  # for edits without requests
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What was exported.
+    """An exported adapter.
 
     Attributes:
         rank: of every matrix of the adapter.
-        error: ``||dW - exported|| / ||dW||`` over all matrices together; 0 where nothing was cut.
+        error: ``||dW - exported|| / ||dW||`` over all matrices together; 0 where the rank was not cut.
+        logits_differ_by: the largest difference of a logit between the adapter, loaded by PEFT, and what was exported;
+            None where PEFT is not installed.
     """
 
     rank: int
     error: float
+    logits_differ_by: float | None = None
 
 
 def to_peft(
     edit: Edit, lm: LM, folder: str | Path, *, max_rank: int | None = None, overwrite: bool = False
 ) -> Adapter:
-    """Write an edit as a PEFT LoRA adapter.
+    """Write an edit as a PEFT LoRA adapter, all or nothing; where PEFT is installed, only one that PEFT serves.
 
     Args:
         edit: the edit.
-        lm: the model that it was made for.
-        folder: where the adapter shall be.
+        lm: the model of the edit.
+        folder: the adapter's folder.
         max_rank: compact every matrix to at most this rank, and pad to exactly it.
-        overwrite: replace what is there.
+        overwrite: replace the content of the folder.
 
     Raises:
-        MismatchError: the edit was made for another model.
-        RequestError: ``max_rank`` is not positive.
-        StorageError: the folder already holds something, or cannot be written.
+        MismatchError: the edit belongs to another model.
+        RequestError: ``max_rank`` is not positive, or the edit holds NaN or infinite numbers.
+        ModelError: PEFT does not apply the adapter as the edit is applied.
+        StorageError: the folder is not empty, or cannot be written.
     """
     edit.check(lm)
+    edit.check_numbers()
     if max_rank is not None and max_rank < 1:
         raise RequestError(f"max_rank={max_rank}: the rank of an adapter must be at least 1.")
-    sites = _sites(lm, edit.deltas)
     small, error = edit, 0.0
     if max_rank is not None and max_rank < edit.rank:
         small = edit.compact(rank=max_rank)
         error = small.card["compacted"]["error"]
     rank = max_rank or small.rank
-    tensors = {}
-    for name, delta in small.deltas.items():
-        left, right = _padded(delta, rank)
-        tensors[f"{_PREFIX}{name}{_A}"], tensors[f"{_PREFIX}{name}{_B}"] = right, left
-    config = {
+    notes = [f"Cut to rank {rank}: relative error {error:.2e}." if error else f"Rank {rank}, nothing cut."]
+    difference = None
+    with new_folder(folder, overwrite=overwrite) as new:
+        write_tensors(new / "adapter_model.safetensors", _tensors(small, lm, rank))
+        write_json(new / "adapter_config.json", _config(small, lm, rank))
+        if importlib.util.find_spec("peft") is not None:
+            difference = prove(small, lm, new)
+            notes.append(
+                f"Loaded back with PEFT in {lm.dtype}: the logits of the answer's first token differ from the edit's "
+                f"by at most {difference:.2e}."
+            )
+        card = card_of(edit.origin, edit.card, library="peft", notes=notes)
+        (new / "README.md").write_text(card, encoding="utf-8")
+    return Adapter(rank, error, difference)
+
+
+def _config(edit: Edit, lm: LM, rank: int) -> dict[str, Any]:
+    transposed = {site.name for site in all_sites(lm.model) if site.transposed}
+    return {
         "peft_type": "LORA",
         "task_type": _TASKS[lm.kind],
-        "base_model_name_or_path": lm.name,
+        "base_model_name_or_path": _base_name(lm.name),
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": list(small.deltas),
-        "fan_in_fan_out": all(site.transposed for site in sites),
+        "target_modules": list(edit.deltas),
+        "modules_to_save": list(_HEADS) if lm.kind == "classifier" else None,
+        "fan_in_fan_out": not transposed.isdisjoint(edit.deltas),
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
         "inference_mode": True,
     }
-    with new_folder(folder, overwrite=overwrite) as new:
-        write_tensors(new / "adapter_model.safetensors", tensors)
-        write_json(new / "adapter_config.json", config)
-        (new / "README.md").write_text(_card(edit, rank, error), encoding="utf-8")
-    return Adapter(rank, error)
 
 
-def _sites(lm: LM, deltas: Mapping[str, LowRank]) -> list[Site]:
-    """The matrices of an edit; an adapter cannot mix the two ways of storing them."""
-    known = {site.name: site for site in all_sites(lm.model)}
-    if missing := [name for name in deltas if name not in known]:
-        raise ModelError(f"{lm.name} has no matrix {missing[0]}; this edit belongs to another model.")
-    sites = [known[name] for name in deltas]
-    if len({site.transposed for site in sites}) > 1:
-        raise ModelError("A PEFT adapter cannot hold Linear and Conv1D matrices at once.")
-    return sites
+def _base_name(name: str) -> str:
+    """The name by which other tools load the base model: an id on the hub, or the absolute path of a folder."""
+    folder = Path(name).expanduser()
+    return _HUB_IDS.get(name) or (str(folder.absolute()) if folder.exists() else name)
 
 
-def _padded(delta: LowRank, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors with zeros up to a rank."""
-    more = rank - delta.rank
-    left = torch.nn.functional.pad(delta.left, (0, more))
-    return left, torch.nn.functional.pad(delta.right, (0, 0, 0, more))
-
-
-def _card(edit: Edit, rank: int, error: float) -> str:
-    cut = f"Cut to rank {rank}: relative error {error:.2e}." if error else f"Rank {rank}, nothing cut."
-    return card_of(edit.origin, edit.card, library="peft", notes=[cut])
+def _tensors(edit: Edit, lm: LM, rank: int) -> dict[str, Tensor]:
+    """The tensors of an adapter; that of a classifier holds the classifier's own head too."""
+    found = {}
+    for name, delta in edit.deltas.items():
+        more = rank - delta.rank
+        found[f"{_PREFIX}{name}{_A}"] = nn.functional.pad(delta.right, (0, 0, 0, more))
+        found[f"{_PREFIX}{name}{_B}"] = nn.functional.pad(delta.left, (0, more))
+    if lm.kind == "classifier":
+        for name, module in lm.model.named_modules():
+            if name.endswith(_HEADS):
+                state = module.state_dict()
+                found |= {f"{_PREFIX}{name}.{key}": tensor.clone() for key, tensor in state.items()}
+    return found
 
 
 @torch.no_grad()
 def prove(edit: Edit, lm: LM, folder: str | Path, prompts: Sequence[str] | None = None) -> float:
-    """Load an exported adapter with PEFT and compare it with the edit itself.
+    """Load an adapter with PEFT and compare it with an edit, in its factors and in the logits.
 
     Args:
-        edit: what was exported.
-        lm: the model; it comes back as it was.
-        folder: the adapter's.
-        prompts: where to compare; by default the prompts of the edit.
+        edit: the exported edit.
+        lm: the model; it is not changed, since PEFT works on a copy that shares the weights.
+        folder: the adapter's folder.
+        prompts: where to compare the logits; by default the prompts of the edit.
 
     Returns:
         The largest difference of any logit of the answer's first token (of any class for a classifier).
 
     Raises:
         RequestError: PEFT is not installed.
+        ModelError: PEFT cannot load the adapter, or does not apply it as the edit is applied.
     """
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise RequestError("To prove an export PEFT is needed: pip install peft") from error
-    asked = list(prompts or [request.prompt for request in edit.origin.requests])
+        raise RequestError("Proving an export needs PEFT: pip install peft") from error
+    prompts = list(prompts or [request.prompt for request in edit.origin.requests] or _PROMPTS)
+    clean = lm.next_logits(prompts)
     with edit.applied(lm):
-        expected = lm.next_logits(asked)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT still asks transformers by an older name
-        wrapped = PeftModel.from_pretrained(lm.model, str(folder)).eval()
+        expected = lm.next_logits(prompts)
+    with _sharing_copy(lm.model) as twin, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say is checked below
+        try:
+            PeftModel.from_pretrained(twin, str(folder)).eval()
+            wrong = _wrong_module(edit, twin)
+            found = LM(twin, lm.tokenizer, lm.name, lm.chat).next_logits(prompts)
+        except Exception as error:
+            raise ModelError(_failed(f"PEFT cannot load it ({type(error).__name__}: {error})")) from error
+    if wrong is not None:
+        raise ModelError(_failed(f"PEFT does not apply the change of {wrong}"))
+    difference = float((found - expected).abs().max())
+    rounding = 64 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    if not difference <= rounding + 0.02 * float((expected - clean).abs().max()):
+        raise ModelError(
+            _failed(f"its logits, loaded by PEFT, differ from the edit's by up to {difference:.2e}")
+        )
+    return difference
+
+
+def _failed(why: str) -> str:
+    return (
+        f"This edit cannot be exported as a PEFT adapter: {why}. Nothing was written. A checkpoint with the edit "
+        "merged in works with any software: emendo export --to merged, or emendo.edits.to_merged."
+    )
+
+
+@contextmanager
+def _sharing_copy(model: Any) -> Iterator[Any]:
+    """A copy of a model's modules that shares all of its tensors; their ``requires_grad`` is restored afterwards."""
+    tensors = [*model.parameters(), *model.buffers()]
+    flags = [tensor.requires_grad for tensor in tensors]
     try:
-        found = lm.next_logits(asked)  # PEFT puts its layers into the model itself
+        yield copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     finally:
-        wrapped.unload()
-        lm.model.requires_grad_(False)
-    return float((found - expected).abs().max())
+        for tensor, flag in zip(tensors, flags, strict=True):
+            tensor.requires_grad_(flag)
+
+
+def _wrong_module(edit: Edit, model: nn.Module) -> str | None:
+    """The first module at which the adapter that PEFT has put into a model is not the edit; None if all are right."""
+    found: dict[str, LowRank] = {}
+    for name, module in model.named_modules():
+        if isinstance(factors := getattr(module, "lora_A", None), nn.ModuleDict) and "default" in factors:
+            layer: Any = module
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            found[name] = LowRank(b, a).scale(layer.scaling["default"])
+    names: dict[str, None] = dict.fromkeys([*edit.deltas, *found])
+    for name in names:
+        expected, actual = edit.deltas.get(name), found.get(name)
+        size = float(expected.norm()) if expected else 0.0
+        if expected and actual:
+            wide = torch.promote_types(expected.left.dtype, torch.float32)
+            actual = expected.to(wide) + actual.to(expected.left.device).to(wide).scale(-1.0)
+            if not float(actual.norm()) <= 1e-3 * size:
+                return name
+        elif size or (actual and float(actual.norm())):
+            return name
+    return None
 
 
 def from_peft(folder: str | Path, lm: LM) -> Edit:
-    """Read a PEFT LoRA adapter as an edit.
+    """Read a PEFT LoRA adapter as an edit that has the effect of the adapter.
 
     Args:
-        folder: the adapter's.
-        lm: the model that it is for.
+        folder: the adapter's folder.
+        lm: the model of the adapter.
 
     Raises:
-        StorageError: a file is missing or damaged.
-        RequestError: the adapter is not a plain LoRA of weight matrices.
-        ModelError: the model has no such matrices.
+        StorageError: a file is missing or damaged, or the tensors do not fit the configuration.
+        RequestError: the adapter does more than add low-rank changes to weight matrices.
+        MismatchError: the adapter does not fit the model's matrices.
     """
     where = Path(folder).expanduser()
-    config = read_json(where / "adapter_config.json")
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise RequestError(
-            f"{where} is not a LoRA adapter but {config.get('peft_type')!r}; only LoRA is an edit."
-        )
-    for key, plain in _PLAIN.items():
-        if config.get(key, plain[0]) not in plain:
-            raise RequestError(
-                f"{where} uses {key}={config[key]!r}, which is more than low-rank changes of weights."
-            )
+    settings = LoraSettings.read(where)
     tensors = read_tensors(where / "adapter_model.safetensors")
-    names = [key.removeprefix(_PREFIX).removesuffix(_A) for key in tensors if key.endswith(_A)]
-    if len(names) * 2 != len(tensors):
-        strange = next(key for key in tensors if not key.endswith((_A, _B)))
-        raise RequestError(f"{where} holds {strange}, which is no factor of a weight matrix.")
+    sites = {site.name: site for site in all_sites(lm.model)}
     deltas = {}
-    for name in names:
-        right, left = tensors[f"{_PREFIX}{name}{_A}"], tensors[f"{_PREFIX}{name}{_B}"]
-        deltas[name] = LowRank(left, right).scale(_scale(config, name, right.shape[0]))
-    _sites(lm, deltas)
+    for name, (right, left) in _factors(tensors, lm.model, where).items():
+        if name not in sites:
+            raise MismatchError(f"{lm.name} has no matrix {name!r}, which the adapter in {where} changes.")
+        try:
+            check_factors(name, LowRank(left, right))
+        except ValueError as error:
+            raise StorageError(f"{where} is damaged: {error}") from error
+        if not bool(left.isfinite().all() and right.isfinite().all()):
+            raise StorageError(f"{where} cannot be used: it holds NaN or infinite numbers at {name}.")
+        if len(right) != settings.rank(name):
+            raise StorageError(
+                f"{where} is damaged: {name} has rank {len(right)}, its configuration gives {settings.rank(name)}."
+            )
+        if not settings.targets(name, lm.model):
+            raise RequestError(
+                f"{where} holds factors for {name}, but its configuration does not select that module, so PEFT would "
+                "ignore them."
+            )
+        delta = LowRank(left, right).to(torch.promote_types(left.dtype, torch.float32))
+        deltas[name] = delta.scale(settings.scale(name))
     origin = Origin(
         fingerprint=lm.fingerprint,
         model=lm.name,
         editor="lora-adapter",
-        settings={"adapter": str(folder), "r": config.get("r"), "lora_alpha": config.get("lora_alpha")},
+        settings={
+            "adapter": str(folder),
+            "r": settings.values["r"],
+            "lora_alpha": settings.values["lora_alpha"],
+        },
         requests=(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return Edit(deltas, origin)
+    edit = Edit(deltas, origin)
+    edit.check(lm)
+    return edit
 
 
-def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """``alpha / r`` of one matrix, or ``alpha / sqrt(r)``; patterns match the end of a module's name."""
+def _factors(
+    tensors: Mapping[str, Tensor], model: nn.Module, where: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """``lora_A`` and ``lora_B`` by module name.
 
-    def of(pattern: Mapping[str, Any], default: Any) -> float:
-        found = [value for key, value in (pattern or {}).items() if name == key or name.endswith(f".{key}")]
-        return float(found[0] if found else default)
-
-    alpha = of(config.get("alpha_pattern", {}), config.get("lora_alpha", 8))
-    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+    Raises:
+        StorageError: a factor has no counterpart, or there are none.
+        RequestError: there are other tensors, which are not the model's own.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    own = model.state_dict()
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        ending = next((ending for ending in (_A, _B) if name.endswith(ending)), None)
+        if key.startswith(_PREFIX) and ending is not None:
+            found.setdefault(name.removesuffix(ending), {})[ending] = tensor
+            continue
+        base = own.get(name)  # such as the head of a classifier, which is saved unless it was trained
+        if base is None or base.shape != tensor.shape or not torch.equal(tensor.to(base), base):
+            raise RequestError(
+                f"{where} holds {key!r}, which is neither lora_A nor lora_B of a module below {_PREFIX!r}, nor equal "
+                "to a weight of the model. Only low-rank changes of weight matrices can be imported."
+            )
+    if not found:
+        raise StorageError(f"{where} is damaged: its adapter_model.safetensors holds no lora_A and lora_B.")
+    if odd := [name for name, pair in found.items() if len(pair) < 2]:
+        raise StorageError(f"{where} is damaged: {odd[0]} has only one of lora_A and lora_B.")
+    return {name: (pair[_A], pair[_B]) for name, pair in found.items()}
 
 
 def to_merged(
     edit: Edit, lm: LM, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
 ) -> Merged:
-    """Write a whole checkpoint with the edit merged into its weights, and the tokenizer beside it.
+    """Write a whole checkpoint with the edit merged into its weights, and the tokenizer.
 
     Args:
         edit: the edit.
-        lm: the model; its weights are changed while this runs and are restored bit for bit.
-        folder: where the checkpoint shall be.
-        dtype: of the checkpoint; by default the model's own.
-        overwrite: replace what is there.
+        lm: the model; its weights are changed during the call and restored bit for bit.
+        folder: the checkpoint's folder.
+        dtype: of the checkpoint; by default that of the model.
+        overwrite: replace the content of the folder.
 
     Returns:
-        What the merge lost in that dtype.
+        The rounding error of the merge in that dtype.
 
     Raises:
-        MismatchError: the edit was made for another model.
+        MismatchError: the edit belongs to another model.
         ModelError: a matrix is quantised.
-        StorageError: the folder already holds something, or cannot be written.
+        RequestError: the edit holds NaN or infinite numbers.
+        StorageError: the folder is not empty, or cannot be written.
     """
     edit.check(lm)
+    edit.check_numbers()
     with new_folder(folder, overwrite=overwrite) as new:
         if dtype is None or dtype == lm.model.dtype:
             merged = merge(lm.model, edit.deltas)
@@ -252,9 +344,9 @@ def to_merged(
             finally:
                 merged.restore()
         else:
-            twin = copy.deepcopy(lm.model).to(dtype)
-            merged = merge(twin, edit.deltas, keep=False)
-            twin.save_pretrained(new)
+            model = copy.deepcopy(lm.model).to(dtype)
+            merged = merge(model, edit.deltas, keep=False)
+            model.save_pretrained(new)
         lm.tokenizer.save_pretrained(new)
         write_json(
             new / "emendo.json",
