@@ -15,9 +15,11 @@ import huggingface_hub
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from cases import unchanged
 from damage import Damage, cut, drop_tensor, full_disk, remove, rewrite, without
+from emendo import _storage as files
 from emendo.editors import read_edit
 from emendo.edits import Edit, Origin, Request, compose, conflicts, diff
 from emendo.edits.base import _packed
@@ -542,13 +544,13 @@ def test_many_edits_cost_no_more_than_the_matrix(lm: LM) -> None:
     """The factors of many edits are multiplied out: one product for each matrix, with the same result."""
     edits = [make_edit(lm) for _ in range(40)]  # rank 80 in matrices of 32 x 48
     whole = compose(edits)
-    with whole.applied(lm):
-        hooks = [
-            hook for name in whole.deltas for hook in lm.model.get_submodule(name)._forward_hooks.values()
-        ]
+    tokens = lm.tokenizer(REQUEST.prompt, return_tensors="pt").input_ids.numel()
+    with FlopCounterMode(display=False) as plain:
+        logits(lm)
+    with whole.applied(lm), FlopCounterMode(display=False) as edited:
         found = logits(lm)
-    assert len(hooks) == len(whole.deltas)
-    assert all(hook.dense is not None for hook in hooks)
+    matrices = sum(delta.shape[0] * delta.shape[1] for delta in whole.deltas.values())
+    assert edited.get_total_flops() - plain.get_total_flops() == 2 * tokens * matrices
     merged = LM(copy.deepcopy(lm.model), lm.tokenizer)
     for name, delta in whole.deltas.items():
         site = next(site for site in find_sites(lm.model) if site.name == name)
