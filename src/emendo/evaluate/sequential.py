@@ -178,7 +178,7 @@ class _Run:
         """Make one more edit, and score it."""
         start = time.perf_counter()
         seen: dict[str, float] = {}
-        if not self.editor.changes_weights:
+        if not self.editor.makes.changes_weights:
             if not score:
                 return Result(self.records[index], (), 0, 0.0)  # a later edit has all facts
             self.state = self.editor.edit(self.lm, [self._request(i) for i in range(index + 1)])
