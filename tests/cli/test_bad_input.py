@@ -13,7 +13,6 @@ from cases import records
 from cli.samples import SHORT, Emendo
 from damage import cut, full_disk, remove
 from emendo.data import Record, write_records
-from emendo.errors import EmendoError, StorageError
 
 PROMPT = "The capital of Bada is"
 
@@ -211,9 +210,15 @@ def test_a_full_disk(
 
 
 def test_debug_shows_where(emendo_command: Emendo, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="holds no editor") as caught:
-        emendo_command("--debug", "edit", "--editor", tmp_path / "nowhere", PROMPT, "Oslo")
-    assert isinstance(caught.value, EmendoError)
+    command = ("edit", "--editor", tmp_path / "nowhere", PROMPT, "Oslo")
+    said = emendo_command("--debug", *command, code=2)
+    assert (
+        "Traceback" in said.err
+        and "emendo.errors.StorageError: " in said.err
+        and "holds no editor" in said.err
+    )
+    said = emendo_command(*command, code=2)
+    assert "Traceback" not in said.err and said.err.startswith("Error: ") and "holds no editor" in said.err
 
 
 def test_brackets_in_messages_are_not_markup(emendo_command: Emendo, tmp_path: Path) -> None:

@@ -1,13 +1,10 @@
-"""The program `emendo`: its commands, its errors and its exit codes.
-
-Exit codes: 0 done, 2 a wrong option or an error that emendo explains, 130 interrupted.
-"""
+"""The program `emendo` and its commands."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from emendo._version import __version__
 from emendo.cli import (
+    _border,
     apply,
     checkout,
     compare,
@@ -38,8 +36,6 @@ from emendo.cli import (
     train,
     undo,
 )
-from emendo.cli._console import Interrupted, complain, show_log
-from emendo.errors import EmendoError, FramingWarning
 
 HELP = """Edit language models: give an input and the output you want, get a small, reversible change.
 
@@ -71,46 +67,33 @@ BARE = (demo, log, undo, doctor)
 
 
 class Group(TyperGroup):
-    """Turns emendo's errors into one line, and Ctrl-C into a line on what was saved."""
+    """The program as a group of commands; however one ends, the border reports it."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command line and exit."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode, **extra)
+        args, prog_name = list(sys.argv[1:] if args is None else args), prog_name or "emendo"
+        self._main_shell_completion(extra, prog_name, complete_var)
+
+        def command() -> None:
+            with self.make_context(prog_name, args[:], **extra) as context:
+                self.invoke(context)
+
+        sys.exit(_border.run(command, debug="--debug" in takewhile(lambda word: word.startswith("-"), args)))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """A command of two words, such as ``evaluate show``, goes before one of its first word."""
         two = " ".join(args[:2])
         return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        try:
-            with _warnings_in_words(), show_log():
-                return super().invoke(ctx)
-        except EmendoError as error:
-            if ctx.params.get("debug"):
-                raise
-            complain(str(error))
-            raise typer.Exit(2) from None
-        except Interrupted as stopped:
-            complain(str(stopped), "Stopped:")
-            raise typer.Exit(130) from None
-        except KeyboardInterrupt:
-            complain("nothing was written.", "Stopped:")
-            raise typer.Exit(130) from None
-
-
-@contextmanager
-def _warnings_in_words() -> Iterator[None]:
-    """Show emendo's own warnings as a line for the user, each once, and others as they are."""
-    with warnings.catch_warnings():
-        shown, said = warnings.showwarning, set[str]()
-
-        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-            if not issubclass(category, FramingWarning):
-                shown(message, category, *rest, **more)
-            elif str(message) not in said:
-                complain(str(message), "Warning:")
-            said.add(str(message))
-
-        warnings.showwarning = show
-        yield
 
 
 class Command(TyperCommand):
@@ -184,8 +167,3 @@ def build() -> typer.Typer:
 
 
 app = build()
-
-
-def main() -> None:
-    """Run the program; the entry point of the script `emendo`."""
-    app(prog_name="emendo")

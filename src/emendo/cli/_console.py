@@ -1,61 +1,120 @@
-"""What commands say: data on standard output, everything else on standard error."""
+r"""Printing: results on standard output, everything else on standard error.
+
+Every text a command prints passes through the two consoles of this module. They read no markup, so square brackets in a
+prompt or a file name stay square brackets; a style is given as a :class:`rich.text.Text`. A terminal never receives a
+control character from data: it is shown as an escape such as ``\x1b``. A pipe or a file receives the exact text.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
-import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from emendo.report.tables import CONTROLS, printable
 
 WIDTH = 110
-"""Of tables that no terminal limits."""
+"""Width of tables where no terminal limits it."""
 
 
 class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
-    """Ctrl-C, with what was saved and how to go on."""
+    """Ctrl-C, with a message that names what was saved and how to go on."""
+
+
+class Console(RichConsole):
+    """A console that reads no markup and sends no control character of the text to a terminal."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, highlight=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Turn a string into a text; a table measures its columns by this, too."""
+        return super().render_str(printable(text) if self.is_terminal else text, **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render anything; this is where all printing passes."""
+        for segment in super().render(renderable, options):
+            if segment.control or not self.is_terminal:
+                yield segment
+            else:
+                yield Segment(printable(segment.text), segment.style)
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Leave a closed pipe to the one place that handles errors (rich would exit with code 1)."""
+        self.quiet = True
+        raise BrokenPipeError
 
 
 def output() -> Console:
-    """Where tables go; in a file they are as wide as they need to be read."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=WIDTH)
+    """The console for results; where it is no terminal, tables are as wide as they need to be read."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
 
 
 def messages() -> Console:
-    """Where progress and notes go."""
-    return Console(stderr=True, highlight=False)
+    """The console for progress, notes and errors."""
+    return Console(stderr=True)
 
 
-def note(text: str) -> None:
-    """Say something on standard error."""
+def note(text: str | Text) -> None:
+    """Print a line on standard error."""
     messages().print(text, soft_wrap=True)
 
 
-def complain(text: str, what: str = "Error:") -> None:
-    """Say what went wrong on standard error."""
-    messages().print(f"[red]{what}[/red] {escape(text)}", soft_wrap=True)
+def complain(text: str, heading: str = "Error:") -> None:
+    """Print what went wrong on standard error."""
+    messages().print(Text.assemble((heading, "red"), f" {text}"), soft_wrap=True)
+
+
+def check_mark(good: bool) -> Text:
+    """A green tick or a red cross."""
+    return Text("✓", style="green") if good else Text("✗", style="red")
 
 
 def emit(value: Any) -> None:
-    """Print one JSON object on standard output."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print one JSON value on standard output.
+
+    Numbers that JSON does not have (NaN and the infinities) become null. Characters that could control a terminal and
+    those that the output's encoding lacks are written as JSON escapes, so that the value is the same for every reader.
+    """
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(_finite(value), indent=2, allow_nan=False)
+    print(text, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value
 
 
 class _Notes(logging.Handler):
-    """Shows log records as notes."""
+    """Prints log records as notes."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        note(escape(self.format(record)))
+        note(self.format(record))
 
 
 @contextmanager
 def show_log() -> Iterator[None]:
-    """Show the warnings that emendo logs inside the block."""
+    """Print the warnings that emendo logs inside the block."""
     handler = _Notes(logging.WARNING)
     logging.getLogger("emendo").addHandler(handler)
     try:
@@ -66,6 +125,6 @@ def show_log() -> Iterator[None]:
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
-    """A line on standard error that turns while something takes its time."""
-    with messages().status(escape(text)):
+    """Show a line with a spinner on standard error while the block runs."""
+    with messages().status(Text(text)):
         yield

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 
 from emendo._storage import new_file, read_json, write_json
 from emendo._version import __version__
@@ -49,7 +50,7 @@ def show_edit(run: Run, lm: LM, editor: Editor, unseen: Sequence[Record]) -> tup
     asked = [*questions(record, unrelated=0), *(Question("unrelated", text) for text in UNRELATED)]
     edit, rows = make_edit(lm, editor, Request(record.prompt, record.target), asked)
     edit.save_pretrained(run.folder / "edit", overwrite=True)
-    output().print(f'\n[bold]The edit[/bold]: "{record.prompt}" → "{record.target}"\n')
+    output().print(Text.assemble(("\nThe edit", "bold"), f': "{record.prompt}" → "{record.target}"\n'))
     before_after(rows)
     return edit, rows
 
@@ -74,7 +75,7 @@ def show_scores(
     kept, page = run.folder / "evaluation.json", run.folder / "report.html"
     key = _key(run.editor, records)
     found = read_json(kept) if kept.exists() and page.exists() else {}
-    output().print("\n[bold]On facts that the editor has not seen[/bold]\n")
+    output().print("\nOn facts that the editor has not seen\n", style="bold")
     if found.get("key") == key:
         print_evaluation(found["figures"])
         return

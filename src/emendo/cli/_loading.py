@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 
 from emendo.cli._console import complain, note, status
 from emendo.cli._runs import editor_folder
@@ -153,9 +152,9 @@ def read(
     if bad := records.skipped:
         why = ", ".join(f"{count} {reason}" for reason, count in records.reasons.items())
         left_out = sum(records.reasons.values())
-        note(escape(f"{source}: {left_out} records were left out ({why}), the first: {bad[0]}"))
+        note(f"{source}: {left_out} records were left out ({why}), the first: {bad[0]}")
     if unused := unused_fields(records.unused):
-        note(escape(f"{source}: fields that are not read, with the number of records: {unused}."))
+        note(f"{source}: fields that are not read, with the number of records: {unused}.")
     for warning in records.warnings:
         complain(f"{source}: {warning}.", "Warning:")
     return records

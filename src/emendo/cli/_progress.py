@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from emendo.cli._console import messages, note
 from emendo.progress import Lines, format_figure
@@ -28,7 +28,7 @@ def show_progress() -> Iterator[Bars | Lines]:
     """Show the progress of everything inside the block; see :class:`emendo.progress.Progress`."""
     console = messages()
     if not console.is_terminal:
-        yield Lines(lambda line: note(escape(line)))
+        yield Lines(note)
         return
     bars = Bars(console)
     with bars.live:
@@ -41,7 +41,7 @@ class Bars:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bars = Progress(
-            TextColumn("{task.description:>12}"),
+            TextColumn("{task.description:>12}", markup=False),
             BarColumn(bar_width=32),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -54,7 +54,7 @@ class Bars:
     def update(self, task: str, done: int, total: int, figures: Mapping[str, float] | None = None) -> None:
         """Redraw the bar of a task, and the figures if there are any."""
         if task not in self._tasks:
-            self._tasks[task] = self._bars.add_task(escape(task), total=total)
+            self._tasks[task] = self._bars.add_task(task, total=total)
         key = self._tasks[task]
         if done < self._bars.tasks[key].completed:
             self._bars.reset(key)  # the task has started again
@@ -63,12 +63,13 @@ class Bars:
             table = Table.grid(padding=(0, 2))
             for _ in figures:
                 table.add_column(justify="right")
-            table.add_row(*[f"[dim]{name}[/dim]" for name in figures])
+            table.add_row(*[Text(name, "dim") for name in figures])
             table.add_row(*[format_figure(name, value) for name, value in figures.items()])
             self.live.update(Group(self._bars, table))
 
     def report(self, heading: str, figures: Mapping[str, float], remark: str = "") -> None:
         """Print a line that stays."""
-        text = "  ".join(f"[dim]{name}[/dim] {format_figure(name, v)}" for name, v in figures.items())
-        end = f"  [green]{escape(remark)}[/green]" if remark else ""
-        self.console.print(f"  {escape(heading)}  {text}{end}", soft_wrap=True)
+        line = Text(f"  {heading}")
+        for name, value in figures.items():
+            line.append(f"  {name}", "dim").append(f" {format_figure(name, value)}")
+        self.console.print(line.append(f"  {remark}" if remark else "", "green"), soft_wrap=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
@@ -73,15 +74,15 @@ def print_applied(work: Workspace, step: Operation) -> None:
     """Print an edit that was applied, the guard's figures, and a warning if its fact was edited before."""
     console = output()
     entry = work.ledger.entry(step.edits[0])
-    console.print(f"[green]applied[/green] edit {entry.id}: {shared.requests_line(entry)}", soft_wrap=True)
-    console.print(f"[dim]{shared.health_line(step.health)}[/dim]", soft_wrap=True)
+    line = Text.assemble(("applied", "green"), f" edit {entry.id}: ", shared.requests_line(entry))
+    console.print(line, soft_wrap=True)
+    console.print(shared.health_line(step.health), style="dim", soft_wrap=True)
     if step.forced and step.health:
         note(f"The guard refused it, and it was forced: {'; '.join(step.health['problems'])}.")
     for other in _edited_before(work, step):
-        note(
-            f"[yellow]Warning:[/yellow] edit {other.id} is active and has the same prompt: "
-            f"{shared.requests_line(other)}. To replace it, take it off: emendo revert {other.id}"
-        )
+        line = Text.assemble(("Warning:", "yellow"), f" edit {other.id} is active and has the same prompt: ")
+        line.append_text(shared.requests_line(other))
+        note(line.append(f". To replace it, take it off: emendo revert {other.id}"))
     console.print(shared.state_line(step), soft_wrap=True)
 
 

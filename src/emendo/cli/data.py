@@ -90,7 +90,7 @@ def _show(figures: dict[str, Any]) -> None:
     console = output()
 
     def say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
     say(
         f"{figures['source']}: {_plural(figures['records'], 'record')} in the layout of {figures['layout']}.\n"

@@ -118,13 +118,11 @@ def _anew(old: Run) -> Run:
 def _what_next(run: Run, prompt: str) -> None:
     out = run.folder
     console = output()
-    console.print("\n[bold]What next[/bold]")
+    console.print("\nWhat next", style="bold")
     for line in (
         f'emendo generate --edit {out / "edit"} "{prompt}"',
         f'emendo edit --editor {out} "The capital of France is" "Lyon" --out {out / "my-edit"}',
         "emendo train --model MODEL --data FILE --out runs/mine",
     ):
-        console.print(f"  {line}", soft_wrap=True, markup=False)
-    console.print(
-        f"\nThe report, with plots and every fact: {out / 'report.html'}", soft_wrap=True, markup=False
-    )
+        console.print(f"  {line}", soft_wrap=True)
+    console.print(f"\nThe report, with plots and every fact: {out / 'report.html'}", soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
@@ -36,8 +37,10 @@ def run(
         return
     console = output()
     for entry in removed:
-        console.print(f"[red]- edit {entry.id}[/red]  {shared.requests_line(entry)}", soft_wrap=True)
+        line = Text.assemble((f"- edit {entry.id}", "red"), "  ", shared.requests_line(entry))
+        console.print(line, soft_wrap=True)
     for entry in added:
-        console.print(f"[green]+ edit {entry.id}[/green]  {shared.requests_line(entry)}", soft_wrap=True)
+        line = Text.assemble((f"+ edit {entry.id}", "green"), "  ", shared.requests_line(entry))
+        console.print(line, soft_wrap=True)
     if not added and not removed:
         console.print("The same edits are active in both.")

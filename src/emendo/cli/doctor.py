@@ -11,7 +11,7 @@ from rich.table import Table
 
 from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
-from emendo.cli._console import emit, output, status
+from emendo.cli._console import check_mark, emit, output, status
 
 if TYPE_CHECKING:
     from emendo.ledger import Check, Operation
@@ -73,8 +73,8 @@ def _table(found: Examination) -> Table:
     for outcome in found.outcomes:
         reached, requests = sum(outcome.reached), len(outcome.reached)
         part = f" {reached} of {requests}" if requests > 1 else ""
-        sign = "[green]✓[/green]" if outcome.holds else "[red]✗[/red]"
-        table.add_row(str(outcome.entry.id), shared.requests_line(outcome.entry), f"{sign}{part}")
+        holds = check_mark(outcome.holds).append(part, "default")
+        table.add_row(str(outcome.entry.id), shared.requests_line(outcome.entry), holds)
     return table
 
 

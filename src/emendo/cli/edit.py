@@ -136,5 +136,4 @@ def run(
         output().print(
             f"Saved in {out}. Try it: {shlex.join(command)}",
             soft_wrap=True,
-            markup=False,
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from emendo.cli import _ledger as keep
 from emendo.cli import _options as opt
@@ -91,9 +91,9 @@ def run(
         return
     console = output()
     several = "s" if len(changes) != 1 else ""
-    console.print(f"[bold]without the edit{several}[/bold]  {_line(prompt, before)}", soft_wrap=True)
-    console.print(f"[bold]with the edit{several}[/bold]     {_line(prompt, after)}", soft_wrap=True)
+    console.print(_line(f"without the edit{several}  ", prompt, before), soft_wrap=True)
+    console.print(_line(f"with the edit{several}     ", prompt, after), soft_wrap=True)
 
 
-def _line(prompt: str, text: str) -> str:
-    return f"[dim]{escape(prompt.rstrip())}[/dim] {escape(' '.join(text.split()))}"
+def _line(heading: str, prompt: str, text: str) -> Text:
+    return Text.assemble((heading, "bold"), (prompt.rstrip(), "dim"), f" {' '.join(text.split())}")

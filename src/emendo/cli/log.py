@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
@@ -45,8 +45,10 @@ def run(
     console = output()
     console.print(_table(book, operations))
     if len(operations) < count:
-        console.print(f"[dim]The latest {len(operations)} of {count:,} steps; --all shows every step.[/dim]")
-    console.print(f"\n{shared.state_line(book.head)} [dim]{escape(book.where)}[/dim]", soft_wrap=True)
+        console.print(
+            f"The latest {len(operations)} of {count:,} steps; --all shows every step.", style="dim"
+        )
+    console.print(Text.assemble(f"\n{shared.state_line(book.head)} ", (book.where, "dim")), soft_wrap=True)
 
 
 def _table(book: Ledger, operations: list[Operation]) -> Table:
@@ -62,12 +64,12 @@ def _table(book: Ledger, operations: list[Operation]) -> Table:
         tags.setdefault(tag.operation, []).append(tag.name)
     for operation in operations:
         edits = operation.edits
-        kind = f"[yellow]{operation.kind}, forced[/yellow]" if operation.forced else operation.kind
+        kind = Text(f"{operation.kind}, forced", "yellow") if operation.forced else operation.kind
         numbers = ", ".join(map(str, edits)) if len(edits) < 6 else f"{len(edits)} edits"
-        what = shared.requests_line(entries[edits[0]]) if len(edits) == 1 else ""
+        what = shared.requests_line(entries[edits[0]]) if len(edits) == 1 else Text()
         if operation.note:
-            what += f"\n[dim]{escape(operation.note)}[/dim]"
-        named = escape(", ".join(tags.get(operation.id, ())))
+            what.append(f"\n{operation.note}", "dim")
+        named = ", ".join(tags.get(operation.id, ()))
         when = operation.at[:16].replace("T", " ")
-        table.add_row(str(operation.id), kind, numbers, what, escape(operation.by), when, named)
+        table.add_row(str(operation.id), kind, numbers, what, operation.by, when, named)
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
@@ -46,14 +47,16 @@ def run(
         return
     console = output()
     entry = work.ledger.entry(id)
-    console.print(f"[red]taken off[/red] edit {id}: {shared.requests_line(entry)}", soft_wrap=True)
+    line = Text.assemble(("taken off", "red"), f" edit {id}: ", shared.requests_line(entry))
+    console.print(line, soft_wrap=True)
     if later:
         numbers = ", ".join(str(entry.id) for entry in later)
         console.print(f"Made while it was active: edits {numbers}.", soft_wrap=True)
         lost = {outcome.entry.id for outcome in found.lost}
         for entry in later:
             if entry.id in lost:
-                note(f"[yellow]no longer holds:[/yellow] edit {entry.id}: {shared.requests_line(entry)}")
+                line = Text.assemble(("no longer holds:", "yellow"), f" edit {entry.id}: ")
+                note(line.append_text(shared.requests_line(entry)))
     elif found.outcomes:
         console.print("No active edit was made while it was active.")
     console.print(f"{shared.state_line(step)} {shared.examination_line(found)}", soft_wrap=True)

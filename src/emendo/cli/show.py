@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
@@ -39,12 +39,9 @@ def run(
     console = output()
     console.print(_facts(book, entry, active))
     for step in operations:
-        forced = " [yellow](forced)[/yellow]" if step.forced else ""
-        note = f": {escape(step.note)}" if step.note else ""
-        console.print(
-            f"\n[bold]{step.kind}[/bold]{forced} as step {step.id} by {escape(step.by)}, {step.at[:19]}{note}",
-            soft_wrap=True,
-        )
+        line = Text.assemble((f"\n{step.kind}", "bold"), (" (forced)" if step.forced else "", "yellow"))
+        line.append(f" as step {step.id} by {step.by}, {step.at[:19]}")
+        console.print(line.append(f": {step.note}" if step.note else ""), soft_wrap=True)
         if step.health:
             console.print(_health(step.health))
 
@@ -54,11 +51,11 @@ def _facts(book: Ledger, entry: Entry, active: tuple[int, ...]) -> Table:
     state = f"active, {active.index(entry.id) + 1} of {len(active)}" if entry.id in active else "not active"
     table.add_row("edit", f"{entry.id} ({state})")
     for request in entry.requests:
-        table.add_row("request", f"{escape(request['prompt'])} [bold]{escape(request['target'])}[/bold]")
+        table.add_row("request", Text.assemble(f"{request['prompt']} ", (request["target"], "bold")))
     if entry.chat:
         table.add_row("framing", "in the tokenizer's chat template")
     rank = "" if entry.rank is None else f", rank {entry.rank}"
-    table.add_row("made by", f"{escape(entry.editor)}, emendo {entry.version}, {entry.made}{rank}")
+    table.add_row("made by", f"{entry.editor}, emendo {entry.version}, {entry.made}{rank}")
     if entry.upon:
         earlier = book.made_upon(entry)
         numbers = ", ".join(map(str, earlier))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
@@ -47,7 +47,7 @@ def run(
         return
     for tag in tags:
         active = book.operation(tag.operation).active_count
-        about = f"step {tag.operation}, {active} active, by {escape(tag.by)}, {tag.at[:10]}"
-        output().print(f"[bold]{escape(tag.name)}[/bold]  {about}")
+        about = f"step {tag.operation}, {active} active, by {tag.by}, {tag.at[:10]}"
+        output().print(Text.assemble((tag.name, "bold"), f"  {about}"))
     if not tags:
         note("There are no tags yet.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
@@ -36,5 +37,6 @@ def run(
         emit(step.as_dict())
         return
     for entry in reversed(book.entries(step.edits)):
-        output().print(f"[red]taken off[/red] edit {entry.id}: {shared.requests_line(entry)}", soft_wrap=True)
+        line = Text.assemble(("taken off", "red"), f" edit {entry.id}: ", shared.requests_line(entry))
+        output().print(line, soft_wrap=True)
     output().print(shared.state_line(step))

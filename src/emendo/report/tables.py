@@ -35,9 +35,10 @@ NO_NUMBER = "no number"
 """Shown for a value that is infinite or NaN."""
 
 _LEFT = ("text", "verdict")
-_CONTROL = re.compile(
+CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+"""Characters that could control a terminal, or reverse the direction of writing, or that cannot be encoded."""
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~&]|(?<!\w)_|_(?!\w)")
 
 
@@ -214,7 +215,7 @@ def printable(text: str) -> str:
     These are the C0 and C1 controls except tab and line feed, the marks of the direction of writing, line and paragraph
     separators, and lone surrogates, which cannot be encoded.
     """
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def markdown_text(text: str) -> str:
