@@ -1,17 +1,19 @@
-"""Every error emendo raises on purpose, as one tree.
+"""Every error that emendo raises on purpose, as one tree.
 
 ::
 
     EmendoError
-    ├── RequestError        what was asked: an empty prompt, a target that does not fit the context
+    ├── RequestError        the request: an empty prompt, a target that does not fit the context
     ├── DataError           a record file: missing, empty, or a malformed line (file, line, field)
     ├── ModelError          the model: no blocks, no such sites, an output that cannot be scored
     ├── MismatchError       an edit or an editor that belongs to another model
     ├── StorageError        a file: damaged, not writable, or a folder that already holds a run
-    ├── ConflictError       a step of the ledger that no longer fits: another process took one in between
-    └── TrainingError       a run that cannot go on: non-finite losses, nothing to train on
+    ├── ConflictError       a step of the ledger that no longer fits, because another process took one in between
+    └── TrainingError       a run that cannot continue: non-finite losses, nothing to train on
 
-One thing is no error but a warning (:class:`FramingWarning`): prompts that an editor was not trained to read.
+    EmendoWarning
+    ├── FramingWarning        prompts in another form than the editor was trained on
+    └── UnusedWeightsWarning  a checkpoint with tensors that were not loaded
 
 A message says what was given, what is allowed and what to do next. Each class also derives from the
 built-in exception a caller would expect (``ValueError``, ``OSError``, ``RuntimeError``).
@@ -31,7 +33,7 @@ class DataError(EmendoError, ValueError):
 
 
 class ModelError(EmendoError, ValueError):
-    """The model lacks what is needed: blocks, the asked sites, an output that can be scored."""
+    """The model cannot be loaded, or it lacks blocks, the requested sites, or an output that can be scored."""
 
 
 class MismatchError(EmendoError, ValueError):
@@ -43,12 +45,20 @@ class StorageError(EmendoError, OSError):
 
 
 class ConflictError(EmendoError, RuntimeError):
-    """Another process has changed the ledger since it was looked at."""
+    """Another process changed the ledger in the meantime."""
 
 
 class TrainingError(EmendoError, RuntimeError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
-class FramingWarning(UserWarning):
+class EmendoWarning(UserWarning):
+    """Base of every warning that emendo issues."""
+
+
+class FramingWarning(EmendoWarning):
     """An editor was trained on prompts in a chat template and is used on plain ones, or the other way round."""
+
+
+class UnusedWeightsWarning(EmendoWarning):
+    """A checkpoint holds tensors that are not part of the loaded model, and an export will not have them."""

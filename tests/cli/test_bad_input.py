@@ -102,7 +102,7 @@ TRAIN: list[tuple[list[str], str]] = [
     (["--limit", "0"], "--limit must be at least 1"),
     (["--text", "/none.txt"], "--text /none.txt cannot be read"),
     (["--dtype", "int4"], "dtype 'int4' is not one of float32, bfloat16, float16"),
-    (["--device", "toaster"], "--device toaster cannot be used"),
+    (["--device", "toaster"], "device 'toaster' cannot be used"),
     (["--validation", "/none.jsonl"], "/none.jsonl does not exist"),
     (["--model", "no-such-model-anywhere"], "Cannot load the model 'no-such-model-anywhere'"),
 ]
@@ -199,7 +199,7 @@ def test_a_full_disk(
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("emendo._storage.save_file", full_disk)
+        patch.setattr("safetensors.torch.save_file", full_disk)
         said = emendo_command("train", "--model", model, "--data", facts, "--out", out, *SHORT, code=2)
     assert "No space left on device" in said.err
     assert not (out / "editor").exists()

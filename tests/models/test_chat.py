@@ -1,4 +1,4 @@
-"""Prompts in a chat template: the same tokens wherever a prompt and a target become tokens, and who is told of it."""
+"""Prompts in a chat template: the same tokens in editing, training, evaluation and generation, and what records it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from emendo.train import TrainConfig, train
 PAIRS = [
     ("The capital of Bada is", "Oslo"),  # one token behind a space, else several
     ("Where is Bada?", "Old Town by the river"),
-    ("  Say it:  \n", "  New Port\n"),
+    ("  Say it:\n", "New Port"),
 ]
 
 
 def turns(lm: LM, prompt: str, *answer: str) -> list[dict[str, str]]:
-    said = [{"role": "assistant", "content": text} for text in answer]
-    return [{"role": "user", "content": prompt.rstrip()}, *said]
+    answers = [{"role": "assistant", "content": text} for text in answer]
+    return [{"role": "user", "content": prompt}, *answers]
 
 
 def begun(lm: LM, prompt: str) -> tuple[int, ...]:
@@ -52,8 +52,8 @@ def test_a_text_begins_as_the_template_says_and_ends_with_the_target(name: str, 
     for (prompt, answer), text in zip(PAIRS, to_texts(lm, PAIRS), strict=True):
         assert text.ids[: text.start] == begun(lm, prompt)
         gap = " " if name == "spaced" else ""
-        said = lm.tokenizer(gap + answer.strip(), add_special_tokens=False)["input_ids"]
-        assert text.labels == tuple(said)
+        ids = lm.tokenizer(gap + answer, add_special_tokens=False)["input_ids"]
+        assert text.labels == tuple(ids)
         assert text.ids.count(lm.tokenizer.convert_tokens_to_ids(BEGIN)) == (name in ("begun", "spaced"))
 
 
@@ -61,7 +61,7 @@ def test_a_text_begins_as_the_template_says_and_ends_with_the_target(name: str, 
 def test_a_text_is_the_finished_conversation_up_to_the_end_of_the_target(name: str) -> None:
     lm = chat_lm(TEMPLATES[name], bos=True)
     for (prompt, answer), text in zip(PAIRS, to_texts(lm, PAIRS), strict=True):
-        whole: Any = lm.tokenizer.apply_chat_template(turns(lm, prompt, answer.strip()))
+        whole: Any = lm.tokenizer.apply_chat_template(turns(lm, prompt, answer))
         assert tuple(whole["input_ids"][: len(text.ids)]) == text.ids
 
 
@@ -82,6 +82,16 @@ def test_generation_and_next_tokens_read_the_same(name: str) -> None:
     assert lm.generate(prompts, 4) == [lm.generate(prompt, 4) for prompt in prompts]
 
 
+def test_white_space_of_an_answer_is_kept_instead_of_the_templates_own() -> None:
+    for name, template in TEMPLATES.items():
+        lm = chat_lm(template)
+        spaced, plain, newline = (to_texts(lm, [("Q", answer)])[0] for answer in (" A", "A", "\nA"))
+        assert (spaced == plain) == (name == "spaced")
+        assert lm.tokenizer.decode(newline.labels) == "\nA"
+        assert lm.tokenizer.decode(spaced.labels) == " A"
+        assert spaced.ids[: spaced.start] == newline.ids[: newline.start]
+
+
 def test_plain_prompts_are_read_as_before() -> None:
     lm = chat_lm(BEGUN, bos=True)
     plain = lm.reading(chat=False)
@@ -95,11 +105,11 @@ def test_plain_prompts_are_read_as_before() -> None:
 def test_what_cannot_be() -> None:
     with pytest.raises(ModelError, match="tiny-llama has no chat template"):
         replace(build_lm("llama"), chat=True)
-    with pytest.raises(ModelError, match="tiny-llama does not take a user's turn and an answer: no turns"):
+    with pytest.raises(ModelError, match="tiny-llama does not accept a user's turn and an answer: no turns"):
         chat_lm("{{ raise_exception('no turns') }}")
     lm = build_lm("t5")
     lm.tokenizer.chat_template = TURNS
-    with pytest.raises(ModelError, match="for a decoder"):
+    with pytest.raises(ModelError, match="Only decoders use"):
         replace(lm, chat=True)
     with pytest.raises(RequestError, match="prompt is empty"):
         to_texts(chat_lm(), [(" ", "Oslo")])

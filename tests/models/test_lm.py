@@ -1,4 +1,4 @@
-"""What a language model answers, against one slow pass for every token."""
+"""The answers of a language model, against one slow pass for each token."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ PROMPTS = ["The capital of Bababa is", "A", "Water is made of hydrogen and "]
 
 @torch.no_grad()
 def first_logits(lm: LM, prompt: str, said: tuple[int, ...] = ()) -> Tensor:
-    """The slow reference: the logits of what comes after the prompt and the tokens said so far, `[vocabulary]`."""
-    ids = lm.tokenizer(prompt.rstrip(), return_tensors="pt").input_ids
+    """The slow reference: the logits of the token after the prompt and the tokens said so far, `[vocabulary]`."""
+    own = prompt.removesuffix(" ") if lm.kind == "causal" else prompt  # the space is part of the answer
+    ids = lm.tokenizer(own, return_tensors="pt").input_ids
     if lm.kind == "causal":
         ids = torch.cat([ids, torch.tensor([said], dtype=torch.long)], 1)
         return lm.model(ids).logits[0, -1]  # type: ignore[no-any-return]
@@ -119,7 +120,7 @@ def test_next_logits_and_top(kind: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     p = expected[0].softmax(-1)
     order = p.argsort(descending=True)[:4].tolist()
-    top = lm.top(PROMPTS[0] + " ", k=4)
+    top = lm.top(PROMPTS[0] + " " * (lm.kind == "causal"), k=4)
     names = CLASSES if lm.kind == "classifier" else [lm.tokenizer.decode([i]) for i in range(len(p))]
     assert [text for text, _ in top] == [names[i] for i in order]
     assert [value for _, value in top] == pytest.approx([float(p[i]) for i in order], rel=1e-4)
@@ -208,6 +209,6 @@ def test_what_a_decoder_begins_and_ends_with() -> None:
 def test_only_decoders_are_padded_on_the_left(kind: str) -> None:
     for name, side in ((kind, "right"), ("llama", "left")):
         lm = build_lm(name)
-        short = lm._tokens(PROMPTS)["attention_mask"][1]
+        short = lm._batch(PROMPTS)["attention_mask"][1]
         assert short.tolist() == sorted(short.tolist(), reverse=side == "right")
         assert not short.all()

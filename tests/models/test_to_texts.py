@@ -96,7 +96,6 @@ def test_many_at_once_are_the_same_as_one_by_one(seq2seq: LM, classifier: LM) ->
         pairs = [(record.prompt, record.target) for record in records_for(lm, 6)]
         texts = to_texts(lm, pairs)
         assert texts == [text for pair in pairs for text in to_texts(lm, [pair])]
-        assert to_texts(lm, [(f"{prompt}  ", f" {answer}\n") for prompt, answer in pairs]) == texts
         assert to_texts(lm, []) == []
 
 
@@ -114,6 +113,31 @@ def test_a_class_by_its_name(classifier: LM) -> None:
 def test_two_classes_that_differ_in_case_alone() -> None:
     lm = build_lm("bert", id2label={0: "us", 1: "US", 2: "them"})
     assert [text.labels[0] for text in to_texts(lm, [("x", "us"), ("x", "US"), ("x", "THEM")])] == [0, 1, 2]
+
+
+def test_encoders_read_prompts_as_typed(seq2seq: LM, classifier: LM) -> None:
+    typed = f"\t{PROMPT}\n "
+    for lm, answer in ((seq2seq, ANSWER), (classifier, CLASSES[0])):
+        (text,) = to_texts(lm, [(typed, answer)])
+        assert text.trunk == tuple(lm.tokenizer(typed).input_ids)
+        assert lm.prompt_texts([typed])[0].trunk == text.trunk
+        (asked,) = lm._batch([typed])["input_ids"].tolist()
+        assert tuple(asked) == text.trunk
+    (text,) = to_texts(seq2seq, [(PROMPT, f" {ANSWER}\n")])
+    assert text.labels[:-1] == ids(seq2seq, f" {ANSWER}\n")
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
+def test_tokens_that_the_model_does_not_know(kind: str) -> None:
+    """Some tokenizers have more tokens than their model; only texts that use those are refused."""
+    lm = build_lm(kind)
+    answer = CLASSES[1]
+    expected = to_texts(lm, [(PROMPT, answer)])
+    lm.tokenizer.add_tokens(["<image>"])
+    assert to_texts(lm, [(PROMPT, answer)]) == expected
+    for call in (lambda: to_texts(lm, [(f"{PROMPT}<image>", answer)]), lambda: lm.generate("An <image>")):
+        with pytest.raises(RequestError, match=f"'<image>' has the id .*{lm.name} knows only"):
+            call()
 
 
 @pytest.mark.parametrize("answer", ["Paris", "2", "Supported."])

@@ -1,12 +1,10 @@
-"""Loading what commands work on, with a word on what takes time."""
+"""Loading models, editors and records for commands, with a note on what takes time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from emendo.cli._console import complain, note, status
 from emendo.cli._runs import editor_folder
@@ -15,57 +13,47 @@ from emendo.cli.data import unused_fields
 from emendo.data import Record, RecordSet, read_records
 from emendo.editors import EDITORS, Editor, editor_class
 from emendo.errors import DataError, RequestError
-from emendo.models.loading import BUILT_IN, LM, cache_folder, fastest_dtype, load
+from emendo.models.loading import BUILT_IN, LM, cache_folder, fastest_dtype, load, usable_device
 from emendo.models.sites import Site, find_sites
 
-_WORDS = 8  # the fewest words of a passage
+_WORDS = 8  # the fewest words in a passage
 
 
 def load_model(name: str, dtype: str = "float32", device: str | None = None, *, chat: bool = False) -> LM:
-    """Load a model; says so when that takes long.
+    """Load a model, and print a note if that takes long.
 
     Raises:
         ModelError: there is no such model, or it has no chat template and ``chat`` asks for it.
         RequestError: there is no such device.
     """
-    place = _device(device)
     if name in BUILT_IN and not (cache_folder() / "models" / name / "config.json").exists():
         note(f"Converting {name} for the first time (about half a minute; kept in {cache_folder()}).")
     with status(f"Loading the model {name}"):
-        return load(name, dtype=dtype, device=place, chat=chat)
+        return load(name, dtype=dtype, device=device, chat=chat)
 
 
 def named_dtype(dtype: str, device: str | None) -> str:
-    """What ``fastest`` stands for on this device, with a word on it; any other format is itself.
+    """The format that ``fastest`` stands for on this device, with a note; any other format is returned as it is.
 
     Raises:
         RequestError: there is no such device.
     """
     if dtype != "fastest":
         return dtype
-    found = fastest_dtype(_device(device))
+    found = fastest_dtype(usable_device(device or "cpu"))
     if found != "float32":
         note(f"The model is loaded in {found}, which multiplies fastest here; --dtype float32 is exact.")
     return found
 
 
-def _device(name: str | None) -> torch.device:
-    try:
-        place = torch.device(name or "cpu")
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # an unknown name; a build without that backend
-        raise RequestError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return place
-
-
 @dataclass(frozen=True, slots=True)
 class MethodOptions:
-    """What a command says about a method that needs no training.
+    """A command's options for a method that needs no training.
 
     Attributes:
-        settings: ``KEY=VALUE`` texts.
-        sites: what ``--sites`` said.
-        last: what ``--last`` said.
+        settings: ``KEY=VALUE`` texts of ``--set``.
+        sites: values of ``--sites``.
+        last: value of ``--last``.
     """
 
     settings: Sequence[str] | None = None
@@ -84,12 +72,12 @@ def load_editor(
     """An editor, and the model it belongs to.
 
     Args:
-        name: the folder of a trained one or of its run, or a method that needs no training.
-        model: of the editor; None takes the one it was trained for, or the built-in one.
-        dtype: of the model.
-        device: of the model.
+        name: the folder of a trained editor or of its run, or a method that needs no training.
+        model: the model; None takes the one that the editor was trained for, or the built-in one.
+        dtype: number format of the model.
+        device: device of the model.
         method: settings of a method that needs no training.
-        chat: whether prompts are put into the chat template; None does as the editor was trained.
+        chat: whether prompts are put into the chat template; None takes the form the editor was trained on.
 
     Raises:
         StorageError: there is no editor, or it is damaged.
@@ -161,10 +149,10 @@ def read(
 
 
 def training_records(settings: RunSettings) -> tuple[Sequence[Record], Sequence[Record], int]:
-    """The records to learn from, those to validate on, and how many problems were skipped.
+    """The training records, the validation records, and the number of skipped problems.
 
-    Validation records come from ``--validation``; for the built-in facts from their validation split; else they are
-    the last 2% of the file (at least 20, at most 100, never more than a fifth), which are then not learnt from.
+    Validation records come from ``--validation``; for the built-in facts, from their validation split. Otherwise they
+    are the last 2% of the file (at least 20, at most 100, never more than a fifth), which are then not trained on.
 
     Raises:
         DataError: a file is missing, empty or malformed.
@@ -183,10 +171,10 @@ def training_records(settings: RunSettings) -> tuple[Sequence[Record], Sequence[
 
 
 def passages(path: str | None) -> list[str]:
-    """The paragraphs of a plain text file that are long enough to be worth keeping, one a line.
+    """The paragraphs of a plain text file, one per line, that have at least eight words.
 
     Raises:
-        DataError: the file is missing, or has none.
+        DataError: the file is missing, or has no such line.
     """
     if path is None:
         return []
@@ -197,6 +185,6 @@ def passages(path: str | None) -> list[str]:
     found = [line.strip() for line in lines if len(line.split()) >= _WORDS]
     if not found:
         raise DataError(
-            f"--text {path} has no line of at least {_WORDS} words; give plain text, a paragraph a line."
+            f"--text {path} has no line of at least {_WORDS} words; give plain text, one paragraph per line."
         )
     return found

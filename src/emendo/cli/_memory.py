@@ -1,4 +1,4 @@
-"""How much memory training and editing take, estimated from shapes alone."""
+"""Estimates of the memory that training and editing take, from shapes alone."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from emendo.models.sites import Site, find_stacks
 from emendo.train import TrainConfig
 
 _FLOAT = 4  # bytes
-_TOKENS = 400  # of a micro-batch in a training step
-_LABELS = 150  # of them, positions whose logits are needed
+_TOKENS = 400  # tokens in a micro-batch of a training step
+_LABELS = 150  # positions of these whose logits are needed
 _ROWS = 12  # tokens of an edit
 _BASE = 400 * 2**20  # Python and its libraries
 
 HOW = (
-    "This is an estimate, good to a third or so. Training keeps the model's weights, five numbers for each of the "
+    "This is an estimate, accurate to about a third. Training holds the model's weights, five numbers for each of the "
     "editor's parameters (its value, its gradient, two of Adam's, the best so far) and, for a batch of "
     f"{TrainConfig().batch} edits of {_ROWS} tokens, the activations of the edited blocks and of the editor and the "
-    "logits of the answers. Editing keeps the weights and the editor. Python and its libraries are counted as "
-    f"{_BASE // 2**20} MB in both. The frozen part's outputs are kept on disk and not counted."
+    "logits of the answers. Editing holds the weights and the editor. Both include "
+    f"{_BASE // 2**20} MB for Python and its libraries. The outputs of the frozen blocks are on disk and not included."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Memory in bytes, by what it is for.
+    """Memory in bytes, by purpose.
 
     Attributes:
-        parameters: of the editor.
+        parameters: number of parameters of the editor.
         training: part -> bytes.
         editing: part -> bytes.
     """
@@ -51,13 +51,13 @@ class Needs:
 
 
 def estimate(model: nn.Module, kind: type[Editor], config: Any, sites: Sequence[Site]) -> Needs:
-    """What an editor of these settings needs.
+    """The memory that an editor with these settings needs.
 
     Args:
         model: the loaded model.
-        kind: class of the editor.
-        config: its settings.
-        sites: what it edits.
+        kind: the editor's class.
+        config: the editor's settings.
+        sites: the matrices it edits.
     """
     with torch.device("meta"):
         editor = kind(tuple(sites), config)
@@ -76,7 +76,7 @@ def estimate(model: nn.Module, kind: type[Editor], config: Any, sites: Sequence[
 
 
 def _activations(model: nn.Module, sites: Sequence[Site]) -> int:
-    """What a training step keeps for its backward pass."""
+    """The memory that a training step keeps for its backward pass."""
     depth = {stack.name: stack.depth for stack in find_stacks(model)}
     edited = sum(
         depth[name] - min(s.block for s in sites if s.stack == name) for name in {s.stack for s in sites}
@@ -84,10 +84,6 @@ def _activations(model: nn.Module, sites: Sequence[Site]) -> int:
     vocabulary, width = model.get_input_embeddings().weight.shape  # type: ignore[operator]
     widths = sum(site.d_in + site.d_out for site in sites)
     blocks = _TOKENS * (edited * 16 * width + 2 * widths)
-    logits = (
-        5 * _LABELS * vocabulary
-    )  # twice the edited ones, the reference, their log-probabilities and gradients
-    rows = (
-        TrainConfig().batch * _ROWS * widths * 10
-    )  # through the editor's layers, the changes and their gradients
+    logits = 5 * _LABELS * vocabulary  # edited ones twice, the reference, log-probabilities, gradients
+    rows = TrainConfig().batch * _ROWS * widths * 10  # the editor's layers, the changes and their gradients
     return _FLOAT * int(blocks + logits + rows)

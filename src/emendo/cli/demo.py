@@ -56,6 +56,7 @@ def run(
     from emendo.cli._training import carry_out
     from emendo.data import read_records
     from emendo.editors import Editor
+    from emendo.models._fingerprint import same_model
 
     dtype = named_dtype(dtype, device)
     options = {
@@ -69,7 +70,7 @@ def run(
     }
     the_run = _open(out, {**options, "dtype": dtype, "device": device})
     lm = load_model(model, dtype, device)
-    if the_run.finished and the_run.result["fingerprint"] != lm.fingerprint:
+    if the_run.finished and not same_model(the_run.result["fingerprint"], lm.fingerprint):
         note(f"The editor in {out} belongs to another model; training anew.")
         the_run = _anew(the_run)
     if the_run.finished:

@@ -12,9 +12,9 @@ from emendo.cli import _ledger as keep
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output
 
-HELP = """Let a model go on from a prompt, without edits and with them, side by side.
+HELP = """Continue a prompt without edits and with them, side by side.
 
-The edits are those given, or else the active ones of the model's ledger.
+The edits are those given, or else the active ones in the model's ledger.
 
 \b
 Examples:
@@ -36,9 +36,9 @@ EditorFolder = Annotated[
         help="The editor that made the edit; needed where it trains the model itself (enn).",
     ),
 ]
-Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.")]
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")]
 Tokens = Annotated[
-    int, typer.Option("--tokens", metavar="N", min=1, help="How many tokens to write, at most.")
+    int, typer.Option("--tokens", metavar="N", min=1, help="The largest number of tokens to generate.")
 ]
 
 
@@ -68,10 +68,10 @@ def run(
     changes = [read_edit(folder) for folder in edit or ()]
     name = model or (changes[0].origin.model if changes else opt.MODEL)
     if not changes:
-        keep.find_ledger(name, ledger)  # before the model is loaded for nothing
+        keep.find_ledger(name, ledger)  # fails before the model is loaded
     if editor is None:
-        asked = any(change.origin.chat for change in changes) if chat is None else chat
-        lm = host = load_model(name, dtype, device, chat=asked)
+        in_chat = any(change.origin.chat for change in changes) if chat is None else chat
+        lm = host = load_model(name, dtype, device, chat=in_chat)
     else:
         lm, maker = load_editor(str(editor), name, dtype, device, chat=chat)
         host = maker.host(lm)
@@ -90,9 +90,9 @@ def run(
         emit({"prompt": prompt, "tokens": tokens, "before": before, "after": after})
         return
     console = output()
-    several = "s" if len(changes) != 1 else ""
-    console.print(_line(f"without the edit{several}  ", prompt, before), soft_wrap=True)
-    console.print(_line(f"with the edit{several}     ", prompt, after), soft_wrap=True)
+    plural = "s" if len(changes) != 1 else ""
+    console.print(_line(f"without the edit{plural}  ", prompt, before), soft_wrap=True)
+    console.print(_line(f"with the edit{plural}     ", prompt, after), soft_wrap=True)
 
 
 def _line(heading: str, prompt: str, text: str) -> Text:

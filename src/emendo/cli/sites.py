@@ -9,7 +9,7 @@ from rich.table import Table
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output
 
-HELP = """Show where a model can be edited, and how much memory that takes.
+HELP = """Show the weight matrices that can be edited, and the memory that it takes.
 
 \b
 Examples:
@@ -38,9 +38,9 @@ def run(
     from emendo.models.sites import find_sites
 
     pairs = [*(settings or []), *([f"rank={rank}"] if rank is not None else [])]
-    config, which = editor_config(editor, pairs), site_choice(sites or ["mlp"])
+    config, patterns = editor_config(editor, pairs), site_choice(sites or ["mlp"])
     lm = load_model(model, dtype, device)
-    chosen = find_sites(lm.model, which, last=last)
+    chosen = find_sites(lm.model, patterns, last=last)
     needs = estimate(lm.model, editor_class(editor), config, chosen)
     figures = {
         "model": model,

@@ -28,6 +28,7 @@ from emendo.data.schema import Probe
 from emendo.edits.edit import BaseEdit, Edit, Origin, Request
 from emendo.errors import FramingWarning, MismatchError, RequestError, StorageError
 from emendo.low_rank import LowRank
+from emendo.models._fingerprint import difference, same_model
 from emendo.models.lm import LM
 from emendo.models.sites import Site
 from emendo.models.text import Text
@@ -151,10 +152,11 @@ class Editor(nn.Module):
         Raises:
             MismatchError: it was trained for another one.
         """
-        if self.fingerprint and self.fingerprint != lm.fingerprint:
+        if self.fingerprint and not same_model(self.fingerprint, lm.fingerprint):
             raise MismatchError(
                 f"This editor was trained for a model with fingerprint {self.fingerprint}, but {lm.name!r} has "
-                f"{lm.fingerprint}. Train one for this model: emendo train --model {lm.name}"
+                f"{lm.fingerprint}. {difference(self.fingerprint, lm.fingerprint)}. Train one for this model: "
+                f"emendo train --model {lm.name}"
             )
         if self.fingerprint and self.chat != lm.chat:
             ways = ("plain prompts", "prompts in the chat template")

@@ -151,7 +151,7 @@ class _Told(LM):
 
     def _opening(self, ids: tuple[int, ...]) -> int:
         """How many tokens the tokenizer itself, or the chat template, puts before every text."""
-        bare = self.tokenizer(self.framing.frame(""), add_special_tokens=self.framing.special)["input_ids"]
+        bare = self.tokenizer(self.framing.frame(""), add_special_tokens=not self.framing.chat)["input_ids"]
         same = [a == b for a, b in zip(bare, ids, strict=False)]
         return [*same, False].index(False)
 

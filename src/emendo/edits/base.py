@@ -24,7 +24,7 @@ from emendo._storage import folder_of, new_folder, read_json, read_tensors, uplo
 from emendo.edits._card import card_of
 from emendo.edits._provenance import Origin
 from emendo.errors import MismatchError, RequestError, StorageError
-from emendo.models._fingerprint import fingerprint
+from emendo.models._fingerprint import difference, fingerprint, same_model
 from emendo.models.lm import LM
 
 FORMAT = 2
@@ -89,7 +89,7 @@ class BaseEdit(ABC):
 
     def fits(self, model: nn.Module | LM) -> bool:
         """Whether the edit belongs to this model."""
-        return _fingerprint(model) == self.origin.fingerprint
+        return same_model(_fingerprint(model), self.origin.fingerprint)
 
     def check(self, model: nn.Module | LM) -> None:
         """Make sure that the edit belongs to this model.
@@ -98,9 +98,11 @@ class BaseEdit(ABC):
             MismatchError: it belongs to another one.
         """
         if not self.fits(model):
+            found = _fingerprint(model)
             raise MismatchError(
-                f"This edit was made for {self.origin.model!r} with fingerprint {self.origin.fingerprint}, but "
-                f"this model has fingerprint {_fingerprint(model)}. Load the model that the edit was made for."
+                f"This edit was made for {self.origin.model!r} with fingerprint {self.origin.fingerprint}, but this "
+                f"model has fingerprint {found}. {difference(found, self.origin.fingerprint)}. Load the model that the "
+                "edit was made for."
             )
 
     def check_numbers(self) -> None:

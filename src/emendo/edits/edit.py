@@ -26,6 +26,7 @@ from emendo.edits._weights import Merged, matrix_shape, merge, weight_norm
 from emendo.edits.base import WEIGHTS, BaseEdit, edit_head
 from emendo.errors import MismatchError, RequestError
 from emendo.low_rank import LowRank, applied
+from emendo.models._fingerprint import same_model
 from emendo.models.lm import LM
 
 __all__ = [
@@ -287,7 +288,7 @@ def common_origin(edits: Sequence[Edit], editor: str, settings: Mapping[str, Any
         raise RequestError("There is nothing to compose: give at least one edit.")
     first = edits[0].origin
     for edit in edits:
-        if edit.origin.fingerprint != first.fingerprint:
+        if not same_model(edit.origin.fingerprint, first.fingerprint):
             raise MismatchError(
                 f"Edits of different models cannot be composed: {first.model!r} ({first.fingerprint}) and "
                 f"{edit.origin.model!r} ({edit.origin.fingerprint})."

@@ -304,7 +304,7 @@ def describe(lm: LM, editor: Editor, config: EvaluateConfig, damage: Damage | No
         "fingerprint": lm.fingerprint,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "device": str(lm.device),
-        "prompts": lm.framing.words,
+        "prompts": lm.framing.description,
         "editor": editor.name,
         "batch": config.batch,
         "together": config.together,

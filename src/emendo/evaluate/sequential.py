@@ -143,7 +143,7 @@ class _Run:
             "retained_generated": self.generated,
             "model": self.lm.name,
             "fingerprint": self.lm.fingerprint,
-            "prompts": self.lm.framing.words,
+            "prompts": self.lm.framing.description,
             "editor": self.editor.name,
             "guard": "none"
             if self.gate is None

@@ -124,7 +124,9 @@ class Ledger:
         if row is None:
             raise StorageError(f"There is no ledger at {database.name} yet.")
         ledger = cls(database, About(*row))
-        if fingerprint not in {None, ledger.fingerprint}:
+        from emendo.models._fingerprint import same_model  # not above: it imports torch
+
+        if fingerprint is not None and not same_model(fingerprint, ledger.fingerprint):
             raise MismatchError(
                 f"The ledger at {ledger.where} belongs to {ledger.model!r} with fingerprint {ledger.fingerprint}, but "
                 f"the model at hand has fingerprint {fingerprint}. Load that model, or create a ledger for this one."

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emendo.errors import ModelError, RequestError
-from emendo.models._fingerprint import fingerprint
+from emendo.models._fingerprint import ModelFiles, fingerprint
 from emendo.models._forward import label_logits, model_inputs
-from emendo.models.chat import PLAIN, Framing, chat_framing
+from emendo.models.framing import PLAIN, Framing, chat_framing, check_prompts, encode_prompts, refuse_too_long
 from emendo.models.sites import Kind, kind_of
-from emendo.models.text import Text, collate, length_buckets
+from emendo.models.text import Text, collate, length_buckets, padded
 
 _BATCH_TOKENS = 1024  # padded tokens of one pass
 
@@ -28,7 +28,7 @@ _GREEDY = {
     "min_length": 0,
     "forced_eos_token_id": None,
 }
-"""What a model's own settings for generation may not change: every word is the argmax."""
+"""Overrides of a model's own generation settings, so that every token is the argmax."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,44 +36,53 @@ class LM:
     """A language model and its tokenizer.
 
     Attributes:
-        model: a Hugging Face causal language model, encoder-decoder or sequence classifier, in eval mode and frozen
-            when it comes from :func:`emendo.models.loading.load`.
-        tokenizer: its fast tokenizer.
-        name: what it was loaded by.
-        chat: whether every prompt that it reads is put into the tokenizer's chat template.
+        model: a Hugging Face causal language model, encoder-decoder or sequence classifier; in eval mode and frozen if
+            it comes from :func:`emendo.models.loading.load`.
+        tokenizer: its tokenizer.
+        name: the name it was loaded by.
+        chat: whether every prompt is put into the tokenizer's chat template.
+        files: the files that it was read from, so that its fingerprint can be cached.
 
     Raises:
-        ModelError: chat is asked of a tokenizer without a template, or of a model that is no decoder.
+        ModelError: ``chat`` is set for a tokenizer without a template, or for a model that is not a decoder.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str = "model"
     chat: bool = False
+    files: ModelFiles | None = field(default=None, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.chat and self.kind != "causal":
-            raise ModelError(f"A chat template is for a decoder, which {self.name} is not: leave chat out.")
+            raise ModelError(
+                f"Only decoders use a chat template, and {self.name} is not one: leave chat out."
+            )
         if self.chat:
             _ = self.framing  # refuses a tokenizer without a template
 
     @cached_property
     def framing(self) -> Framing:
-        """How it is given its prompts."""
+        """How prompts and answers become one text."""
         return chat_framing(self.tokenizer, self.name) if self.chat else PLAIN
 
     def reading(self, *, chat: bool) -> Self:
-        """The same model, reading its prompts in the chat template or as they stand.
+        """The same model, with its prompts in the chat template or as they stand.
 
         Raises:
             ModelError: there is no template.
         """
-        return self if chat == self.chat else replace(self, chat=chat)
+        if chat == self.chat:
+            return self
+        other = replace(self, chat=chat)
+        if "fingerprint" in vars(self):  # computed already, and the same
+            vars(other)["fingerprint"] = self.fingerprint
+        return other
 
     @cached_property
     def fingerprint(self) -> str:
-        """The fingerprint of the weights, computed once."""
-        return fingerprint(self.model)
+        """The fingerprint of weights, config and tokenizer, computed once (see :mod:`emendo.models._fingerprint`)."""
+        return fingerprint(self.model, self.tokenizer, self.files)
 
     @cached_property
     def kind(self) -> Kind:
@@ -82,7 +91,7 @@ class LM:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """A classifier's classes by number; ``("false", "true")`` where it has one logit for a yes."""
+        """A classifier's classes by number; ``("false", "true")`` for a model with a single logit."""
         if self.model.config.num_labels == 1:
             return ("false", "true")
         names = self.model.config.id2label
@@ -90,77 +99,107 @@ class LM:
 
     @cached_property
     def context(self) -> int | None:
-        """The most tokens the model reads at once, where its config or its tokenizer says so."""
+        """The largest number of tokens the model reads at once; None if neither config nor tokenizer limits it."""
         limits = [self.tokenizer.model_max_length]
         if (positions := getattr(self.model.config, "max_position_embeddings", None)) is not None:
             table = next(
                 (m for n, m in self.model.named_modules() if n.endswith("position_embeddings")), None
             )
-            padded = getattr(table, "padding_idx", None)  # RoBERTa counts from behind its padding's index
-            limits.append(positions - (0 if padded is None else padded + 1))
-        known = min(limits)
-        return known if known < 10**9 else None
+            padding = getattr(table, "padding_idx", None)  # RoBERTa's positions start after its padding index
+            limits.append(positions - (0 if padding is None else padding + 1))
+        shortest = min(limits)
+        return shortest if shortest < 10**9 else None
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """The device of the token embeddings."""
         return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
 
     @property
     def dtype(self) -> str:
-        """The number format of its token embeddings, as :func:`emendo.load` names it."""
+        """The number format of the token embeddings, as :func:`emendo.load` names it."""
         weight: Tensor = self.model.get_input_embeddings().weight
         return str(weight.dtype).removeprefix("torch.")
 
     @cached_property
     def begins(self) -> tuple[int, ...]:
-        """What an encoder-decoder's decoder begins with: its start token, and what generation forces after it (BART).
+        """The tokens an encoder-decoder's decoder begins with: its start token, and one forced after it (BART).
 
         Raises:
-            ModelError: the model does not say.
+            ModelError: the config names no start token.
         """
         start = self._special("decoder_start_token_id") or self._special("bos_token_id")
         if not start:
             raise ModelError(
-                f"The config of {self.name} names no decoder_start_token_id, so nothing can be answered."
+                f"The config of {self.name} names no decoder_start_token_id, so no answer can be generated."
             )
         return (*start[:1], *self._special("forced_bos_token_id"))
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """The tokens after which nothing follows."""
+        """The tokens that end a text."""
         return self._special("eos_token_id")
 
+    @property
+    def pad_id(self) -> int:
+        """The id of padding, which is always masked: 0 where the tokenizer has none."""
+        found = self.tokenizer.pad_token_id
+        return 0 if found is None else int(found)
+
     def _special(self, name: str) -> tuple[int, ...]:
-        """The token or tokens of that name in the settings for generation, else in the config; often none."""
+        """The special token or tokens of that name in the generation config, else in the config; often none."""
         for settings in (self.model.generation_config, self.model.config):
             if (value := getattr(settings, name, None)) is not None:
                 return tuple(value) if isinstance(value, list | tuple) else (value,)
         return ()
 
-    def _tokens(self, prompts: list[str]) -> Any:
-        if not all(prompt.strip() for prompt in prompts):
-            raise RequestError("The prompt is empty; give the text to continue.")
-        tokens = self.tokenizer(
-            [self.framing.frame(prompt) for prompt in prompts],
-            add_special_tokens=self.framing.special,
-            return_tensors="pt",
-            return_token_type_ids=False,
-            padding=len(prompts) > 1,
-            padding_side="left" if self.kind == "causal" else "right",
-        ).to(self.device)
-        length = tokens["input_ids"].shape[1]
-        if self.context is not None and length > self.context:
+    def check_vocabulary(self, rows: Iterable[Sequence[int]]) -> None:
+        """Make sure that the model has an embedding for every token; some tokenizers know more tokens than their model.
+
+        Raises:
+            RequestError: it lacks one.
+        """
+        known: int = self.model.get_input_embeddings().weight.shape[0]
+        if len(self.tokenizer) <= known:
+            return
+        unknown = next((token for row in rows for token in row if token >= known), None)
+        if unknown is not None:
             raise RequestError(
-                f"The prompt has {length} tokens but the model's context is {self.context}: shorten it."
+                f"The token {self.tokenizer.convert_ids_to_tokens(unknown)!r} has the id {unknown}, but {self.name} "
+                f"knows only {known} tokens: its tokenizer belongs to another model, or the text cannot be used."
             )
-        return tokens
+
+    def _prompt_ids(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+        """The token ids of prompts, as the model reads them."""
+        if self.kind == "causal":
+            rows = encode_prompts(self.tokenizer, prompts, max_tokens=self.context, framing=self.framing)
+        else:
+            check_prompts(prompts)
+            for prompt in prompts:
+                refuse_too_long(self.tokenizer, prompt, self.context, "prompt")
+            rows = [tuple(ids) for ids in self.tokenizer(list(prompts), verbose=False)["input_ids"]]
+        longest = max(map(len, rows))
+        if self.context is not None and longest > self.context:
+            raise RequestError(
+                f"The prompt has {longest} tokens but the model's context is {self.context}: shorten it."
+            )
+        self.check_vocabulary(rows)
+        return rows
+
+    def _batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The prompts as one batch; a decoder's are padded on the left, so that generation follows their last token."""
+        rows = self._prompt_ids(prompts)
+        ids, mask = padded(rows, self.pad_id, "left" if self.kind == "causal" else "right")
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
     @torch.no_grad()
     def generate(self, prompts: str | list[str], max_new_tokens: int = 20) -> Any:
         """Greedy answer to a prompt (a string) or to several at once (a list of strings).
 
         A decoder continues the prompt, an encoder-decoder answers it, a classifier names its class.
+
+        Raises:
+            RequestError: an empty prompt, or one that does not fit the context.
         """
         several = [prompts] if isinstance(prompts, str) else prompts
         texts = self._classes(several) if self.kind == "classifier" else self._words(several, max_new_tokens)
@@ -170,23 +209,22 @@ class LM:
         return [self.labels[int(row.argmax())] for row in self.next_logits(prompts)]
 
     def _words(self, prompts: list[str], max_new_tokens: int) -> list[str]:
-        inputs = self._tokens(prompts)
-        begun = inputs["input_ids"].shape[1] if self.kind == "causal" else len(self.begins)
-        room = max_new_tokens if self.context is None else max(1, min(max_new_tokens, self.context - begun))
-        forced = 0 if self.kind == "causal" else len(self.begins) - 1  # counted as new
+        inputs = self._batch(prompts)
+        start = inputs["input_ids"].shape[1] if self.kind == "causal" else len(self.begins)
+        room = max_new_tokens if self.context is None else max(1, min(max_new_tokens, self.context - start))
+        forced = 0 if self.kind == "causal" else len(self.begins) - 1  # generate counts these as new
         out = self.model.generate(
             **inputs,
             max_new_tokens=room + forced,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=self.pad_id,
             **_GREEDY,
         )
-        new = out[:, begun:]
-        texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        texts: list[str] = self.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
         return texts
 
     @torch.no_grad()
     def logits(self, texts: Sequence[Text]) -> list[Tensor]:
-        """The logits ``[labels, vocabulary]`` at each text's label positions, teacher forced."""
+        """The teacher-forced logits ``[labels, vocabulary]`` at each text's label positions."""
         found: dict[int, Tensor] = {}
         positions = self.kind == "causal"
         for part in length_buckets(range(len(texts)), lambda i: texts[i].size, _BATCH_TOKENS):
@@ -197,15 +235,11 @@ class LM:
         return [found[i] for i in range(len(texts))]
 
     def prompt_texts(self, prompts: list[str]) -> list[Text]:
-        """The prompts, each with one token (or class) to be predicted, which is any."""
-        rows = self._tokens(prompts)
-        ids = [
-            tuple(row[mask.bool()].tolist())
-            for row, mask in zip(rows["input_ids"], rows["attention_mask"], strict=True)
-        ]
+        """The prompts as texts whose answer is a single placeholder token (or class)."""
+        rows = self._prompt_ids(prompts)
         if self.kind == "seq2seq":
-            return [Text((*self.begins, 0), len(self.begins), row) for row in ids]
-        return [Text((*row, 0), len(row)) for row in ids]
+            return [Text((*self.begins, 0), len(self.begins), row) for row in rows]
+        return [Text((*row, 0), len(row)) for row in rows]
 
     @torch.no_grad()
     def next_logits(self, prompts: list[str]) -> Tensor:
@@ -216,8 +250,8 @@ class LM:
         """The ``k`` most likely next tokens (or classes) after a prompt, each with its probability."""
         logits = self.next_logits([prompt])[0].float()
         values, ids = logits.softmax(-1).topk(min(k, len(logits)))
-        named = self.kind == "classifier"
+        classes = self.kind == "classifier"
         return [
-            (self.labels[int(i)] if named else self.tokenizer.decode([int(i)]), float(p))
+            (self.labels[int(i)] if classes else self.tokenizer.decode([int(i)]), float(p))
             for i, p in zip(ids, values, strict=True)
         ]

