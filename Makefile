@@ -22,9 +22,10 @@ endif
 
 # Nothing here asks a model hub for anything.
 export HF_HUB_OFFLINE := 1
+export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow check lint format types contract bench atlas clean
+.PHONY: help setup demo test slow check lint format types contract docs bench atlas clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -52,7 +53,7 @@ test: $(READY)  ## run the tests, side by side on up to four cores
 slow: $(READY)  ## run the tests that take long: every benchmark on a tiny model
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m slow
 
-check: lint types contract test slow  ## everything that must pass: lint, types, contract, test
+check: lint types contract docs test slow  ## everything that must pass: lint, types, contract, docs, tests
 
 lint: $(READY)  ## ruff: rules and format
 	$(VENV)/bin/ruff check .
@@ -67,6 +68,9 @@ types: $(READY)  ## mypy, strict
 
 contract: $(READY)  ## import-linter: imports go downwards only
 	$(VENV)/bin/lint-imports --no-logo
+
+docs: $(READY)  ## build the documentation site into build/site; warnings are errors
+	$(VENV)/bin/mkdocs build --quiet --strict
 
 bench: $(READY)  ## run the quick benchmarks, a few minutes (one: make bench BENCH=benchmarks/NAME.py)
 	@for file in $(BENCH); do echo "== $$file"; $(PY) "$$file" $(BENCH_OPTIONS) || exit 1; done

@@ -9,12 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from emendo.models.capture import Factors, capture
+    from emendo.models.capture import Factors
     from emendo.models.lm import LM
     from emendo.models.loading import load
-    from emendo.models.sites import Site, find_sites
+    from emendo.models.sites import Site, all_sites, find_sites
     from emendo.models.text import Text, TokenBatch, collate
     from emendo.models.tokenization import to_texts
+    from emendo.models.trunk import Trunk
+    from emendo.models.trunk_cache import TrunkCache
 
 _MODULES = {
     "LM": "lm",
@@ -26,7 +28,9 @@ _MODULES = {
     "collate": "text",
     "to_texts": "tokenization",
     "Factors": "capture",
-    "capture": "capture",
+    "Trunk": "trunk",
+    "TrunkCache": "trunk_cache",
+    "all_sites": "sites",
 }
 
 __all__ = [
@@ -35,7 +39,9 @@ __all__ = [
     "Site",
     "Text",
     "TokenBatch",
-    "capture",
+    "Trunk",
+    "TrunkCache",
+    "all_sites",
     "collate",
     "find_sites",
     "load",
