@@ -10,8 +10,7 @@ import argparse
 import emendo
 from emendo.editors import editor_class
 from emendo.edits import applied_to_rows
-from emendo.ledger.guard import RefusedError
-from emendo.ledger.workspace import Workspace
+from emendo.ledger import RefusedError, Workspace
 
 FACTS = (
     ("The capital of France is", "Lyon"),
