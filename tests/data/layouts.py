@@ -106,7 +106,7 @@ SAMPLES = (
             "capital",
             "3",
             ("France's capital is",),
-            (Probe("The capital of Spain is", "Madrid"),),
+            (Probe("The capital of Spain is ", " Madrid"),),
             (Probe("Two and two is", "four"),),
             "Paris",
             (Consequence("reversed", "Rome is the capital of", "France"),),

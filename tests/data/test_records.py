@@ -243,19 +243,18 @@ def test_write_keeps_the_old_file_when_it_fails(tmp_path: Path) -> None:
 
 
 TEXT = st.text(min_size=1).filter(lambda text: bool(text.strip()))
-PROMPT, ANSWER = TEXT.map(str.rstrip), TEXT.map(str.strip)
-PROBES = st.lists(st.builds(Probe, PROMPT, ANSWER), max_size=2).map(tuple)
+PROBES = st.lists(st.builds(Probe, TEXT, TEXT), max_size=2).map(tuple)
 RECORDS = st.builds(
     Record,
-    prompt=PROMPT,
-    target=ANSWER,
+    prompt=TEXT,
+    target=TEXT,
     subject=st.none() | TEXT,
     relation=st.none() | TEXT,
     id=st.none() | TEXT,
-    paraphrases=st.lists(PROMPT, max_size=3).map(tuple),
+    paraphrases=st.lists(TEXT, max_size=3).map(tuple),
     neighbours=PROBES,
     unrelated=PROBES,
-    answer=st.none() | ANSWER,
+    answer=st.none() | TEXT.map(str.strip),
 )
 
 

@@ -148,6 +148,41 @@ def read(
     return records
 
 
+def readable(lm: LM, records: RecordSet, *, skip_bad: bool) -> tuple[Record, ...]:
+    """The records whose texts all fit the model.
+
+    Args:
+        lm: the model.
+        records: from :func:`read`.
+        skip_bad: leave the others out, with a note.
+
+    Raises:
+        DataError: there are others, or no record is left; names file and line of each.
+    """
+    found, problems = [], []
+    for index, record in enumerate(records):
+        try:
+            if not _surely_fits(lm, record):
+                to_texts(lm, record.texts())
+            found.append(record)
+        except RequestError as error:
+            problems.append(f"{records.place(index)}: {error}")
+    if problems and (not skip_bad or not found):
+        shown = "\n  ".join(problems[:_SHOWN])
+        more = f"\n  and {len(problems) - _SHOWN} more" * (len(problems) > _SHOWN)
+        hint = "none is left" if skip_bad else "shorten them, or leave them out with --skip-bad"
+        raise DataError(f"{len(problems)} records do not fit {lm.name}; {hint}:\n  {shown}{more}")
+    if problems:
+        note(escape(f"{len(problems)} records do not fit {lm.name} and were left out, the first: {problems[0]}"))
+    return tuple(found)
+
+
+def _surely_fits(lm: LM, record: Record) -> bool:
+    """Whether a decoder's or encoder's context holds all texts of a record, by their lengths alone."""
+    longest = max(len(f"{prompt}{answer}") for prompt, answer in record.texts())
+    return lm.kind != "classifier" and (lm.context is None or longest * _TOKENS_PER_LETTER + _EXTRA < lm.context)
+
+
 def training_records(settings: RunSettings) -> tuple[Sequence[Record], Sequence[Record], int]:
     """The training records, the validation records, and the number of skipped problems.
 

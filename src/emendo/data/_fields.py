@@ -11,7 +11,7 @@ from emendo.data.schema import CONSEQUENCES, MALFORMED, Consequence, Consequence
 
 _P = TypeVar("_P", Probe, Consequence)
 _SUBJECT_SLOT = re.compile(r"(?<!\{)\{(?:|0|s|x|subj|subject|entity)\}(?!\})|\[X\]|\[(?i:subj|subject)\]")
-_ANSWER_SLOT = re.compile(r"\[Y\]\W*$")
+_ANSWER_SLOT = re.compile(r"\s*\[Y\]\W*$")
 _PROMPTS = ("prompt", "question", "loc", "New Question")  # of a nested object
 _ANSWERS = ("ground_truth", "answer", "answers", "target", "target_new", "loc_ans", "New Answer")
 _EMPTY: tuple[object, ...] = (None, "", [], {})
@@ -72,13 +72,17 @@ class Fields:
 
     # One text
 
+    def text(self, key: str) -> str:
+        """A required text, exactly as it is."""
+        return self._text(key, self.get(key), missing=key not in self.raw)
+
     def prompt(self, key: str) -> str:
         """A required prompt, without white space at its end."""
-        return self._text(key, self.get(key), missing=key not in self.raw).rstrip()
+        return self.text(key).rstrip()
 
     def target(self, key: str) -> str:
         """A required answer, without white space around it."""
-        return self._text(key, self.get(key), missing=key not in self.raw).strip()
+        return self.text(key).strip()
 
     def optional(self, key: str) -> str | None:
         """A text as it is, or None."""
@@ -116,13 +120,13 @@ class Fields:
         return tuple(found)
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """A list of prompts; empty where the field is absent or null."""
+        """A list of texts, exactly as they are; empty where the field is absent or null."""
         items = self._list(key, "a list of non-empty texts")
-        return tuple(self._text(f"{key}[{i}]", item).rstrip() for i, item in enumerate(items))
+        return tuple(self._text(f"{key}[{i}]", item) for i, item in enumerate(items))
 
     def probes(self, key: str) -> tuple[Probe, ...]:
         """A list of objects with ``prompt`` and ``answer``; empty where the field is absent or null."""
-        return tuple(Probe(one.prompt("prompt"), one.target("answer")) for one in self._objects(key))
+        return tuple(Probe(one.text("prompt"), one.text("answer")) for one in self._objects(key))
 
     def consequences(self, key: str) -> tuple[Consequence, ...]:
         """A list of objects with ``kind``, ``prompt`` and ``answer``; empty where the field is absent or null."""
@@ -131,7 +135,7 @@ class Fields:
             kind = one.raw.get("kind")
             if kind not in CONSEQUENCES:
                 one.problem("kind", f"one of {', '.join(CONSEQUENCES)}", describe(kind))
-            found.append(Consequence(cast(ConsequenceKind, kind), one.prompt("prompt"), one.target("answer")))
+            found.append(Consequence(cast(ConsequenceKind, kind), one.text("prompt"), one.text("answer")))
         return tuple(found)
 
     def pairs(self, prompt: str, answer: str) -> tuple[Probe, ...]:
@@ -251,7 +255,7 @@ def fill_templates(record: Record, fields: Fields, prompt_field: str) -> Record:
     def fill(text: str) -> str:
         if not _SUBJECT_SLOT.search(text):
             return text
-        return _SUBJECT_SLOT.sub(lambda _: subject, _ANSWER_SLOT.sub("", text).rstrip())
+        return _SUBJECT_SLOT.sub(lambda _: subject, _ANSWER_SLOT.sub("", text))
 
     def filled(probes: Iterable[_P], name: str) -> tuple[_P, ...]:
         found = [replace(probe, prompt=fill(probe.prompt)) for probe in probes]

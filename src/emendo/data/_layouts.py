@@ -128,15 +128,15 @@ def _record_fields() -> tuple[str, ...]:
 
 
 def _native(fields: Fields) -> Record:
-    """One object with the fields of `Record`; a key that looks like a misspelt field is a problem."""
+    """One object with the fields of `Record`, every text exactly as it is; a key that looks misspelt is a problem."""
     names = _record_fields()
     for key in fields.raw.keys() - set(names):
         for meant in _misspelt(key):
             if meant not in fields.raw:
                 fields.problem(key, f"the field name '{meant}'", "a name that is not in the schema")
     return Record(
-        prompt=fields.prompt("prompt"),
-        target=fields.target("target"),
+        prompt=fields.text("prompt"),
+        target=fields.text("target"),
         subject=fields.optional("subject"),
         relation=fields.optional("relation"),
         id=fields.label("id"),
@@ -191,7 +191,7 @@ def _mquake(fields: Fields) -> Record:
     kind: ConsequenceKind = "two_hop" if isinstance(hops, list) and len(hops) > 2 else "one_hop"
     answer = fields.target("new_answer")
     return dataclasses.replace(
-        record, consequences=tuple(Consequence(kind, text, answer) for text in fields.texts("questions"))
+        record, consequences=tuple(Consequence(kind, text, answer) for text in fields.prompts("questions"))
     )
 
 
