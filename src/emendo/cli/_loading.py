@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from emendo.cli._console import complain, note, status
 from emendo.cli._runs import editor_folder
@@ -15,8 +17,11 @@ from emendo.editors import EDITORS, Editor, editor_class
 from emendo.errors import DataError, RequestError
 from emendo.models.loading import BUILT_IN, LM, cache_folder, fastest_dtype, load, usable_device
 from emendo.models.sites import Site, find_sites
+from emendo.models.tokenization import to_texts
 
 _WORDS = 8  # the fewest words in a passage
+_SHOWN = 10  # records in an error message
+_SPECIAL_TOKENS = 8  # the most that a tokenizer adds to a text
 
 
 def load_model(name: str, dtype: str = "float32", device: str | None = None, *, chat: bool = False) -> LM:
@@ -148,61 +153,69 @@ def read(
     return records
 
 
-def readable(lm: LM, records: RecordSet, *, skip_bad: bool) -> tuple[Record, ...]:
+def readable(lm: LM, records: RecordSet, *, skip_bad: bool | None = None) -> tuple[Record, ...]:
     """The records whose texts all fit the model.
 
     Args:
         lm: the model.
         records: from :func:`read`.
-        skip_bad: leave the others out, with a note.
+        skip_bad: leave the others out, with a note; None where the command has no such option.
 
     Raises:
-        DataError: there are others, or no record is left; names file and line of each.
+        DataError: there are others, or no record is left; gives file and line of each.
     """
-    found, problems = [], []
+    found, problems, room = [], [], _letters(lm)
     for index, record in enumerate(records):
+        texts = record.texts()
         try:
-            if not _surely_fits(lm, record):
-                to_texts(lm, record.texts())
+            if not all(len(text := prompt + answer) < room and text.isascii() for prompt, answer in texts):
+                to_texts(lm, texts)
             found.append(record)
         except RequestError as error:
             problems.append(f"{records.place(index)}: {error}")
     if problems and (not skip_bad or not found):
+        option = ", or leave them out with --skip-bad" * (skip_bad is not None)
+        hint = "none is left" if skip_bad else f"change them{option}"
         shown = "\n  ".join(problems[:_SHOWN])
         more = f"\n  and {len(problems) - _SHOWN} more" * (len(problems) > _SHOWN)
-        hint = "none is left" if skip_bad else "shorten them, or leave them out with --skip-bad"
-        raise DataError(f"{len(problems)} records do not fit {lm.name}; {hint}:\n  {shown}{more}")
+        raise DataError(f"{len(problems)} record(s) cannot be used with {lm.name}; {hint}:\n  {shown}{more}")
     if problems:
-        note(escape(f"{len(problems)} records do not fit {lm.name} and were left out, the first: {problems[0]}"))
+        left_out = f"{len(problems)} record(s) cannot be used with {lm.name} and were left out, the first: "
+        note(escape(left_out + problems[0]))
     return tuple(found)
 
 
-def _surely_fits(lm: LM, record: Record) -> bool:
-    """Whether a decoder's or encoder's context holds all texts of a record, by their lengths alone."""
-    longest = max(len(f"{prompt}{answer}") for prompt, answer in record.texts())
-    return lm.kind != "classifier" and (lm.context is None or longest * _TOKENS_PER_LETTER + _EXTRA < lm.context)
+def _letters(lm: LM) -> float:
+    """How many ASCII letters surely fit the model's context: no token is shorter than one."""
+    if lm.kind == "classifier":
+        return 0  # its answers are looked up among its classes
+    return math.inf if lm.context is None else lm.context - len(lm.framing.frame("x")) - _SPECIAL_TOKENS
 
 
-def training_records(settings: RunSettings) -> tuple[Sequence[Record], Sequence[Record], int]:
+def training_records(settings: RunSettings, lm: LM) -> tuple[Sequence[Record], Sequence[Record], int]:
     """The training records, the validation records, and the number of skipped problems.
 
     Validation records come from ``--validation``; for the built-in facts, from their validation split. Otherwise they
     are the last 2% of the file (at least 20, at most 100, never more than a fifth), which are then not trained on.
 
     Raises:
-        DataError: a file is missing, empty or malformed.
+        DataError: a file is missing, empty or malformed, or holds texts that do not fit the model.
     """
     atlas = settings.data == "atlas"
-    records = read(
-        settings.data, skip_bad=settings.skip_bad, limit=settings.limit, split="train" if atlas else None
-    )
+
+    def usable(source: str, **options: Any) -> tuple[tuple[Record, ...], int]:
+        records = read(source, skip_bad=settings.skip_bad, **options)
+        found = readable(lm, records, skip_bad=settings.skip_bad)
+        return found, len(records.skipped) + len(records) - len(found)
+
+    records, skipped = usable(settings.data, limit=settings.limit, split="train" if atlas else None)
     if settings.validation is not None:
-        held = read(settings.validation, skip_bad=settings.skip_bad)
-        return records, held, len(records.skipped) + len(held.skipped)
+        held, more = usable(settings.validation)
+        return records, held, skipped + more
     if atlas:
-        return records, read("atlas", split="validation", limit=settings.training["validate_on"]), 0
+        return records, usable("atlas", split="validation", limit=settings.training["validate_on"])[0], 0
     count = min(max(20, -(-len(records) // 50)), 100, len(records) // 5)
-    return records[: len(records) - count], records[len(records) - count :], len(records.skipped)
+    return records[: len(records) - count], records[len(records) - count :], skipped
 
 
 def passages(path: str | None) -> list[str]:

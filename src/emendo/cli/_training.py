@@ -30,7 +30,7 @@ def carry_out(run: Run, lm: LM) -> Run:
         EmendoError: something does not fit; a new run has then left the folder as it was.
     """
     settings = run.settings
-    records, validation, skipped = training_records(settings)
+    records, validation, skipped = training_records(settings, lm)
     texts = passages(settings.text)
     editor = new_editor(run, lm)
     if not run.resuming and (run.folder / "run.json").exists():

@@ -150,7 +150,7 @@ def run(
 ) -> None:
     """Measure an editor."""
     from emendo.cli._evaluate import Ask, harness, measure, write
-    from emendo.cli._loading import MethodOptions, load_editor, read
+    from emendo.cli._loading import MethodOptions, load_editor, read, readable
     from emendo.cli._processes import Processes
     from emendo.cli._tables import evaluation
     from emendo.data.portability import with_consequences
@@ -185,7 +185,7 @@ def run(
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)
     method = MethodOptions(settings, sites, last)
     lm, maker = load_editor(editor, model, dtype, device or Processes.present().device, method, chat)
-    chosen = with_consequences(records) if data == "atlas" else records.records
+    chosen = with_consequences(records) if data == "atlas" else readable(lm, records, skip_bad=skip_bad)
     found, _ = measure(lm, maker, chosen, ask, out, overwrite=overwrite)
     if not Processes.present().first:
         return

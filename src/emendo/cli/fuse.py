@@ -124,7 +124,7 @@ def _parts(
     device: str | None,
 ) -> tuple[LM, list[Edit], list[tuple[str, ...]]]:
     """The model, the edits, and the paraphrases of each where a file has them."""
-    from emendo.cli._loading import load_editor, load_model, read
+    from emendo.cli._loading import load_editor, load_model, read, readable
     from emendo.edits import Edit
     from emendo.edits.edit import as_weights
     from emendo.errors import RequestError
@@ -138,6 +138,7 @@ def _parts(
         raise RequestError("--data needs an --editor that makes the edits, and takes no EDIT beside it.")
     records = read(data, split="test" if data == "atlas" else None, limit=limit, need_paraphrase=False)
     lm, maker = load_editor(editor, model, dtype, device)
-    made = [maker.edit(lm, record.prompt, record.target) for record in records]
+    facts = readable(lm, records)
+    made = [maker.edit(lm, fact.prompt, fact.target) for fact in facts]
     parts = [as_weights(edit, "Only changes of weights can be fused") for edit in made]
-    return lm, parts, [record.paraphrases for record in records]
+    return lm, parts, [fact.paraphrases for fact in facts]

@@ -66,8 +66,8 @@ class Fields:
 
     def close(self) -> None:
         """Note the fields that nothing has read, unless they are empty."""
-        for key in self.raw.keys() - self.used:
-            if self.raw[key] not in _EMPTY:
+        for key, value in self.raw.items():
+            if key not in self.used and value not in _EMPTY:
                 self.pass_over(key)
 
     # One text

@@ -61,6 +61,15 @@ class Record:
     answer: str | None = None
     consequences: tuple[Consequence, ...] = field(default=(), repr=False)
 
+    def texts(self) -> tuple[tuple[str, str], ...]:
+        """Every prompt of the record with the answer that belongs to it."""
+        return (
+            (self.prompt, self.target),
+            *((prompt, self.target) for prompt in self.paraphrases),
+            *((probe.prompt, probe.answer) for probe in (*self.neighbours, *self.unrelated)),
+            *((one.prompt, one.answer) for one in self.consequences),
+        )
+
 
 MALFORMED = "malformed"
 _LONGEST_NAME = 80
