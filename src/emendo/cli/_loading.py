@@ -181,7 +181,7 @@ def readable(lm: LM, records: RecordSet, *, skip_bad: bool | None = None) -> tup
         raise DataError(f"{len(problems)} record(s) cannot be used with {lm.name}; {hint}:\n  {shown}{more}")
     if problems:
         left_out = f"{len(problems)} record(s) cannot be used with {lm.name} and were left out, the first: "
-        note(escape(left_out + problems[0]))
+        note(left_out + problems[0])
     return tuple(found)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain, islice, zip_longest
 from typing import Annotated, Any
@@ -88,48 +88,47 @@ def _figures(source: str, limit: int | None) -> dict[str, Any]:
 
 def _show(figures: dict[str, Any]) -> None:
     console = output()
+    records = _plural(figures["records"], "record")
+    console.print(f"{figures['source']}: {records} in the layout of {figures['layout']}.\n", soft_wrap=True)
+    console.print(_counts(figures))
+    for line in (*_doubts(figures), *_first_records(figures)):
+        console.print(line, soft_wrap=True)
 
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True)
 
-    say(
-        f"{figures['source']}: {_plural(figures['records'], 'record')} in the layout of {figures['layout']}.\n"
-    )
+def _counts(figures: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column(justify="left")
+    table.add_column()
     table.add_column(justify="right")
-    rows = {
-        "paraphrases": figures["paraphrases"],
-        "records without a paraphrase": figures["without_paraphrase"],
-        "locality, same relation": figures["neighbours"],
-        "locality, unrelated": figures["unrelated"],
-        **{
-            f"portability, {kind.replace('_', ' ')}": count for kind, count in figures["consequences"].items()
-        },
-    }
-    for name, value in rows.items():
-        table.add_row(name, f"{value:,}")
-    console.print(table)
+    table.add_row("paraphrases", f"{figures['paraphrases']:,}")
+    table.add_row("records without a paraphrase", f"{figures['without_paraphrase']:,}")
+    table.add_row("locality, same relation", f"{figures['neighbours']:,}")
+    table.add_row("locality, unrelated", f"{figures['unrelated']:,}")
+    for kind, count in figures["consequences"].items():
+        table.add_row(f"portability, {kind.replace('_', ' ')}", f"{count:,}")
+    return table
+
+
+def _doubts(figures: dict[str, Any]) -> Iterator[str]:
+    """Fields that are not read, warnings and problems, in lines."""
     if unused := unused_fields(figures["unused"]):
-        say(f"\nNot read: {unused}.")
+        yield f"\nNot read: {unused}."
     for warning in figures["warnings"]:
-        say(f"\nWarning: {warning}.")
+        yield f"\nWarning: {warning}."
     if figures["problems"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in figures["left_out"].items())
-        say(
-            f"\n{_plural(sum(figures['left_out'].values()), 'record')} left out ({reasons}); train and evaluate"
-        )
-        say("refuse the file, or leave them out with --skip-bad:")
-        for problem in figures["first_problems"]:
-            say(f"  {problem}")
+        count = _plural(sum(figures["left_out"].values()), "record")
+        yield f"\nWrong: {count} ({reasons}). Commands refuse the file, or leave these out with --skip-bad:"
+        yield from (f"  {problem}" for problem in figures["first_problems"])
         if figures["problems"] > _PROBLEMS:
-            say(f"  and {figures['problems'] - _PROBLEMS} more")
+            yield f"  and {figures['problems'] - _PROBLEMS} more"
+
+
+def _first_records(figures: dict[str, Any]) -> Iterator[str]:
     for number, record in enumerate(figures["first_records"], start=1):
         line = record.pop("line")
-        say(f"\nRecord {number}" + (f", line {line}" if line else ""))
+        yield f"\nRecord {number}" + (f", line {line}" if line else "")
         for name, value in record.items():
-            for text in _texts(value):
-                say(f"  {name:<13}{text}")
+            yield from (f"  {name:<13}{text}" for text in _texts(value))
 
 
 def _texts(value: Any) -> list[str]:
