@@ -81,7 +81,7 @@ def test_a_life(emendo_command: Emendo, own: Path, edits: list[Path], tmp_path: 
     assert "taken off edit 1" in reverted and "No active edit was made while it was active" in reverted
     assert "taken off edit 2" in emendo_command("undo", *model).out
     assert emendo_command("doctor", *model, "--json").json["holdings"] == []
-    assert "clean model" in emendo_command("doctor", *model).out
+    assert "base model" in emendo_command("doctor", *model).out
     assert "nothing to export" in emendo_command("export", *model, "--out", tmp_path / "x", code=2).err
     assert "1 edit active" in emendo_command("checkout", "one", *model).out
     assert "The same edits" in emendo_command("diff", "one", "head", *model).out

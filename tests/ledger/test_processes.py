@@ -34,6 +34,13 @@ def test_eight_processes_at_once_lose_nothing(tmp_path: Path) -> None:
     assert run("crowd", tmp_path) == {"steps": 80, "active": 48}
 
 
+@pytest.mark.parametrize(
+    ("each", "checked"), [(8, 16), pytest.param(50, 104, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_eight_writers_are_never_refused(tmp_path: Path, each: int, checked: int) -> None:
+    assert run("writers", tmp_path, each) == {"active": 8 * each, "checked": checked}
+
+
 def test_eight_processes_migrate_at_once(tmp_path: Path) -> None:
     run("migrate", tmp_path)
 

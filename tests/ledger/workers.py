@@ -86,6 +86,32 @@ def _mine(ledger: Ledger, number: int) -> int:
     return next(id for id in reversed(ledger.head.active) if id in mine)
 
 
+def writers(where: str, each: int = 50) -> dict[str, Any]:
+    """All apply at once, every fourth edit with a slow check; nobody is refused."""
+    Ledger.create(where, FINGERPRINT, "tiny")
+
+    def check(head: Any) -> Any:
+        time.sleep(0.002)
+        return {"health": {"upon": head.id}}
+
+    def work(number: int) -> int:
+        ledger = Ledger.open(where, FINGERPRINT)
+        for i in range(each):
+            data = payload(1000 * number + i)
+            if i % 4:
+                ledger.apply(data, about())
+            else:
+                ledger.apply_checked(data, about(), check)
+        return each
+
+    assert together(work) == [each] * WORKERS
+    ledger = Ledger.open(where)
+    consistent(ledger)
+    checked = [step for step in ledger.log() if step.health is not None]
+    assert all(step.health == {"upon": step.parent} for step in checked)
+    return {"active": len(ledger.active), "checked": len(checked)}
+
+
 def migrate(where: str) -> dict[str, Any]:
     """All open an older ledger at once: each migration is run by one of them."""
     filled(Ledger.create(where, FINGERPRINT, "tiny"), 2)
@@ -166,7 +192,7 @@ def kill_anywhere(folder: str, points: int = 40) -> dict[str, Any]:
     for point in range(points):
         pid, reader = _child(lambda say: _steps(folder, say))
         os.read(reader, 1)  # until the first announcement
-        time.sleep(0.001 * point + 0.01 * chance.random())
+        time.sleep(0.003 * point + 0.01 * chance.random())
         os.kill(pid, signal.SIGKILL)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL
         active, hit = _check(folder, reader, active)
@@ -210,7 +236,7 @@ def kill_everywhere(folder: str) -> dict[str, Any]:
 def kill_a_beginning(folder: str) -> dict[str, Any]:
     """SIGKILL while a ledger is begun: afterwards it is there, or it can be begun again."""
     begun = 0
-    for moment in range(1, 60, 4):
+    for moment in range(1, 160, 12):
 
         def begin(_: Callable[[Any], None], moment: int = moment) -> None:
             _die_at(moment)
@@ -256,7 +282,7 @@ def _stop_writer(connection: Any) -> None:
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     task.__name__: task
-    for task in (crowd, migrate, kill_anywhere, kill_everywhere, kill_a_beginning, stop_inside)
+    for task in (crowd, writers, migrate, kill_anywhere, kill_everywhere, kill_a_beginning, stop_inside)
 }
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
 from emendo.cli._console import note
 
@@ -139,14 +138,14 @@ def state_of(text: str) -> int | str:
     return int(text) if text.isdecimal() and len(text) < 20 else text
 
 
-def requests_line(entry: Entry, length: int = 60) -> Text:
+def requests_line(entry: Entry, length: int = 60) -> str:
     """The first request of an edit, in a line."""
     if not entry.requests:
-        return Text(f"({entry.editor})")
+        return f"({entry.editor})"
     first = entry.requests[0]
     more = f" and {len(entry.requests) - 1} more" if len(entry.requests) > 1 else ""
     prompt = first["prompt"] if len(first["prompt"]) <= length else f"{first['prompt'][: length - 1]}…"
-    return Text.assemble(f"{prompt} ", (first["target"], "bold"), more)
+    return f"{prompt} → {first['target']}{more}"
 
 
 _FIGURES = {

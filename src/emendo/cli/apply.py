@@ -81,7 +81,7 @@ def print_applied(work: Workspace, step: Operation) -> None:
         note(f"The guard refused it, and it was forced: {'; '.join(step.health['problems'])}.")
     for other in _edited_before(work, step):
         line = Text.assemble(("Warning:", "yellow"), f" edit {other.id} is active and has the same prompt: ")
-        line.append_text(shared.requests_line(other))
+        line.append(shared.requests_line(other))
         note(line.append(f". To replace it, take it off: emendo revert {other.id}"))
     console.print(shared.state_line(step), soft_wrap=True)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.table import Table
 
 from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
-from emendo.cli._console import check_mark, emit, output, status
+from emendo.cli._console import emit, output, status
+from emendo.cli._tables import print_table
+from emendo.report.tables import Cell, Column, Table
 
 if TYPE_CHECKING:
     from emendo.ledger import Check, Operation
@@ -59,23 +60,20 @@ def run(
         return
     console = output()
     if found.outcomes:
-        console.print(_table(found))
+        print_table(_table(found))
     console.print(shared.examination_line(found), soft_wrap=True)
     if plot is not None:
         console.print(f"Plotted to {plot}.", soft_wrap=True)
 
 
 def _table(found: Examination) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("edit", justify="right")
-    table.add_column("request")
-    table.add_column("holds")
+    rows = []
     for outcome in found.outcomes:
         reached, requests = sum(outcome.reached), len(outcome.reached)
-        part = f" {reached} of {requests}" if requests > 1 else ""
-        holds = check_mark(outcome.holds).append(part, "default")
-        table.add_row(str(outcome.entry.id), shared.requests_line(outcome.entry), holds)
-    return table
+        part = f"{reached} of {requests}" if requests > 1 else ""
+        holds = Cell(outcome.holds, "verdict", aside=part)
+        rows.append((str(outcome.entry.id), shared.requests_line(outcome.entry), holds))
+    return Table((Column("edit"), Column("request"), Column("holds", "verdict")), rows)
 
 
 def _plot(file: Path, operations: Sequence[Operation], checks: Sequence[Check]) -> None:

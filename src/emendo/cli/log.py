@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output
+from emendo.cli._tables import print_table
+from emendo.report.tables import Cell, Column, Table
 
 if TYPE_CHECKING:
     from emendo.ledger import Ledger, Operation
@@ -43,7 +44,7 @@ def run(
         emit({**values, "operations": [operation.as_dict() for operation in operations]})
         return
     console = output()
-    console.print(_table(book, operations))
+    print_table(_table(book, operations))
     if len(operations) < count:
         console.print(
             f"The latest {len(operations)} of {count:,} steps; --all shows every step.", style="dim"
@@ -52,24 +53,19 @@ def run(
 
 
 def _table(book: Ledger, operations: list[Operation]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("step", "", "edit", "what", "by", "when", "tag"):
-        table.add_column(
-            heading, justify="right" if heading in ("step", "edit") else "left", no_wrap=heading != "what"
-        )
     single = [operation.edits[0] for operation in operations if len(operation.edits) == 1]
     entries = {entry.id: entry for entry in book.entries(dict.fromkeys(single))}
     tags: dict[int, list[str]] = {}
     for tag in book.tags():
         tags.setdefault(tag.operation, []).append(tag.name)
+    rows = []
     for operation in operations:
         edits = operation.edits
-        kind = Text(f"{operation.kind}, forced", "yellow") if operation.forced else operation.kind
+        kind = Cell(f"{operation.kind}, forced", tone="warning") if operation.forced else operation.kind
         numbers = ", ".join(map(str, edits)) if len(edits) < 6 else f"{len(edits)} edits"
-        what = shared.requests_line(entries[edits[0]]) if len(edits) == 1 else Text()
-        if operation.note:
-            what.append(f"\n{operation.note}", "dim")
-        named = ", ".join(tags.get(operation.id, ()))
-        when = operation.at[:16].replace("T", " ")
-        table.add_row(str(operation.id), kind, numbers, what, operation.by, when, named)
-    return table
+        request = Cell(shared.requests_line(entries[edits[0]]) if len(edits) == 1 else "")
+        what = (request, Cell(operation.note, tone="soft")) if operation.note else request
+        when, named = operation.at[:16].replace("T", " "), ", ".join(tags.get(operation.id, ()))
+        rows.append((operation.id, kind, numbers, what, operation.by, when, named))
+    headings = ("kind", "edit", "request", "by", "when", "tag")
+    return Table((Column("step", "count"), *map(Column, headings)), rows)

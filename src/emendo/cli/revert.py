@@ -56,7 +56,7 @@ def run(
         for entry in later:
             if entry.id in lost:
                 line = Text.assemble(("no longer holds:", "yellow"), f" edit {entry.id}: ")
-                note(line.append_text(shared.requests_line(entry)))
+                note(line.append(shared.requests_line(entry)))
     elif found.outcomes:
         console.print("No active edit was made while it was active.")
     console.print(f"{shared.state_line(step)} {shared.examination_line(found)}", soft_wrap=True)

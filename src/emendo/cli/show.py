@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output
+from emendo.cli._tables import print_table
+from emendo.report.tables import Cell, Column, Table
 
 if TYPE_CHECKING:
     from emendo.ledger import Entry, Ledger
@@ -37,41 +38,36 @@ def run(
         emit({"edit": values, "operations": [operation.as_dict() for operation in operations]})
         return
     console = output()
-    console.print(_facts(book, entry, active))
+    print_table(_facts(book, entry, active))
     for step in operations:
         line = Text.assemble((f"\n{step.kind}", "bold"), (" (forced)" if step.forced else "", "yellow"))
         line.append(f" as step {step.id} by {step.by}, {step.at[:19]}")
         console.print(line.append(f": {step.note}" if step.note else ""), soft_wrap=True)
         if step.health:
-            console.print(_health(step.health))
+            print_table(_health(step.health))
 
 
 def _facts(book: Ledger, entry: Entry, active: tuple[int, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     state = f"active, {active.index(entry.id) + 1} of {len(active)}" if entry.id in active else "not active"
-    table.add_row("edit", f"{entry.id} ({state})")
-    for request in entry.requests:
-        table.add_row("request", Text.assemble(f"{request['prompt']} ", (request["target"], "bold")))
+    rows = [("edit", f"{entry.id} ({state})")]
+    rows += [("request", f"{request['prompt']} → {request['target']}") for request in entry.requests]
     if entry.chat:
-        table.add_row("framing", "in the tokenizer's chat template")
+        rows.append(("framing", "in the tokenizer's chat template"))
     rank = "" if entry.rank is None else f", rank {entry.rank}"
-    table.add_row("made by", f"{entry.editor}, emendo {entry.version}, {entry.made}{rank}")
+    rows.append(("made by", f"{entry.editor}, emendo {entry.version}, {entry.made}{rank}"))
     if entry.upon:
         earlier = book.made_upon(entry)
         numbers = ", ".join(map(str, earlier))
-        table.add_row("made upon", f"edits {numbers}" if len(earlier) < 20 else f"{len(earlier)} edits")
-    table.add_row("size", f"{entry.bytes / 1024:,.0f} KB, sha256 {entry.digest[:16]}…")
-    return table
+        rows.append(("made upon", f"edits {numbers}" if len(earlier) < 20 else f"{len(earlier)} edits"))
+    rows.append(("size", f"{entry.bytes / 1024:,.0f} KB, sha256 {entry.digest[:16]}…"))
+    return Table((Column(""), Column("")), rows)
 
 
 def _health(health: Mapping[str, Any]) -> Table:
     from emendo.ledger.health import read_figures
 
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for heading in ("measured", "value", "limit"):
-        table.add_column(heading, justify="left" if heading == "measured" else "right", style="dim")
     values, limits = read_figures(health), read_figures(health.get("limits"))
-    for name, value in values.items():
-        limit = f"{limits[name]:g}" if name in limits else ""
-        table.add_row(name.replace("_", " "), f"{value:.4g}", limit)
-    return table
+    rows = [
+        (Cell(name.replace("_", " "), tone="soft"), value, limits.get(name)) for name, value in values.items()
+    ]
+    return Table((Column("measured"), Column("value", "number"), Column("limit", "number", missing="")), rows)

@@ -42,7 +42,7 @@ class EditStack:
     def __init__(self, lm: LM, ledger: Ledger) -> None:
         self.lm, self.ledger = lm, ledger
         self._edits: dict[int, Edit] = {}
-        self._front: tuple[str, _Deltas] = ("", {})
+        self._front: tuple[Sequence[int], str, _Deltas] = ((), "", {})
 
     def edit(self, id: int) -> Edit:
         """An edit of the ledger, active or not.
@@ -103,13 +103,14 @@ class EditStack:
 
     def _composed_blocks(self, ids: Sequence[int]) -> _Deltas:
         """The composition of whole blocks: from memory, from the longest one that is kept, or from the start."""
+        last_ids, last_key, last = self._front
+        if last_ids == ids:
+            return last
         keys = _keys(self.ledger.digests(ids))
-        if self._front[0] == keys[-1]:
-            return self._front[1]
         folder = cache_folder() / "composed" / hashlib.sha256(self.ledger.id.encode()).hexdigest()[:16]
         done, deltas = 0, dict[str, LowRank]()
         for count in range(len(keys), 0, -1):
-            kept = self._front[1] if self._front[0] == keys[count - 1] else _read(folder / keys[count - 1])
+            kept = last if last_key == keys[count - 1] else _read(folder / keys[count - 1])
             if kept is not None:
                 done, deltas = count, dict(kept)
                 break
@@ -123,7 +124,7 @@ class EditStack:
             deltas = {name: _smaller(delta) for name, delta in joined.items()}
         if done < len(keys):
             _write(folder / keys[-1], deltas)
-        self._front = (keys[-1], deltas)
+        self._front = (ids, keys[-1], deltas)
         return deltas
 
 

@@ -8,9 +8,22 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, TableClause, and_, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Integer,
+    String,
+    TableClause,
+    and_,
+    func,
+    insert,
+    or_,
+    select,
+    type_coerce,
+    update,
+)
 
 from emendo.errors import RequestError, StorageError
 from emendo.ledger import _schema as schema
@@ -80,9 +93,14 @@ def places(connection: Connection, operation: int) -> list[tuple[int, int]]:
         StorageError: an edit or a position is there twice.
     """
     c = schema.periods.c
-    asked = select(c.edit, c.position).where(active_after(operation)).order_by(c.position)
-    found = [(edit, position) for edit, position in connection.execute(asked)]
-    if any(len(set(column)) < len(found) for column in zip(*found, strict=True)):
+    edit, position = (
+        type_coerce(c.edit, Integer),
+        type_coerce(c.position, Integer),
+    )  # checked below, all at once
+    asked = select(edit, position).where(active_after(operation)).order_by(c.position)
+    found = [(edit, position) for edit, position in connection.execute(asked).all()]
+    columns = [*zip(*found, strict=True)]
+    if any(len(set(column)) < len(found) or {*map(type, column)} != {int} for column in columns):
         raise StorageError(
             f"The ledger is damaged: the active edits of operation {operation} overlap. Restore a copy of it."
         )
@@ -137,14 +155,17 @@ def digests(connection: Connection, ids: Sequence[int]) -> list[str]:
     Raises:
         StorageError: the ledger has no edit of one of the numbers.
     """
-    c, found = schema.edits.c, dict[int, str]()
-    for part in _batches(ids):
-        found |= {
-            row.id: row.digest for row in connection.execute(select(c.id, c.digest).where(c.id.in_(part)))
-        }
+    c = schema.edits.c
+    asked = select(type_coerce(c.id, Integer), type_coerce(c.digest, String))
+    if len(ids) <= _BATCH:
+        asked = asked.where(c.id.in_(ids))
+    found = dict[int, Any](row._tuple() for row in connection.execute(asked).all())
     if lost := without(ids, found):
         raise StorageError(f"The ledger is damaged: edit {lost[0]} is missing. Restore a copy of it.")
-    return [found[id] for id in ids]
+    wanted = [found[id] for id in ids]
+    if not {*map(type, wanted)} <= {str}:
+        raise StorageError("The ledger is damaged: a digest is not text. Restore a copy of it.")
+    return wanted
 
 
 def ids(connection: Connection, digests: Iterable[str]) -> list[int]:

@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeAlias
 
 from sqlalchemy import make_url
 
+from emendo._storage import new_file, read_json, write_json
 from emendo.errors import MismatchError, StorageError
 from emendo.ledger._database import FILE, Where, file_of, locate, public
 from emendo.ledger.store import Ledger
@@ -141,7 +142,7 @@ def _is_vouched_for(ledger: Ledger, model: str | Path, fingerprint: Fingerprint)
         return fingerprint is not None
     if ledger.model == str(_model_folder(model) or model):
         return True
-    if (found := fingerprint()) != ledger.fingerprint:
+    if not ledger.belongs_to(found := fingerprint()):
         raise MismatchError(
             f"The ledger at {ledger.where} belongs to {ledger.model!r} with fingerprint {ledger.fingerprint}, but "
             f"{str(model)!r} has fingerprint {found}. Give the model of this ledger, or the ledger of this model."
@@ -154,10 +155,6 @@ def _recorded(home: Path) -> Pointer | None:
     file, pointer = home / FILE, home / POINTER
     if not _is_file(pointer):
         return Pointer(public(locate(home)), None) if _is_file(file) else None
-    from emendo._storage import (
-        read_json,
-    )  # here, because it imports torch, which nothing else in this module needs
-
     values = read_json(pointer)
     if not isinstance(values, dict) or not all(isinstance(values.get(key), str) for key in Pointer._fields):
         raise StorageError(
@@ -188,8 +185,6 @@ def _remember(home: Path, pointer: Pointer) -> None:
     """
     if pointer.url == public(locate(home)):
         return
-    from emendo._storage import new_file, write_json
-
     with suppress(StorageError):
         if _recorded(home) != pointer:
             with new_file(home / POINTER) as new:

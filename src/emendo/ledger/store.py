@@ -124,14 +124,18 @@ class Ledger:
         if row is None:
             raise StorageError(f"There is no ledger at {database.name} yet.")
         ledger = cls(database, About(*row))
-        from emendo.models._fingerprint import same_model  # not above: it imports torch
-
-        if fingerprint is not None and not same_model(fingerprint, ledger.fingerprint):
+        if fingerprint is not None and not ledger.belongs_to(fingerprint):
             raise MismatchError(
                 f"The ledger at {ledger.where} belongs to {ledger.model!r} with fingerprint {ledger.fingerprint}, but "
                 f"the model at hand has fingerprint {fingerprint}. Load that model, or create a ledger for this one."
             )
         return ledger
+
+    def belongs_to(self, fingerprint: str) -> bool:
+        """Whether a model of this fingerprint is the one of the ledger."""
+        from emendo.models._fingerprint import same_model  # here, because it imports torch
+
+        return fingerprint == self.fingerprint or same_model(fingerprint, self.fingerprint)
 
     # ------------------------------------------------------------------------------------------------ states
 
