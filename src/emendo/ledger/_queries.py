@@ -159,7 +159,7 @@ def digests(connection: Connection, ids: Sequence[int]) -> list[str]:
     asked = select(type_coerce(c.id, Integer), type_coerce(c.digest, String))
     if len(ids) <= _BATCH:
         asked = asked.where(c.id.in_(ids))
-    found = dict[int, Any](row._tuple() for row in connection.execute(asked).all())
+    found: dict[int, Any] = {row[0]: row[1] for row in connection.execute(asked).all()}
     if lost := without(ids, found):
         raise StorageError(f"The ledger is damaged: edit {lost[0]} is missing. Restore a copy of it.")
     wanted = [found[id] for id in ids]
