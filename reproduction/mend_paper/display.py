@@ -1,4 +1,4 @@
-"""What `emendo compare` shows while it works and when it is done."""
+"""What the command prints while it runs and when it is done."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from datetime import date
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from emendo._storage import digest, new_file
 from emendo._version import __version__
@@ -41,7 +41,7 @@ class Shown(View):
     def cell(self, cell: Cell | Memory, place: int, total: int) -> None:
         """Name the cell."""
         self._begin = time.monotonic()
-        note(f"[bold]{place} of {total}[/bold]  {escape(describe(cell))}")
+        note(Text.assemble((f"{place} of {total}", "bold"), f"  {describe(cell)}"))
 
     def done(self, cell: Cell | Memory, result: Result) -> None:
         """Say what came of it."""
@@ -104,7 +104,7 @@ def listing(cells: Sequence[Cell | Memory], latest: Mapping[str, Result], *, as_
         emit({"cells": rows, "about_seconds_left": round(left)})
         return
     for plan, cell in plans.items():
-        output().print(f"{'done' if plan in latest else '    '}  {escape(describe(cell))}", soft_wrap=True)
+        output().print(f"{'done' if plan in latest else '    '}  {describe(cell)}", soft_wrap=True)
     output().print(f"{len(plans)} cells, about {_minutes(left)} to go on two processor cores.")
 
 
@@ -140,31 +140,31 @@ def show(grids: Sequence[Grid]) -> None:
         quoted = {column for column, is_quoted in tables.headings(grid) if is_quoted}
         columns = [column for column in grid.preset.columns if column.here or column in quoted]
         for column in columns:
-            names = [f"here: {column.here}"] if column.here else []
-            names += [f"[dim]paper: {escape(column.paper or column.name)}[/dim]"] if column in quoted else []
-            table.add_column("\n".join(names))
+            names = [Text(f"here: {column.here}")] if column.here else []
+            names += [Text(f"paper: {column.paper or column.name}", "dim")] if column in quoted else []
+            table.add_column(Text("\n").join(names))
         for row in grid.preset.rows:
-            table.add_row(row, *("\n".join(_place(grid, row, column)) for column in columns))
+            table.add_row(row, *(Text("\n").join(_place(grid, row, column)) for column in columns))
         output().print()
         output().print(table)
         output().print(tables.legend(grid))
         seen = Table.grid(padding=(0, 2, 0, 0))
         for statement in grid.statements():
-            seen.add_row(f"{tables.mark(statement):>3}", escape(statement.text))
+            seen.add_row(f"{tables.mark(statement):>3}", statement.text)
         output().print(seen)
 
 
-def _place(grid: Grid, row: str, column: Column) -> Iterator[str]:
+def _place(grid: Grid, row: str, column: Column) -> Iterator[Text]:
     """The lines of a place: our figures, their intervals, the paper's figures."""
     if column.here:
         found, ranges = tables.here(grid, row, column)
         if ranges:
             for name, value in zip(("ES", "DD"), grid.pair(row, column), strict=True):
-                yield f"{name} {tables.with_interval(value)}"
+                yield Text(f"{name} {tables.with_interval(value)}")
         else:
-            yield found
+            yield Text(found)
     if grid.quoted(row, column):
-        yield f"[dim]{'paper: ' if column.here else ''}{tables.paper(grid, row, column)}[/dim]"
+        yield Text(f"{'paper: ' if column.here else ''}{tables.paper(grid, row, column)}", "dim")
 
 
 def as_values(grids: Sequence[Grid]) -> dict[str, Any]:

@@ -18,9 +18,9 @@ _BOOTSTRAP = "95% interval: bootstrap over the facts, 2000 draws, fixed seed; Wi
 
 PROTOCOL = {
     "edit_success": "ES, Eq. 1: all target tokens are the argmax, teacher forced; mean over the edit prompt and its "
-    f"rewordings together, then over the facts. {_BOOTSTRAP}",
+    f"paraphrases together, then over the facts. {_BOOTSTRAP}",
     "success": f"edit success on the edit prompt alone. {_BOOTSTRAP}",
-    "generalisation": f"edit success on the rewordings alone. {_BOOTSTRAP}",
+    "generalisation": f"edit success on the paraphrases alone. {_BOOTSTRAP}",
     "accuracy_drawdown": "accuracy before minus after: the whole gold answer of a locality prompt is the argmax, "
     f"teacher forced; before is the ORIGINAL model. {_BOOTSTRAP}",
     "accuracy_drawdown_near": "accuracy drawdown on neighbours alone: the same relation, another subject",
@@ -32,8 +32,8 @@ PROTOCOL = {
     f"ORIGINAL model. {_BOOTSTRAP}",
     "perplexity_drawdown_of_host": "perplexity drawdown against the model that the editor trained, no edit made",
     "perplexity_drift": "perplexity of the model that the editor trained minus that of the original, no edit made",
-    "locality_kl": "KL(original || edited) in nats, mean over the answer tokens of the locality prompts; without such "
-    f"prompts over the tokens of the passages. {_BOOTSTRAP}",
+    "locality_kl": "KL(original || edited) in nats, mean over the answer tokens of a locality prompt, then over the "
+    f"prompts; without such prompts over the tokens of the passages. {_BOOTSTRAP}",
     "drift_kl": "locality KL of the model that the editor trained, no edit made",
     "unchanged": "share of locality prompts whose answer's argmax tokens are all unchanged; without such prompts share "
     f"of the passages' tokens whose argmax is unchanged. {_BOOTSTRAP}",
@@ -48,9 +48,9 @@ def figures(scores: Scores) -> Figures:
     """Every figure that applies."""
     facts = [_with_locality(fact) for fact in scores.facts]
     found: dict[str, Interval | None] = {
-        "edit_success": mean_interval(_shares(facts, "prompt", "rewording")),
+        "edit_success": mean_interval(_shares(facts, "prompt", "paraphrase")),
         "success": mean_interval(_shares(facts, "prompt")),
-        "generalisation": mean_interval(_shares(facts, "rewording")),
+        "generalisation": mean_interval(_shares(facts, "paraphrase")),
         **_accuracies(facts, scores.apart),
         **_perplexities(facts, scores.apart),
         **_changes(facts, scores.apart),
@@ -134,13 +134,13 @@ def _changes(facts: Sequence[Sums], apart: bool) -> dict[str, Interval | None]:
     """KL and unchanged predictions, of locality prompts or else of passages."""
     prompts = any("locality count" in fact for fact in facts)
     kind = "locality" if prompts else "passage"
-    same = ("same", "count") if prompts else ("same tokens", "tokens")
+    same, whole = ("same", "count") if prompts else ("same tokens", "tokens")
     found = {
-        "locality_kl": _ratio(facts, f"{kind} kl", f"{kind} tokens"),
-        "unchanged": _ratio(facts, *(f"{kind} {name}" for name in same)),
+        "locality_kl": _ratio(facts, f"{kind} kl", f"{kind} {whole}"),
+        "unchanged": _ratio(facts, f"{kind} {same}", f"{kind} {whole}"),
     }
     if apart:
-        found["drift_kl"] = _ratio(facts, f"{kind} kl host", f"{kind} tokens")
+        found["drift_kl"] = _ratio(facts, f"{kind} kl host", f"{kind} {whole}")
     return found
 
 

@@ -15,18 +15,18 @@ def scores(*facts: Sums, apart: bool = False) -> Scores:
     return Scores(facts, 0.5, (3, 5), (0.01, 0.03), apart)
 
 
-def fact(prompt: int, rewordings: int = 0, right: int = 0) -> Sums:
+def fact(prompt: int, paraphrases: int = 0, right: int = 0) -> Sums:
     sums = {"prompt count": 1.0, "prompt hit": float(prompt)}
     return sums | (
-        {"rewording count": float(rewordings), "rewording hit": float(right)} if rewordings else {}
+        {"paraphrase count": float(paraphrases), "paraphrase hit": float(right)} if paraphrases else {}
     )
 
 
-def test_edit_success_is_over_the_prompt_and_its_rewordings_together() -> None:
+def test_edit_success_is_over_the_prompt_and_its_paraphrases_together() -> None:
     found = figures(scores(fact(1, 3, 2), fact(0, 1, 1), fact(1)))
     assert found["edit_success"] == mean_interval([3 / 4, 1 / 2, 1.0])
     assert found["success"] == mean_interval([1.0, 0.0, 1.0])
-    assert found["generalisation"] == mean_interval([2 / 3, 1.0])  # the third fact has no rewording
+    assert found["generalisation"] == mean_interval([2 / 3, 1.0])  # the third fact has no paraphrase
     assert found["edit_success"].mean == pytest.approx(0.75)
 
 

@@ -8,7 +8,7 @@ from reproduction.mend_paper.figures import figures
 from reproduction.mend_paper.measure import measure
 from reproduction.mend_paper.radius import largest, matching_radius
 
-from cases import build_lm, records
+from cases import Recorded, build_lm, records
 from emendo.editors.cache import Cache, CacheConfig
 from emendo.models.sites import find_sites
 
@@ -38,10 +38,11 @@ def test_the_drawdown_is_matched() -> None:
     sites = find_sites(lm.model)
     wide = Cache(sites, CacheConfig(radius=1.2), lm.fingerprint)
     cache = Cache(sites, CacheConfig(radius=7.0), lm.fingerprint)
-    told: list[int] = []
-    found = matching_radius(lm, cache, wide, facts, (), lambda what, done, total: told.append(done))
+    progress = Recorded()
+    found = matching_radius(lm, cache, wide, facts, (), progress)
+    tries = [done for _, done, _ in progress.updates]
     assert cache.config.radius == 7.0
-    assert told == list(range(1, len(told) + 1))
+    assert tries == list(range(1, len(tries) + 1))
 
     def drawdown(value: float) -> float:
         editor = Cache(sites, CacheConfig(radius=value), lm.fingerprint)
