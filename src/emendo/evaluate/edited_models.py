@@ -1,35 +1,36 @@
-"""Asking edited models: the one way in which evaluation makes edits and looks at what they do.
+"""Models under several edits at once: how evaluation makes edits and asks the edited models.
 
-Every text or prompt is asked under one of several edits, each made from the clean model. Changes of low rank are asked
-together: each row of a batch stands under its own. Other edits, dense changes of weights among them, are asked one by
-one.
+Every text or prompt stands under one of several edits, each made from the clean model. Edits that change weights share
+their passes: each row of a batch has the change of its own edit. Edits that change no weights are asked one by one.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from emendo.editors.base import Editor
 from emendo.edits.edit import BaseEdit, Request
-from emendo.low_rank import Deltas, LowRank, applied
+from emendo.low_rank import Change, Deltas, LowRank, RowGroups, applied
 from emendo.models.lm import LM
 from emendo.models.text import Text, collate, length_buckets
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
 
+T = TypeVar("T")
+
 FORCED_TOKENS = 1024
-"""Padded tokens of a teacher-forced batch: its logits are what takes memory."""
+"""Padded tokens of a teacher-forced batch; its logits take most of the memory."""
 
 _Passes = Callable[[Sequence[Text]], list[Tensor]]
 """Texts to the logits ``[labels, vocabulary]`` of each."""
+_Changes = Mapping[str, "LowRank | Change"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class EditedModels(ABC):
     """Several edits, ready to be asked.
 
     Attributes:
-        seconds: time that making them took.
+        seconds: time to make them.
         deltas: by site name, the change of each edit, ``[edits, d_out, r]`` and ``[edits, r, d_in]``; None where no
             weights change.
         shared: whether texts under different edits share their passes.
@@ -52,7 +53,7 @@ class EditedModels(ABC):
         """The logits ``[labels, vocabulary]`` at the label positions of each text.
 
         Args:
-            rows: the edit that each text stands under.
+            rows: the edit of each text.
             texts: the texts.
 
         Raises:
@@ -64,9 +65,9 @@ class EditedModels(ABC):
         """The greedy answer to each prompt.
 
         Args:
-            rows: the edit that each prompt stands under.
+            rows: the edit of each prompt.
             prompts: the prompts.
-            max_new_tokens: how many tokens to write, at most.
+            max_new_tokens: the number of tokens to generate, at most.
 
         Raises:
             RequestError: an edit leaves no room for a prompt in the model's context.
@@ -82,7 +83,7 @@ def make_edits(
         lm: the model; it is not changed.
         editor: makes the edits.
         groups: the requests of each edit.
-        store: keeps the trunk's outputs of the model's texts; the trunk ends below the editor's first site.
+        store: the cache of the trunk's outputs; the trunk ends below the editor's first site.
 
     Raises:
         MismatchError: the editor was trained for another model.
@@ -92,34 +93,32 @@ def make_edits(
     with torch.enable_grad():
         if not editor.makes.changes_weights:
             edits = [editor.edit(lm, list(group)) for group in groups]
-            return _OneByOne(_now(lm) - start, None, lambda row: _beside(lm, edits[row]))
-        deltas = _changes(lm, editor, groups)
+            return _BesideWeights(_now(lm) - start, None, lm, edits)
+        deltas = _deltas(lm, editor, groups)
     seconds, host = _now(lm) - start, editor.host(lm)
-    passes = _passes(lm, host, editor, store)
-    if all(_is_low(delta) for delta in deltas.values()):
-        return _Together(seconds, deltas, host, passes)
-    return _OneByOne(seconds, deltas, lambda row: _hooked(host, deltas, row, passes))
+    low = all(_is_low(delta) for delta in deltas.values())
+    changes_of = _low_rank(deltas) if low else _dense(deltas, host.model.dtype)
+    return _InWeights(seconds, deltas, host, _passes(lm, host, editor, store), changes_of)
 
 
 def existing_edit(
     lm: LM, editor: Editor, state: Mapping[str, Tensor] | BaseEdit, seconds: float, store: TrunkCache
 ) -> EditedModels:
-    """One edit that is there already, ready to be asked: what many edits one after the other have added up to.
+    """One edit that has been made already: the sum of the edits of a sequence.
 
     Args:
         lm: the clean model.
-        editor: what made it.
+        editor: made the edit.
         state: the dense change ``[d_out, d_in]`` of each site, or an edit that changes no weights.
-        seconds: time that the last edit took.
+        seconds: time to make the last edit.
         store: as for :func:`make_edits`.
     """
     if isinstance(state, BaseEdit):
-        edit = state
-        return _OneByOne(seconds, None, lambda row: _beside(lm, edit))
+        return _BesideWeights(seconds, None, lm, [state])
     host = editor.host(lm)
-    deltas = {name: LowRank.from_dense(change[None]) for name, change in state.items()}
-    passes = _passes(lm, host, editor, store)
-    return _OneByOne(seconds, deltas, lambda row: _hooked(host, deltas, row, passes))
+    change = {name: LowRank.from_dense(dense) for name, dense in state.items()}
+    deltas = {name: LowRank(d.left[None], d.right[None]) for name, d in change.items()}
+    return _InWeights(seconds, deltas, host, _passes(lm, host, editor, store), lambda rows: change)
 
 
 def _now(lm: LM) -> float:
@@ -128,7 +127,7 @@ def _now(lm: LM) -> float:
     return time.perf_counter()
 
 
-def _changes(lm: LM, editor: Editor, groups: Sequence[Sequence[Request]]) -> dict[str, LowRank]:
+def _deltas(lm: LM, editor: Editor, groups: Sequence[Sequence[Request]]) -> dict[str, LowRank]:
     """One change for each group, by site name, without a graph."""
     if all(len(group) == 1 for group in groups):
         deltas = editor.each(lm, [request for group in groups for request in group])
@@ -139,13 +138,34 @@ def _changes(lm: LM, editor: Editor, groups: Sequence[Sequence[Request]]) -> dic
 
 
 def _is_low(delta: LowRank) -> bool:
-    """Whether a copy of the factors for each text takes less than one of the matrix would."""
+    """Whether the factors are smaller than the matrix, so that each text can have a copy of them."""
     d_out, d_in = delta.left.shape[-2], delta.right.shape[-1]
     return delta.rank * (d_out + d_in) < d_out * d_in
 
 
+def _low_rank(deltas: Deltas) -> Callable[[Sequence[int]], _Changes]:
+    def changes_of(rows: Sequence[int]) -> _Changes:
+        index = torch.tensor(rows, device=next(iter(deltas.values())).left.device)
+        return {name: delta.take(index) for name, delta in deltas.items()}
+
+    return changes_of
+
+
+def _dense(deltas: Deltas, dtype: torch.dtype) -> Callable[[Sequence[int]], _Changes]:
+    """Changes without copies: the rows under one edit are multiplied together."""
+
+    def changes_of(rows: Sequence[int]) -> _Changes:
+        groups = [(row, [i for i, other in enumerate(rows) if other == row]) for row in sorted(set(rows))]
+        return {
+            name: RowGroups(len(rows), [(members, delta[row].to(dtype).__call__) for row, members in groups])
+            for name, delta in deltas.items()
+        }
+
+    return changes_of
+
+
 def _passes(lm: LM, host: LM, editor: Editor, store: TrunkCache) -> _Passes:
-    """Passes through the model that the changes belong to, from the trunk's outputs where these are its own."""
+    """Passes through the model that the changes belong to, from cached trunk outputs where it shares the trunk."""
     if host is lm:
         kept: TrunkCache | None = store
     else:
@@ -164,18 +184,25 @@ def _passes(lm: LM, host: LM, editor: Editor, store: TrunkCache) -> _Passes:
 
 
 @dataclass(frozen=True, eq=False)
-class _Together(EditedModels):
-    """Low-rank changes, all of them in one batch."""
+class _InWeights(EditedModels):
+    """Changes of weights, all of them in one batch.
+
+    Attributes:
+        host: the model that the changes belong to.
+        passes: teacher-forced passes through it.
+        changes_of: the changes for the rows of a batch, from the edit of each row.
+    """
 
     shared = True
     host: LM
     passes: _Passes
+    changes_of: Callable[[Sequence[int]], _Changes]
 
     @torch.no_grad()
     def logits(self, rows: Sequence[int], texts: Sequence[Text]) -> list[Tensor]:
         found: dict[int, Tensor] = {}
         for part in length_buckets(range(len(texts)), lambda i: texts[i].size, FORCED_TOKENS):
-            with applied(self.host.model, self._take([rows[i] for i in part])):
+            with applied(self.host.model, self.changes_of([rows[i] for i in part])):
                 found |= zip(part, self.passes([texts[i] for i in part]), strict=True)
         return [found[i] for i in range(len(texts))]
 
@@ -184,62 +211,33 @@ class _Together(EditedModels):
         if self.host.kind == "classifier":
             logits = self.logits(rows, self.host.prompt_texts(list(prompts)))
             return [self.host.labels[int(classes[0].argmax())] for classes in logits]
-        with applied(self.host.model, self._take(rows)):
+        with applied(self.host.model, self.changes_of(rows)):
             return self.host.generate(list(prompts), max_new_tokens)  # type: ignore[no-any-return]
-
-    def _take(self, rows: Sequence[int]) -> dict[str, LowRank]:
-        assert self.deltas is not None
-        return {
-            name: delta.take(torch.tensor(rows, device=delta.left.device))
-            for name, delta in self.deltas.items()
-        }
-
-
-_Ways = tuple[_Passes, Callable[[list[str], int], list[str]]]
-"""How a model under one edit gives logits, and how it generates."""
 
 
 @dataclass(frozen=True, eq=False)
-class _OneByOne(EditedModels):
-    """Edits of any kind, each asked by itself."""
+class _BesideWeights(EditedModels):
+    """Edits that change no weights, each asked by itself."""
 
     shared = False
-    under: Callable[[int], AbstractContextManager[_Ways]]
+    lm: LM
+    edits: Sequence[BaseEdit]
 
     @torch.no_grad()
     def logits(self, rows: Sequence[int], texts: Sequence[Text]) -> list[Tensor]:
-        found: dict[int, Tensor] = {}
-        for row, members in _by_row(rows):
-            with self.under(row) as (passes, _):
-                for part in length_buckets(members, lambda i: texts[i].size, FORCED_TOKENS):
-                    found |= zip(part, passes([texts[i] for i in part]), strict=True)
-        return [found[i] for i in range(len(texts))]
+        return self._each(rows, lambda lm, members: lm.logits([texts[i] for i in members]))
 
     @torch.no_grad()
     def generate(self, rows: Sequence[int], prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-        found: dict[int, str] = {}
-        for row, members in _by_row(rows):
-            with self.under(row) as (_, generate):
-                answers = generate([prompts[i] for i in members], max_new_tokens)
-                found |= zip(members, answers, strict=True)
-        return [found[i] for i in range(len(prompts))]
+        return self._each(
+            rows, lambda lm, members: lm.generate([prompts[i] for i in members], max_new_tokens)
+        )
 
-
-def _by_row(rows: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Each edit that is asked, and the places where it is."""
-    for row in sorted(set(rows)):
-        yield row, [i for i, other in enumerate(rows) if other == row]
-
-
-@contextmanager
-def _beside(lm: LM, edit: BaseEdit) -> Iterator[_Ways]:
-    """An edit that changes no weights."""
-    with edit.applied(lm) as edited:
-        yield edited.logits, edited.generate
-
-
-@contextmanager
-def _hooked(host: LM, deltas: Deltas, row: int, passes: _Passes) -> Iterator[_Ways]:
-    """One of several changes of weights."""
-    with applied(host.model, {name: delta[row] for name, delta in deltas.items()}):
-        yield passes, host.generate
+    def _each(self, rows: Sequence[int], ask: Callable[[LM, list[int]], list[T]]) -> list[T]:
+        """The answers to all rows, edit by edit."""
+        found: dict[int, T] = {}
+        for row in sorted(set(rows)):
+            members = [i for i, other in enumerate(rows) if other == row]
+            with self.edits[row].applied(self.lm) as edited:
+                found |= zip(members, ask(edited, members), strict=True)
+        return [found[i] for i in range(len(rows))]
