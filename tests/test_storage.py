@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from damage import full_disk
 from emendo import _storage as files
+from emendo._outputs import Kind
 from emendo._storage import (
     digest,
     local_path,
@@ -27,6 +28,8 @@ from emendo._storage import (
 )
 from emendo.errors import StorageError
 
+ANY = Kind("a folder", lambda folder: True, ("*",))
+"""Everything in the folder may be replaced."""
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -56,7 +59,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_new_folder_with_its_parents(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "x" / "y") as folder:
+    with new_folder(tmp_path / "x" / "y", ANY) as folder:
         assert not (tmp_path / "x" / "y").exists()
         (folder / "sub").mkdir()
         (folder / "sub" / "a.txt").write_text("1")
@@ -64,21 +67,24 @@ def test_new_folder_with_its_parents(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
-    with new_folder(tmp_path) as folder:
+    with new_folder(tmp_path, ANY) as folder:
         (folder / "a.txt").write_text("1")
     assert tree(tmp_path) == {"a.txt": "1"}
 
 
 def test_what_is_there_is_refused(run: Path) -> None:
     for taken in (run, run / "a.txt"):
-        with pytest.raises(StorageError, match="already exists") as error, new_folder(taken):
+        with (
+            pytest.raises(StorageError, match=r"already holds|not a folder") as error,
+            new_folder(taken, ANY),
+        ):
             pytest.fail("the folder was opened")
         assert str(taken) in str(error.value)
     assert tree(run.parent) == {"run/a.txt": "first"}
 
 
 def test_overwriting_replaces_the_whole_folder(run: Path) -> None:
-    with new_folder(run, overwrite=True) as folder:
+    with new_folder(run, ANY, overwrite=True) as folder:
         (folder / "b.txt").write_text("second")
         assert tree(run) == {"a.txt": "first"}
     assert tree(run.parent) == {"run/b.txt": "second"}
@@ -96,7 +102,7 @@ def test_overwriting_replaces_the_whole_folder(run: Path) -> None:
 def test_a_failure_while_writing_leaves_what_was_there(
     run: Path, error: BaseException, seen: type[BaseException]
 ) -> None:
-    with pytest.raises(seen), new_folder(run, overwrite=True) as folder:
+    with pytest.raises(seen), new_folder(run, ANY, overwrite=True) as folder:
         write_half(folder / "b.txt", error)
     assert tree(run.parent) == {"run/a.txt": "first"}
     assert list(run.parent.iterdir()) == [run]
@@ -108,7 +114,10 @@ def test_a_failure_at_the_last_moment_leaves_what_was_there(
     """The disk is full when the files are flushed; or the last rename fails."""
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", full_disk)
-        with pytest.raises(StorageError, match="No space left"), new_folder(run, overwrite=True) as folder:
+        with (
+            pytest.raises(StorageError, match="No space left"),
+            new_folder(run, ANY, overwrite=True) as folder,
+        ):
             (folder / "b.txt").write_text("second")
     assert tree(run.parent) == {"run/a.txt": "first"}
 
@@ -120,13 +129,13 @@ def test_a_failure_at_the_last_moment_leaves_what_was_there(
         return rename(source, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(StorageError, match="unchanged"), new_folder(run, overwrite=True) as folder:
+    with pytest.raises(StorageError, match="unchanged"), new_folder(run, ANY, overwrite=True) as folder:
         (folder / "b.txt").write_text("second")
     assert tree(run.parent) == {"run/a.txt": "first"}
 
 
 def test_a_place_that_cannot_be_written(run: Path) -> None:
-    with pytest.raises(StorageError, match="Cannot write"), new_folder(run / "a.txt" / "inside"):
+    with pytest.raises(StorageError, match="Cannot write"), new_folder(run / "a.txt" / "inside", ANY):
         pytest.fail("the folder was opened")
     with pytest.raises(StorageError, match="Cannot write"), new_file(run / "a.txt" / "inside"):
         pytest.fail("the file was opened")
@@ -135,7 +144,7 @@ def test_a_place_that_cannot_be_written(run: Path) -> None:
 def test_a_neighbour_with_the_name_of_a_backup_survives(run: Path) -> None:
     (run.parent / ".run.old").mkdir()
     (run.parent / ".run.old" / "thesis.txt").write_text("mine")
-    with new_folder(run, overwrite=True) as folder:
+    with new_folder(run, ANY, overwrite=True) as folder:
         (folder / "b.txt").write_text("second")
     assert tree(run.parent) == {".run.old/thesis.txt": "mine", "run/b.txt": "second"}
 
@@ -144,7 +153,7 @@ def test_a_symbolic_link_is_followed(run: Path) -> None:
     link = run.parent / "link"
     link.symlink_to(run)
     for text in ("second", "third"):
-        with new_folder(link, overwrite=True) as folder:
+        with new_folder(link, ANY, overwrite=True) as folder:
             (folder / "b.txt").write_text(text)
         assert link.is_symlink()
         assert tree(run) == {"b.txt": text}
@@ -165,7 +174,7 @@ def test_the_current_folder_and_mount_points_are_filled_in_place(
     else:
         monkeypatch.chdir(run)
     inode = run.stat().st_ino
-    with new_folder(place, overwrite=True) as folder:
+    with new_folder(place, ANY, overwrite=True) as folder:
         (folder / "b.txt").write_text("second")
         (folder / "c.txt").write_text("third")
     assert run.stat().st_ino == inode
@@ -179,7 +188,7 @@ def test_the_current_folder_and_mount_points_are_filled_in_place(
         return rename(source, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(StorageError, match="disk is full"), new_folder(place, overwrite=True) as folder:
+    with pytest.raises(StorageError, match="disk is full"), new_folder(place, ANY, overwrite=True) as folder:
         write_half(folder / "d.txt", None)
     assert tree(run) == {"b.txt": "second", "c.txt": "third"}
 
@@ -222,7 +231,7 @@ def test_only_a_regular_file_is_replaced(run: Path) -> None:
 @pytest.mark.parametrize("name", ["~nosuchuser/x", "n" * 300])
 def test_impossible_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(StorageError, match="x" if name[0] == "~" else "too long"), new_folder(name):
+    with pytest.raises(StorageError, match="x" if name[0] == "~" else "too long"), new_folder(name, ANY):
         pytest.fail("the folder was opened")
     with pytest.raises(StorageError), new_file(name) as temporary:
         temporary.write_text("lost")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from emendo._outputs import Kind, claim
 from emendo.errors import StorageError
 
 if TYPE_CHECKING:
@@ -59,30 +60,33 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(folder: str | Path, kind: Kind, *, overwrite: bool = False) -> Iterator[Path]:
     """Write a folder atomically: fill a temporary folder, then rename it to its final name.
 
     If anything fails, the temporary folder is removed and the previous content stays. The current folder and mount
-    points cannot be renamed; there the files are moved into place one by one.
+    points cannot be renamed, and a folder that holds files of the user is not; there emendo's files are moved one by
+    one.
 
     Args:
         folder: the folder to write. A symbolic link is followed.
-        overwrite: replace a folder that is not empty.
+        kind: the kind of folder; what may be replaced follows :func:`emendo._outputs.claim`.
+        overwrite: replace an older folder of the same kind.
 
     Yields:
         The temporary folder to write the files to.
 
     Raises:
-        StorageError: the folder is not empty, or it cannot be written.
+        StorageError: the folder holds something that may not be replaced, or it cannot be written.
     """
     work: Path | None = None
     try:
-        target = local_path(folder).resolve()
-        occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-        if occupied and not overwrite:
-            raise StorageError(f"{folder} already exists; choose another folder, or ask to overwrite it.")
+        target = claim(folder, kind, overwrite=overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
-        in_place = target.is_dir() and (target.is_mount() or target.samefile(Path.cwd()))
+        present = list(target.iterdir()) if target.is_dir() else []
+        own = [entry for entry in present if kind.owns(entry.name)]
+        in_place = target.is_dir() and (
+            len(own) < len(present) or target.is_mount() or target.samefile(Path.cwd())
+        )
         parent = target if in_place else target.parent
         work = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=parent))
         new, old = work / "new", work / "old"
@@ -92,8 +96,12 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         for file in new.rglob("*"):
             _flush(file)
         if in_place:
-            moves = [(entry, old / entry.name) for entry in target.iterdir() if entry != work]
+            moves = [(entry, old / entry.name) for entry in own]
             moves += [(entry, target / entry.name) for entry in new.iterdir()]
+            if taken := {path.name for _, path in moves} & {path.name for path in present if path not in own}:
+                raise StorageError(
+                    f"{folder} holds {min(taken)}, which is not emendo's; choose another folder."
+                )
         else:
             moves = [(target, old / "previous")] if target.exists() else []
             moves += [(new, target)]

@@ -185,7 +185,7 @@ def test_a_folder_that_holds_something_else(emendo_command: Emendo, facts: Path,
     (tmp_path / "thesis.txt").write_text("all of it")
     for command in (["train", "--data", str(facts), "--overwrite"], ["demo"]):
         said = emendo_command(*command, "--model", "never-loaded", "--out", tmp_path, code=2)
-        assert "not emendo's; choose another --out" in said.err
+        assert "not emendo's" in said.err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -164,4 +164,4 @@ def test_other_settings_train_anew_and_other_runs_are_left_alone(
     assert "other settings; training anew" in demo("--steps", 5, "--limit", 40, "--facts", 3).err
     assert Editor.from_pretrained(tmp_path / "demo" / "editor").info["steps"] == 5
     said = emendo_command("demo", "--model", model, "--out", trained, code=2)
-    assert "holds a run of emendo train" in said.err
+    assert "not a run of the demo" in said.err

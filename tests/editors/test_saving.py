@@ -56,7 +56,7 @@ def test_saved_and_loaded_it_makes_the_same_edits(mend: Mend, tiny_llama: LM, tm
 
 def test_a_folder_that_holds_something_is_refused(mend: Mend, tmp_path: Path) -> None:
     mend.save_pretrained(tmp_path / "editor")
-    with pytest.raises(StorageError, match="already exists"):
+    with pytest.raises(StorageError, match="already holds"):
         mend.save_pretrained(tmp_path / "editor")
     mend.save_pretrained(tmp_path / "editor", overwrite=True)
 

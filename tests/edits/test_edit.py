@@ -186,7 +186,7 @@ def test_saved_and_loaded_it_is_the_same(lm: LM, tmp_path: Path) -> None:
 def test_a_folder_that_holds_something_is_refused(tiny_llama: LM, tmp_path: Path) -> None:
     first, second = make_edit(tiny_llama), make_edit(tiny_llama)
     first.save_pretrained(tmp_path / "edit")
-    with pytest.raises(StorageError, match="already exists"):
+    with pytest.raises(StorageError, match="already holds"):
         second.save_pretrained(tmp_path / "edit")
     name = find_sites(tiny_llama.model)[0].name
     assert torch.equal(Edit.from_pretrained(tmp_path / "edit").deltas[name].left, first.deltas[name].left)

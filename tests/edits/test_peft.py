@@ -244,7 +244,7 @@ def test_what_is_refused(tmp_path: Path, tiny_llama: LM, tiny_gpt2: LM) -> None:
     with pytest.raises(RequestError, match="max_rank=0"):
         to_peft(edit, tiny_llama, tmp_path / "adapter", max_rank=0)
     to_peft(edit, tiny_llama, tmp_path / "adapter")
-    with pytest.raises(StorageError, match="already exists"):
+    with pytest.raises(StorageError, match="already holds"):
         to_peft(edit, tiny_llama, tmp_path / "adapter")
     with pytest.raises(StorageError, match="does not exist"):
         from_peft(tmp_path / "nothing", tiny_llama)

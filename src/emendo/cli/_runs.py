@@ -2,34 +2,33 @@
 
 ::
 
-    DIR/run.json                 what was asked, and in the end what came of it
+    DIR/run.json                 the request and, once the run has finished, the result
         checkpoint.safetensors   the whole state, renewed every minute (see emendo.train.checkpoint)
-        history.json             figures on the way
+        history.json             figures of the steps and validations
         editor/                  the trained editor
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from emendo._storage import new_file, read_json, write_json
-from emendo._version import __version__
+from emendo._outputs import DEMO, TRAINING, Kind, clear
+from emendo._runs import has_run, read_run, write_run
+from emendo._storage import new_file, write_json
+from emendo.cli._paths import EDITOR, claim
 from emendo.cli._settings import RunSettings
 from emendo.data import Record
 from emendo.editors import Editor
 from emendo.errors import RequestError, StorageError
 from emendo.train.checkpoint import FILE as CHECKPOINT
 
-FORMAT = 1
-EDITOR = "editor"
-_OWN = ("run.json", CHECKPOINT, "history.json", EDITOR)
 _PATHS = ("model", "data", "validation", "text")
+_KINDS: Mapping[str, Kind] = {"train": TRAINING, "demo": DEMO}
+"""The kind of folder of each command that trains."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,13 @@ class Run:
     """A training run and its folder.
 
     Attributes:
-        folder: where it is kept.
-        settings: what was asked.
-        options: the same as the command's options, those that were given or have a default.
-        command: the command that began it.
+        folder: the folder.
+        settings: everything that determines the run.
+        options: the same as options of the command: those that were given, and the defaults.
+        command: the command that started the run, ``train`` or ``demo``.
         data: digest of the records, once they have been read.
-        result: what came of it, once it has finished.
-        resuming: it goes on from an earlier session.
+        result: what the command prints about the run, once it has finished.
+        resuming: whether the run continues an earlier session.
     """
 
     folder: Path
@@ -56,34 +55,30 @@ class Run:
 
     @property
     def editor(self) -> Path:
-        """Where the trained editor is, or will be."""
+        """The folder of the trained editor, which exists once the run has finished."""
         return self.folder / EDITOR
 
     @property
     def finished(self) -> bool:
-        """Whether the editor is there."""
+        """Whether the run has finished and its editor is there."""
         return bool(self.result) and (self.editor / "editor.json").exists()
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is a state to go on from."""
+        """Whether there is a state to resume from."""
         return (self.folder / CHECKPOINT).exists()
 
     @classmethod
     def open(cls, folder: Path) -> Run:
-        """Read the run that a folder holds.
+        """Read the run in a folder.
 
         Raises:
-            StorageError: it holds none, or one that this version cannot read.
+            StorageError: the folder holds no training run, or one that this version cannot read.
         """
-        if not (folder / "run.json").exists():
-            raise StorageError(f"{folder} holds no training run to resume; start one without --resume.")
-        head = read_json(folder / "run.json")
+        head = read_run(folder, tuple(_KINDS.values()), "to resume; start one without --resume.")
         try:
-            if head["format"] > FORMAT:
-                raise StorageError(f"{folder} holds a run of a newer emendo ({head['version']}).")
-            settings, options = RunSettings(**head["settings"]), head["options"]
-            return cls(folder, settings, options, head["command"], head["data"], head["result"], True)
+            settings = RunSettings(**head["settings"])
+            return cls(folder, settings, head["options"], head["command"], head["data"], head["result"], True)
         except (KeyError, TypeError) as error:
             raise StorageError(f"{folder / 'run.json'} is damaged: {error}") from error
 
@@ -93,35 +88,38 @@ class Run:
         Raises:
             StorageError: it cannot be written.
         """
-        with new_file(self.folder / "run.json") as temporary:
-            head = {"format": FORMAT, "version": __version__, "command": self.command, "data": self.data}
-            head |= {
-                "written": datetime.now(UTC).isoformat(timespec="seconds"),
-                "options": dict(self.options),
-            }
-            write_json(temporary, {**head, "settings": asdict(self.settings), "result": dict(self.result)})
+        head = {"command": self.command, "data": self.data, "options": dict(self.options)}
+        write_run(self.folder, {**head, "settings": asdict(self.settings), "result": dict(self.result)})
 
-    def begin(self, records: Iterable[Record]) -> Run:
-        """Claim the folder for a new run, in place of an older one; or make sure that the old one can go on.
+    def clear(self) -> None:
+        """Remove what the run wrote, and nothing else.
 
         Raises:
-            StorageError: the data of the run that shall go on have changed, or the folder cannot be written.
+            StorageError: it cannot be removed.
+        """
+        clear(self.folder, _KINDS[self.command])
+
+    def begin(self, records: Iterable[Record]) -> Run:
+        """Start in an empty folder, or make sure that a resumed run has the same records.
+
+        Raises:
+            StorageError: the records of a resumed run have changed, or the folder cannot be written.
         """
         data = digest(records)
         if self.resuming:
             if data != self.data:
                 raise StorageError(
-                    f"The records of {self.settings.data} are not those that {self.folder} was started with, so it "
-                    "cannot go on as the same run. Start anew with --overwrite."
+                    f"The records of {self.settings.data} are not those that {self.folder} was started with, so the "
+                    "run cannot be resumed. Start again with --overwrite."
                 )
             return self
-        clear(self.folder)
+        self.clear()
         run = replace(self, data=data)
         run.write()
         return run
 
     def finish(self, editor: Editor, history: list[dict[str, float]], result: Mapping[str, Any]) -> Run:
-        """Save the editor and what came of the run.
+        """Save the editor and the result.
 
         Raises:
             StorageError: something cannot be written; the checkpoint is still there.
@@ -135,13 +133,14 @@ class Run:
 
 
 def new_run(folder: Path, options: Mapping[str, Any], *, overwrite: bool, command: str = "train") -> Run:
-    """A run that is to begin.
+    """Prepare a new run; nothing is written yet.
 
     Raises:
-        StorageError: the folder already holds something.
-        RequestError: an option that makes no sense.
+        StorageError: the folder holds something that may not be replaced.
+        RequestError: an option is not valid.
     """
-    refuse_occupied(folder, "run.json", overwrite=overwrite, hint="--overwrite, or go on with it by --resume")
+    read = [options.get(name) for name in _PATHS]
+    claim(folder, _KINDS[command], model=options.get("model"), inputs=read, overwrite=overwrite)
     settings = RunSettings.from_options(options)
     places = {name: getattr(settings, name) for name in _PATHS if options.get(name) is not None}
     plain = {name: value for name, value in options.items() if value is not None}
@@ -149,11 +148,11 @@ def new_run(folder: Path, options: Mapping[str, Any], *, overwrite: bool, comman
 
 
 def resumed_run(folder: Path, given: Mapping[str, Any]) -> Run:
-    """A run that is to go on.
+    """Open a run to resume it.
 
     Args:
-        folder: where it is.
-        given: options that the user gave again; they must say what they said before.
+        folder: its folder.
+        given: options on the command line; they must be the same as when the run was started.
 
     Raises:
         StorageError: there is no run in the folder.
@@ -165,51 +164,13 @@ def resumed_run(folder: Path, given: Mapping[str, Any]) -> Run:
         if RunSettings.from_options({**run.options, name: value}) != before:
             raise RequestError(
                 f"{folder} was started with another {name.replace('_', '-')} ({run.options.get(name, 'the default')} "
-                f"then, {value} now). Leave the option out to resume, or start anew with --overwrite."
+                f"then, {value} now). Leave the option out to resume, or start again with --overwrite."
             )
     return run
 
 
-def refuse_occupied(folder: Path, marker: str, *, overwrite: bool, hint: str = "--overwrite") -> None:
-    """Make sure that a command may write to a folder.
-
-    Args:
-        folder: where it shall write.
-        marker: a file that tells that what is there was written by the same command.
-        overwrite: the user allows that to be replaced.
-        hint: what the user can do.
-
-    Raises:
-        StorageError: the folder holds something that may not be replaced.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder / marker).exists():
-        raise StorageError(f"{folder} already holds something that is not emendo's; choose another --out.")
-    if not overwrite:
-        raise StorageError(
-            f"{folder} already holds something; choose another --out, or replace it with {hint}."
-        )
-
-
-def clear(folder: Path) -> None:
-    """Remove what a run wrote, and nothing else.
-
-    Raises:
-        StorageError: it cannot be removed.
-    """
-    try:
-        for path in (folder / name for name in _OWN):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"Cannot clear {folder}: {error}") from error
-
-
 def editor_folder(path: Path) -> Path:
-    """The folder of the editor itself, for it or for its run's folder.
+    """Find the folder of an editor, given that folder or the folder of its training run.
 
     Raises:
         StorageError: there is no editor.
@@ -217,7 +178,7 @@ def editor_folder(path: Path) -> Path:
     for folder in (path, path / EDITOR):
         if (folder / "editor.json").exists():
             return folder
-    if (path / "run.json").exists():
+    if has_run(path):
         raise StorageError(
             f"The run in {path} has not finished, so it has no editor yet. Finish it with: "
             f"emendo train --resume --out {path}"
@@ -226,7 +187,7 @@ def editor_folder(path: Path) -> Path:
 
 
 def digest(records: Iterable[Record]) -> str:
-    """16 hex digits that stand for records."""
+    """16 hex digits that identify records."""
     return hashlib.blake2b(
         "\n".join(map(repr, records)).encode("utf-8", "replace"), digest_size=8
     ).hexdigest()

@@ -11,7 +11,7 @@ import torch
 from emendo.cli._console import Interrupted, note
 from emendo.cli._loading import passages, training_records
 from emendo.cli._progress import show_progress
-from emendo.cli._runs import Run, clear
+from emendo.cli._runs import Run
 from emendo.cli._settings import site_choice
 from emendo.data import Record
 from emendo.editors import GradientEditor, editor_class
@@ -56,7 +56,7 @@ def carry_out(run: Run, lm: LM) -> Run:
             )
     except EmendoError:
         if not run.has_checkpoint:
-            clear(run.folder)
+            run.clear()
         raise
     except KeyboardInterrupt:
         kept = "the last checkpoint is kept" if run.has_checkpoint else "there was nothing to save yet"

@@ -92,18 +92,14 @@ def run(
 
 
 def _open(out: Path, options: dict[str, object]) -> Run:
-    """The demo's run: one that is there, finished or not, if it was asked for the same; else a new one."""
+    """The demo's run: the one in the folder, finished or not, if it has the same settings; else a new one."""
+    from emendo._runs import has_run
     from emendo.cli._runs import Run, new_run
-    from emendo.errors import StorageError
 
-    if not (out / "run.json").exists():
-        return new_run(out, options, overwrite=False, command="demo")
-    old = Run.open(out)
-    if old.command != "demo":
-        raise StorageError(
-            f"{out} holds a run of emendo {old.command}; give the demo another folder with --out."
-        )
     new = new_run(out, options, overwrite=True, command="demo")
+    if not has_run(out):
+        return new
+    old = Run.open(out)
     if old.settings == new.settings:
         return old
     note(f"The editor in {out} was trained with other settings; training anew.")

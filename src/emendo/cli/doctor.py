@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from emendo._outputs import PLOT
 from emendo.cli import _ledger as shared
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output, status
@@ -44,10 +45,12 @@ def run(
 ) -> None:
     """Examine a ledger."""
     from emendo.cli._loading import load_model
+    from emendo.cli._paths import claim
     from emendo.errors import RequestError
 
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise RequestError(f"--plot {plot} must end in .png or .svg.")
+    claim(plot, PLOT, model=model, ledger=ledger, inputs=[probes, passage])
     shared.find_ledger(model, ledger)  # fails before the model is loaded
     work = shared.open_workspace(load_model(model, dtype, device), ledger, probes=probes, passage=passage)
     with status("Measuring the model with all its edits"):

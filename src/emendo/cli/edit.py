@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from emendo._outputs import EDIT
 from emendo.cli import _ledger as keep
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, note, output
@@ -76,7 +77,7 @@ def run(
 
     from emendo.cli._before_after import UNRELATED, make_edit
     from emendo.cli._loading import MethodOptions, load_editor
-    from emendo.cli._runs import refuse_occupied
+    from emendo.cli._paths import claim
     from emendo.cli._tables import before_after, rows_as_dicts
     from emendo.cli.apply import applied_as_values, print_applied
     from emendo.edits import Request
@@ -86,14 +87,14 @@ def run(
 
     if (ledger is not None or force or reason) and not apply:
         raise RequestError("--ledger, --force and --note belong to --apply.")
-    if out is not None:
-        refuse_occupied(out, "edit.json", overwrite=overwrite)
+    claim(out, EDIT, model=model, ledger=ledger, editor=editor, overwrite=overwrite)
     request = Request(prompt, target)
     questions = [Question("edit", prompt)]
     questions += [Question("paraphrase", text) for text in paraphrase or []]
     questions += [Question("neighbour", text) for text in neighbour or []]
     questions += [Question("unrelated", text) for text in UNRELATED]
     lm, maker = load_editor(editor, model, dtype, device, MethodOptions(settings, sites, last), chat)
+    claim(out, EDIT, model=lm.name, overwrite=overwrite)
     if apply and maker.host(lm) is not lm:
         raise RequestError(f"--apply: {maker.name} edits a model that it trained itself, not {lm.name}.")
     work = keep.open_workspace(lm, ledger, create=True) if apply else None

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from emendo._outputs import EVALUATION, REPORT
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, note
 
@@ -151,6 +152,7 @@ def run(
     """Measure an editor."""
     from emendo.cli._evaluate import Ask, harness, measure, write
     from emendo.cli._loading import MethodOptions, load_editor, read, readable
+    from emendo.cli._paths import claim
     from emendo.cli._processes import Processes
     from emendo.cli._tables import evaluation
     from emendo.data.portability import with_consequences
@@ -177,6 +179,11 @@ def run(
         out=out,
         **{"no-generated": not generated, "no-damage": not damage},
     )
+    read_too = [data, text, lm_eval_tasks]
+    claim(
+        out, EVALUATION, model=model, editor=editor, inputs=read_too, overwrite=True
+    )  # or it is gone on with
+    claim(report, REPORT, model=model, editor=editor, inputs=read_too)
     tasks = harness(lm_eval, lm_eval_limit, lm_eval_tasks)
     ask = Ask(
         generated, batch, together, sequential, ask_after or RETENTION, damage, guard, text, tasks, command
@@ -185,6 +192,8 @@ def run(
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)
     method = MethodOptions(settings, sites, last)
     lm, maker = load_editor(editor, model, dtype, device or Processes.present().device, method, chat)
+    claim(out, EVALUATION, model=lm.name, overwrite=True)
+    claim(report, REPORT, model=lm.name)
     chosen = with_consequences(records) if data == "atlas" else readable(lm, records, skip_bad=skip_bad)
     found, _ = measure(lm, maker, chosen, ask, out, overwrite=overwrite)
     if not Processes.present().first:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from emendo._outputs import ADAPTER, CHECKPOINT
 from emendo.cli import _ledger as keep
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, note, output
@@ -56,6 +57,7 @@ def run(
 ) -> None:
     """Export an edit."""
     from emendo.cli._loading import load_model
+    from emendo.cli._paths import claim
     from emendo.edits import Edit, to_merged, to_peft
     from emendo.errors import RequestError
 
@@ -65,6 +67,8 @@ def run(
         raise RequestError("--max-rank belongs to --to peft: a merged checkpoint has no rank.")
     if edit is not None and ledger is not None:
         raise RequestError("Give an EDIT or --ledger, not both.")
+    kind = CHECKPOINT if to == "merged" else ADAPTER
+    claim(out, kind, model=model, ledger=ledger, inputs=[edit], overwrite=overwrite)
     if edit is not None:
         change = Edit.from_pretrained(edit)
         lm = load_model(model or change.origin.model, dtype, device)
@@ -75,6 +79,7 @@ def run(
         if active is None:
             raise RequestError(f"No edit of {lm.name} is active, so there is nothing to export.")
         change = active.compact()  # without loss: shared directions are stored once
+    claim(out, kind, model=lm.name, overwrite=overwrite)
     if to == "merged":
         merged = to_merged(change, lm, out, overwrite=overwrite)
         _show({"out": str(out), "form": to, "dtype": dtype, "merge_loss": merged.loss}, as_json)

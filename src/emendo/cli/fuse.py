@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from emendo._outputs import EDIT
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, note, output
 
@@ -77,14 +78,16 @@ def run(
 ) -> None:
     """Fuse edits."""
     from emendo.cli._loading import passages
-    from emendo.cli._runs import refuse_occupied
+    from emendo.cli._paths import claim
     from emendo.edits import compose, conflicts, fuse
     from emendo.ledger.guard import targets_reached
     from emendo.models.loading import cache_folder
 
-    refuse_occupied(out, "edit.json", overwrite=overwrite)
+    read = [*(edits or []), data, text]
+    claim(out, EDIT, model=model, editor=editor, inputs=read, overwrite=overwrite)
     running = passages(text)
     lm, parts, paraphrases = _parts(edits or [], editor, data, limit, model, dtype, device)
+    claim(out, EDIT, model=lm.name, overwrite=overwrite)
     for prompt, targets in conflicts(parts).items():
         note(f"{prompt!r} is edited {len(targets)} times, to {', '.join(map(repr, targets))}.")
     fused = fuse(

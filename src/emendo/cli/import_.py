@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from emendo._outputs import EDIT
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output
 
@@ -32,8 +33,10 @@ def run(
 ) -> None:
     """Import an adapter."""
     from emendo.cli._loading import load_model
+    from emendo.cli._paths import claim
     from emendo.edits import from_peft
 
+    claim(out, EDIT, model=model, inputs=[adapter], overwrite=overwrite)
     edit = from_peft(adapter, load_model(model, dtype, device))
     edit.save_pretrained(out, overwrite=overwrite)
     if as_json:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from emendo._outputs import EDITOR
 from emendo._storage import new_folder, read_json, read_tensors, write_json, write_tensors
 from emendo.data.schema import Probe
 from emendo.edits.edit import BaseEdit, Edit, Origin, Request
@@ -173,7 +174,7 @@ class Editor(nn.Module):
         Raises:
             StorageError: the folder already holds something, or cannot be written.
         """
-        with new_folder(folder, overwrite=overwrite) as new:
+        with new_folder(folder, EDITOR, overwrite=overwrite) as new:
             write_tensors(new / "editor.safetensors", self.state_dict())
             write_json(
                 new / "editor.json",

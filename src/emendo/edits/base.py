@@ -20,6 +20,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from emendo._outputs import EDIT
 from emendo._storage import folder_of, new_folder, read_json, read_tensors, upload, write_json, write_tensors
 from emendo.edits._card import card_of
 from emendo.edits._provenance import Origin
@@ -162,7 +163,7 @@ class BaseEdit(ABC):
             RequestError: the edit holds NaN or infinite numbers.
         """
         self.check_numbers()
-        with new_folder(folder, overwrite=overwrite) as new:
+        with new_folder(folder, EDIT, overwrite=overwrite) as new:
             self._write(new)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:

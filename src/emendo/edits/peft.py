@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emendo._outputs import ADAPTER, CHECKPOINT
 from emendo._storage import new_folder, read_tensors, write_json, write_tensors
 from emendo._version import __version__
 from emendo.edits._card import card_of
@@ -90,7 +91,7 @@ def to_peft(
     rank = max_rank or small.rank
     notes = [f"Cut to rank {rank}: relative error {error:.2e}." if error else f"Rank {rank}, nothing cut."]
     difference = None
-    with new_folder(folder, overwrite=overwrite) as new:
+    with new_folder(folder, ADAPTER, overwrite=overwrite) as new:
         write_tensors(new / "adapter_model.safetensors", _tensors(small, lm, rank))
         write_json(new / "adapter_config.json", _config(small, lm, rank))
         if importlib.util.find_spec("peft") is not None:
@@ -101,6 +102,7 @@ def to_peft(
             )
         card = card_of(edit.origin, edit.card, library="peft", notes=notes)
         (new / "README.md").write_text(card, encoding="utf-8")
+        write_json(new / "emendo.json", {"version": __version__, "form": "peft"})
     return Adapter(rank, error, difference)
 
 
@@ -336,7 +338,7 @@ def to_merged(
     """
     edit.check(lm)
     edit.check_numbers()
-    with new_folder(folder, overwrite=overwrite) as new:
+    with new_folder(folder, CHECKPOINT, overwrite=overwrite) as new:
         if dtype is None or dtype == lm.model.dtype:
             merged = merge(lm.model, edit.deltas)
             try:
@@ -348,8 +350,6 @@ def to_merged(
             merged = merge(model, edit.deltas, keep=False)
             model.save_pretrained(new)
         lm.tokenizer.save_pretrained(new)
-        write_json(
-            new / "emendo.json",
-            {"version": __version__, "merge_loss": merged.loss, "fingerprint": edit.origin.fingerprint},
-        )
+        head = {"version": __version__, "form": "merged", "merge_loss": merged.loss}
+        write_json(new / "emendo.json", {**head, "fingerprint": edit.origin.fingerprint})
     return merged

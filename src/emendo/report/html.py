@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from emendo._outputs import REPORT, claim
 from emendo._storage import new_file
 from emendo.edits.edit import BaseEdit
 from emendo.evaluate.before_after import Row
@@ -59,7 +60,7 @@ def write_report(
         sequential: an evaluation of edits one after the other.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: the file cannot be written, or is not a report of emendo.
     """
     page = render_report(
         info=info,
@@ -70,6 +71,7 @@ def write_report(
         history=history,
         sequential=sequential,
     )
+    claim(path, REPORT)
     with new_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 

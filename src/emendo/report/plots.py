@@ -77,9 +77,11 @@ def render(figure: Figure, image: Format = "svg") -> bytes:
     buffer = io.BytesIO()
     if image == "svg":
         with matplotlib.rc_context({"svg.hashsalt": "emendo"}):
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+            figure.savefig(
+                buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": "emendo"}
+            )
     else:
-        figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+        figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": "emendo"})
     return buffer.getvalue()
 
 
