@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from emendo._version import __version__
@@ -69,6 +69,8 @@ class Origin:
         Raises:
             KeyError, TypeError, ValueError: a field is missing, unknown, or of the wrong type.
         """
+        if unknown := values.keys() - {field.name for field in fields(cls)}:
+            raise ValueError(f"the unknown field {min(unknown)!r}")
         requests = tuple(Request(**request) for request in values["requests"])
         origin = cls(**{**values, "requests": requests, "upon": tuple(values.get("upon", ()))})
         for name, kind in _TYPES.items():

@@ -228,7 +228,8 @@ class BaseEdit(ABC):
                 raise TypeError("card")
             return cls._restored(tensors, head.get("content", {}), Origin.of(head["origin"]), card)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise StorageError(f"{where} is damaged: {error!r} is missing or wrong.") from error
+            wrong = f"it has no {error}" if isinstance(error, KeyError) else f"{error} is wrong"
+            raise StorageError(f"{where} is damaged: {wrong}.") from error
 
 
 def edit_head(folder: Path) -> dict[str, Any]:
