@@ -12,7 +12,7 @@ from emendo.edits import Origin, Request
 from emendo.edits._card import card_of
 
 ORIGIN = Origin(
-    fingerprint="0123456789abcdef",
+    fingerprint="0123456789abcdef-0123",
     model="some/model",
     editor="mend",
     settings={"rank": 256},
@@ -47,7 +47,7 @@ def test_a_card_states_requests_method_and_figures() -> None:
     )
     assert "| The capital of X \\| Y is | Old Town |" in card
     assert "mend of emendo 1.2.3 on 2025-01-31T12:00:00, upon 2 earlier edit(s)" in card
-    assert "fingerprint `0123456789abcdef`" in card and "rank = 256" in card
+    assert "fingerprint `0123456789abcdef-0123`" in card and "rank = 256" in card
     assert "| target before | 0.01235 |" in card and "| reached | yes |" in card and "| rank | 7 |" in card
     assert "a text is not a figure" not in card
     assert "| edit | The capital | is (50.0%) | Old (87.5%) |" in card

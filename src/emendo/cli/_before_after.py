@@ -28,10 +28,11 @@ def make_edit(
     Where no weights change, the edit's rank and norm are 0.
 
     Raises:
-        RequestError: a text that does not fit the model.
+        RequestError: a text does not fit the model, or the edit holds NaN or infinite numbers.
         MismatchError: the editor was trained for another model.
     """
     edit = editor.edit(lm, [request])
+    edit.check_numbers()
     host = editor.host(lm)
     rows = before_after(lm, edit, questions, host=host)
     card = {

@@ -83,7 +83,7 @@ def _requests(origin: Origin) -> str:
 
 def _made(origin: Origin) -> str:
     settings = ", ".join(f"{markdown(key)} = {markdown(value)}" for key, value in origin.settings.items())
-    fingerprint = re.sub("[^0-9a-z]", "", origin.fingerprint)
+    fingerprint = re.sub("[^0-9a-z-]", "", origin.fingerprint)
     upon = f", upon {len(origin.upon)} earlier edit(s)" if origin.upon else ""
     return (
         f"Made by the method {markdown(origin.editor)} of emendo {markdown(origin.version)} on "
