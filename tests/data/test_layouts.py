@@ -165,6 +165,11 @@ OPTIONAL: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("UnKE", {"sub_question": None, "sub_answer": None}, {"consequences": ()}),
     ("emendo", {"answer": " "}, {"answer": None}),
     ("CounterFact", {"neighborhood_prompts": []}, {"neighbours": ()}),
+    (
+        "CounterFact",
+        {"neighborhood_prompts": [{"prompt": "Bergen is in", "target": "Norge"}]},
+        {"neighbours": (Probe("Bergen is in", "Norge"),)},
+    ),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Typed fields of one raw record, and a list of what is wrong with it and of what is not read."""
+"""Typed access to the fields of one raw record, which notes its problems and its unused fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON from a stream: a decoder that forgives more than Python's, and values one at a time from a piece of text."""
+"""JSON from a stream: one value at a time, with repeated keys noted and long integers accepted."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class LongInteger:
 
 
 def refuse_bytes(name: str, byte: int) -> NoReturn:
-    """Complain of a byte that is not UTF-8."""
+    """Raise the error for a byte that is not UTF-8."""
     raise DataError(
         f"{name} is not a UTF-8 text file (byte {byte} is not valid); save it in UTF-8, with iconv for example"
     )
 
 
 def refuse_size(name: str, line: int) -> NoReturn:
-    """Complain of a value larger than :data:`LARGEST`."""
+    """Raise the error for a value larger than :data:`LARGEST`."""
     raise DataError(f"{name}:{line}: a record is larger than {LARGEST >> 20} MiB")
 
 
@@ -121,7 +121,7 @@ class Window:
                 return found, repeated
 
     def refuse(self, expected: str) -> NoReturn:
-        """Complain of what comes next."""
+        """Raise the error for the text that comes next."""
         self.peek()
         found = (
             repr(self._text[self._at : self._at + 40]) if self._text[self._at :] else "the end of the file"
@@ -135,7 +135,7 @@ class Window:
         self._at = at
 
     def _fill(self) -> bool:
-        """Read on, as much again as is waiting; whether there was anything."""
+        """Read as much again as is waiting; False at the end of the file."""
         self._decoder.repeated()
         waiting = len(self._text) - self._at
         if waiting > LARGEST:

@@ -161,15 +161,24 @@ def _counterfact(fields: Fields) -> Record:
     """
     rewrite = fields.child("requested_rewrite")
     record = _rewritten(fields, rewrite)
-    neighbours = fields.prompts("neighborhood_prompts")
-    if record.answer is None and neighbours:
-        fields.pass_over("neighborhood_prompts (no answer)")
-        neighbours = ()
     return dataclasses.replace(
         record,
         paraphrases=(*fields.prompts("paraphrase_prompts"), *record.paraphrases),
-        neighbours=tuple(Probe(prompt, record.answer or "") for prompt in neighbours),
+        neighbours=tuple(_neighbours(fields, record.answer)),
     )
+
+
+def _neighbours(fields: Fields, answer: str | None) -> Iterator[Probe]:
+    """Texts with the record's old answer, or objects with an answer each."""
+    listed = fields.get("neighborhood_prompts")
+    if isinstance(listed, list) and any(isinstance(item, dict) for item in listed):
+        yield from (probe for _, probe in fields.groups("neighborhood_prompts"))
+        return
+    for prompt in fields.prompts("neighborhood_prompts"):
+        if answer is None:
+            fields.pass_over("neighborhood_prompts (no answer)")
+        else:
+            yield Probe(prompt, answer)
 
 
 def _mquake(fields: Fields) -> Record:

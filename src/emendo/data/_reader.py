@@ -2,7 +2,7 @@
 
 A file is one of four kinds: JSON Lines, a JSON array, a table (CSV, or with tabs or semicolons), or one JSON object
 that holds its records in lists. The first three are read in chunks, the last at once. No value may be larger than
-64 MiB, so that a file which is not what it seems does not fill the memory.
+64 MiB, so that a damaged file does not fill the memory.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def values(file: BinaryIO, name: str, prompt_field: PromptField) -> Iterator[Raw
         prompt_field: the field that holds the prompt of an object, None where no layout has its keys.
 
     Raises:
-        DataError: it is no text in UTF-8, is empty, or cannot be parsed any further.
+        DataError: the file is not text in UTF-8, is empty, or is damaged so that the rest cannot be parsed.
     """
     head = file.read(CHUNK)
     _check_format(head, name)
@@ -142,7 +142,7 @@ def value_at(file: BinaryIO, name: str, start: int) -> object:
 
 
 def _check_format(head: bytes, name: str) -> None:
-    """Refuse what is not text in UTF-8."""
+    """Refuse a file that is not text in UTF-8."""
     for mark, what in _OTHER_FORMATS.items():
         if head.startswith(mark):
             raise DataError(
@@ -298,10 +298,10 @@ def _column(value: object) -> list[object] | None:
 
 
 def _delimiter(text: str, name: str, prompt_field: PromptField) -> str | None:
-    """What separates the cells of a table; None where the file is none.
+    """The separator of the cells of a table; None where the file is not a table.
 
     Raises:
-        DataError: it is a table without a known field.
+        DataError: it is a table, but no layout has its columns.
     """
     header, _, rest = text.partition("\n")
     second = rest.partition("\n")[0]

@@ -1,12 +1,11 @@
-"""Questions about what a model can do apart from any edited fact: knowledge, grammar and arithmetic.
+"""Questions that test a model apart from any edited fact: knowledge, grammar and arithmetic.
 
-All of them are made here, by fixed rules from the built-in facts and a few words, so that no network is needed and all
-machines ask the same. Nothing is drawn at random: choices follow from SHA-256 of the questions.
+All of them are made here, by fixed rules from the built-in facts and a few words, so that they need no network and are
+the same on all machines. Nothing is drawn at random: choices follow from SHA-256 of the questions.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -20,7 +19,7 @@ OPENINGS = (
     "The history of the railway begins with",
     "My sister called me last night because she",
 )
-"""Beginnings of texts to be continued at length."""
+"""Openings of texts, for long continuations."""
 
 PASSAGES = (
     (
@@ -59,7 +58,7 @@ PASSAGES = (
         " him awake for most of the night."
     ),
 )
-"""Plain texts, written for this purpose."""
+"""Running text, written for this purpose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +67,9 @@ class Choice:
 
     Attributes:
         family: ``"knowledge"``, ``"grammar"`` or ``"arithmetic"``.
-        prompt: what is to be continued.
-        options: the ways to go on.
-        right: the place of the right one.
+        prompt: the text to continue.
+        options: possible continuations.
+        right: index of the correct option.
     """
 
     family: str
@@ -83,8 +82,8 @@ def abilities(records: Sequence[Record] = (), each: int = 40) -> tuple[Choice, .
     """Questions of every family.
 
     Args:
-        records: what is edited; no question of knowledge is of their relations or names their subjects or answers.
-        each: how many of a family.
+        records: the edits; no knowledge question is about their relations, or names their subjects or answers.
+        each: the number of questions of a family.
     """
     return (*knowledge(records, each), *grammar(each), *arithmetic(each))
 
@@ -93,8 +92,8 @@ def knowledge(records: Sequence[Record], count: int) -> tuple[Choice, ...]:
     """Facts of the atlas, each with three other objects of its relation.
 
     Args:
-        records: what is edited; see :func:`abilities`.
-        count: how many.
+        records: the edits; see :func:`abilities`.
+        count: the largest number of questions.
     """
     facts = atlas.read_atlas()
     relations = {record.relation for record in records}
@@ -105,21 +104,23 @@ def knowledge(records: Sequence[Record], count: int) -> tuple[Choice, ...]:
             by_relation.setdefault(fact.relation, []).append(fact)
     found: list[Choice] = []
     columns = [_free(group, names) for group in by_relation.values()]
-    for place in range(max(map(len, columns), default=0)):  # by turns, so that the relations are mixed
+    for place in range(max(map(len, columns), default=0)):  # in turn, so that the relations are mixed
         for column in columns:
             if place < len(column) and len(found) < count:
                 fact = column[place]
-                others = [f.object for f in by_relation[fact.relation] if not _alike(f.object, fact.object)]
+                others = [
+                    f.object for f in by_relation[fact.relation] if not atlas.alike(f.object, fact.object)
+                ]
                 prompt = atlas.render(facts.prompts[fact.relation][0], fact.subject)
                 found += _choice("knowledge", prompt, fact.object, others, 3)
     return tuple(found)
 
 
 def grammar(count: int) -> tuple[Choice, ...]:
-    """Agreement of number, with nouns of the other number between; a choice of two words each.
+    """Agreement in number, with a noun of the other number in between; a choice of two words each.
 
     Args:
-        count: how many.
+        count: the largest number of questions.
     """
     nouns = {"key": "keys", "picture": "pictures", "letter": "letters", "child": "children", "road": "roads"}
     places = {"table": "tables", "house": "houses", "river": "rivers", "woman": "women"}
@@ -133,7 +134,7 @@ def grammar(count: int) -> tuple[Choice, ...]:
             ("We looked at these", many, one),
             ("We looked at a single", one, many),
         ]
-    chosen = sorted(dict.fromkeys(items), key=lambda item: _digest(*item))[:count]
+    chosen = sorted(dict.fromkeys(items), key=lambda item: atlas.digest(*item))[:count]
     return tuple(c for prompt, right, wrong in chosen for c in _choice("grammar", prompt, right, [wrong], 1))
 
 
@@ -141,12 +142,12 @@ def arithmetic(count: int) -> tuple[Choice, ...]:
     """Sums, differences and products of small numbers, each with three wrong results nearby.
 
     Args:
-        count: how many.
+        count: the largest number of questions.
     """
     items = [(f"{a} + {b} =", a + b) for a, b in product(range(1, 10), repeat=2)]
     items += [(f"{a + b} - {b} =", a) for a, b in product(range(1, 10), repeat=2)]
     items += [(f"{a} * {b} =", a * b) for a, b in product(range(2, 10), repeat=2)]
-    chosen = sorted(items, key=lambda item: _digest(item[0]))[:count]
+    chosen = sorted(items, key=lambda item: atlas.digest(item[0]))[:count]
     found: list[Choice] = []
     for prompt, result in chosen:
         wrong = [str(result + step) for step in (1, -1, 2, -2, 10) if result + step >= 0]
@@ -155,7 +156,7 @@ def arithmetic(count: int) -> tuple[Choice, ...]:
 
 
 def _free(facts: Sequence[atlas.Fact], names: Collection[str]) -> list[atlas.Fact]:
-    """The facts that do not speak of these names."""
+    """The facts whose subject and object are not among these names."""
     return [
         f
         for f in facts
@@ -164,17 +165,9 @@ def _free(facts: Sequence[atlas.Fact], names: Collection[str]) -> list[atlas.Fac
 
 
 def _choice(family: str, prompt: str, right: str, others: Sequence[str], wrong: int) -> list[Choice]:
-    """The question with so many wrong options; none where there are too few."""
-    pool = sorted(dict.fromkeys(others), key=lambda other: _digest(prompt, other))[:wrong]
+    """The question with ``wrong`` other options, in a list; an empty list where there are too few."""
+    pool = sorted(dict.fromkeys(others), key=lambda other: atlas.digest(prompt, other))[:wrong]
     if len(pool) < wrong:
         return []
-    place = _digest(family, prompt)[0] % (wrong + 1)
+    place = atlas.digest(family, prompt)[0] % (wrong + 1)
     return [Choice(family, prompt, (*pool[:place], right, *pool[place:]), place)]
-
-
-def _alike(one: str, other: str) -> bool:
-    return one.startswith(other) or other.startswith(one)
-
-
-def _digest(*names: str) -> bytes:
-    return hashlib.sha256("\x1f".join(names).encode()).digest()

@@ -1,9 +1,11 @@
 """The built-in facts ("atlas") as counterfactual edits.
 
-`atlas.json.gz` holds true facts (subject, object) by relation, `atlas_templates.toml` their wording;
-`docs/atlas.md` says where they come from. Everything here is a fixed function of those two files: the
-split and every choice follow from SHA-256 of the names, so all machines see the same records.
+``atlas.json.gz`` holds true facts (subject, object) by relation, ``atlas_templates.toml`` the prompts of each relation;
+``docs/atlas.md`` names the sources. Everything here is a fixed function of those two files: the split and every choice
+follow from SHA-256 of the names, so that all machines get the same records.
 """
+
+from __future__ import annotations
 
 import gzip
 import hashlib
@@ -26,7 +28,7 @@ _PROBES = 4  # neighbours of a record, and unrelated prompts
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A true statement: `relation` of `subject` is `object`; the subject reads well inside a sentence."""
+    """A true fact: the object is the ``relation`` of the subject, which is written as inside a sentence."""
 
     relation: str
     subject: str
@@ -43,13 +45,17 @@ class Atlas:
 
 
 def load(split: str | None = None, limit: int | None = None) -> tuple[Record, ...]:
-    """The records of a split (None: of all three, split by split), at most `limit` of them.
+    """Make records of the facts.
 
-    A record's neighbours and unrelated prompts come from its own split. The order is a fixed shuffle, so
-    the first records of a split mix the relations.
+    The neighbours and unrelated prompts of a record come from its own split. The order is a fixed shuffle, so the first
+    records of a split mix the relations.
+
+    Args:
+        split: ``"train"``, ``"validation"`` or ``"test"``; None takes all three, one after the other.
+        limit: the largest number of records.
 
     Raises:
-        DataError: `split` is not "train", "validation", "test" or None.
+        DataError: there is no such split.
     """
     if split is not None and split not in SPLITS:
         raise DataError(f"the atlas has no split {split!r}; choose one of {', '.join(SPLITS)}")
@@ -65,31 +71,31 @@ def load(split: str | None = None, limit: int | None = None) -> tuple[Record, ..
 
 
 def read_atlas() -> Atlas:
-    """The facts and prompts, as they lie in the package."""
+    """Read the facts and prompts from the package."""
     folder = resources.files("emendo.data")
     packed = json.loads(gzip.decompress((folder / "atlas.json.gz").read_bytes()))
     wording = tomllib.loads((folder / "atlas_templates.toml").read_text(encoding="utf-8"))
     facts = [Fact(name, *pair) for name, pairs in packed["relations"].items() for pair in pairs]
-    facts.sort(key=lambda fact: _digest(fact.relation, fact.subject))
+    facts.sort(key=lambda fact: digest(fact.relation, fact.subject))
     prompts = {name: tuple(wording[name]["prompts"]) for name in packed["relations"]}
     return Atlas(tuple(facts), prompts, packed["sources"])
 
 
 def subject_key(subject: str) -> str:
-    """What two spellings of one name have in common: no accents, no capitals, no leading "the"."""
+    """A name without accents, capitals and a leading "the", which all its spellings share."""
     plain = unicodedata.normalize("NFKD", subject)
     plain = "".join(char for char in plain if not unicodedata.combining(char)).casefold().strip()
     return plain.removeprefix("the ")
 
 
 def split_of(subject: str) -> str:
-    """The split of every fact about a subject: 80% train, 10% validation, 10% test."""
-    place = int.from_bytes(_digest("split", subject_key(subject))[:8], "big") % 10
+    """The split of all facts about a subject: 80% train, 10% validation, 10% test."""
+    place = int.from_bytes(digest("split", subject_key(subject))[:8], "big") % 10
     return SPLITS[0] if place < 8 else SPLITS[place - 7]
 
 
 def render(template: str, subject: str) -> str:
-    """A prompt about a subject, with a capital at its start."""
+    """Fill a template with a subject; the prompt starts with a capital."""
     text = template.replace("{s}", subject)
     return text[0].upper() + text[1:]
 
@@ -101,18 +107,18 @@ def _record(
     by_relation: dict[str, list[Fact]],
     objects: dict[str, tuple[str, ...]],
 ) -> Record:
-    digest = _digest("record", fact.relation, fact.subject)
-    start = int.from_bytes(digest[:8], "big")
-    target = next(other for other in _from(objects[fact.relation], start) if not _alike(other, fact.object))
+    choices = digest("record", fact.relation, fact.subject)
+    start = int.from_bytes(choices[:8], "big")
+    target = next(other for other in _around(objects[fact.relation], start) if not alike(other, fact.object))
     names = {fact.subject, fact.object, target}
     neighbours = (
         other
-        for other in _from(by_relation[fact.relation], start)
-        if other.subject != fact.subject and not _alike(other.object, target)
+        for other in _around(by_relation[fact.relation], start)
+        if other.subject != fact.subject and not alike(other.object, target)
     )
     unrelated = (
         other
-        for other in _from(pool, int.from_bytes(digest[8:16], "big"))
+        for other in _around(pool, int.from_bytes(choices[8:16], "big"))
         if other.relation != fact.relation and names.isdisjoint((other.subject, other.object))
     )
     prompts = atlas.prompts[fact.relation]
@@ -123,14 +129,14 @@ def _record(
         relation=fact.relation,
         id=f"{fact.relation}/{fact.subject}",
         paraphrases=tuple(render(prompt, fact.subject) for prompt in prompts[1:]),
-        neighbours=_probes(atlas, neighbours, digest[16:]),
-        unrelated=_probes(atlas, unrelated, digest[16 + _PROBES :]),
+        neighbours=_probes(atlas, neighbours, choices[16:]),
+        unrelated=_probes(atlas, unrelated, choices[16 + _PROBES :]),
         answer=fact.object,
     )
 
 
 def _probes(atlas: Atlas, facts: Iterator[Fact], choices: bytes) -> tuple[Probe, ...]:
-    """The first facts as probes: half in the relation's first wording, half in any wording."""
+    """The first facts as probes: half with the first prompt of the relation, half with any of its prompts."""
     probes = []
     for i, fact in zip(range(_PROBES), facts, strict=False):
         prompts = atlas.prompts[fact.relation]
@@ -139,13 +145,13 @@ def _probes(atlas: Atlas, facts: Iterator[Fact], choices: bytes) -> tuple[Probe,
     return tuple(probes)
 
 
-def _alike(one: str, other: str) -> bool:
-    """Whether one answer begins with the other, so that a model's answer could not tell them apart."""
+def alike(one: str, other: str) -> bool:
+    """Whether one answer begins with the other, so that the start of a continuation does not distinguish them."""
     return one.startswith(other) or other.startswith(one)
 
 
-def _from(items: Sequence[_Item], start: int) -> Iterator[_Item]:
-    """All items, from one place on and around."""
+def _around(items: Sequence[_Item], start: int) -> Iterator[_Item]:
+    """All items, starting at an index and wrapping around."""
     return (items[(start + i) % len(items)] for i in range(len(items)))
 
 
@@ -163,5 +169,6 @@ def _objects_by_relation(facts: tuple[Fact, ...]) -> dict[str, tuple[str, ...]]:
     return {relation: tuple(sorted(group)) for relation, group in groups.items()}
 
 
-def _digest(*names: str) -> bytes:
+def digest(*names: str) -> bytes:
+    """SHA-256 of several names."""
     return hashlib.sha256("\x1f".join(names).encode()).digest()

@@ -1,14 +1,12 @@
-"""What follows from an edit of a built-in fact: the reversed relation, further facts of the answer, other names.
+"""Consequences of the edits of built-in facts: reversed relations, chains of facts, and other names of the subject.
 
-Edit *the capital of France is Oslo* (made up): then Oslo is the capital of France (reversed), the capital of the
-country whose currency is ... (one hop), and France may be named by its code (alias). The facts that a chain goes on
-with are true ones of the atlas, and only chains whose answer the edit changes are asked. Everything is a fixed function
-of the atlas.
+After the edit *the capital of France is Oslo* (made up), Oslo is the capital of France (reversed), of the country whose
+currency is ... (one hop), and of the country with the ISO code FRA (alias). The other facts of a chain are true ones of
+the atlas, and only chains whose answer the edit changes become prompts. Everything is a fixed function of the atlas.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +21,7 @@ REVERSED = {
     "element_number": "number_element",
     "number_element": "element_number",
 }
-"""Relations of one to one, and what turns them round."""
+"""One-to-one relations with their reverse."""
 
 NAMED = {
     "country_capital": "the capital of {s}",
@@ -41,14 +39,14 @@ NAMED = {
     "symbol_element": "the chemical element with the symbol {s}",
     "number_element": "the chemical element with atomic number {s}",
 }
-"""How an object is named by its subject, for the relations whose objects are subjects of others."""
+"""A description of an object by its subject, for relations whose objects are the subjects of others."""
 
 ALIASES = {"country": "country_alpha3", "state": "state_abbreviation", "element": "element_symbol"}
-"""The first word of a relation whose subjects have another name, and the relation that gives it."""
+"""By the first word of a relation: the relation that gives another name of its subjects."""
 _ALIAS = {"country": "the country with the ISO code {a}", "state": "{a}", "element": "the element {a}"}
 
 EACH = 2
-"""The most one-hop and two-hop questions of a record."""
+"""The largest number of one-hop consequences of a record, and of two-hop ones."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class _World:
 
 
 def with_consequences(records: Iterable[Record]) -> tuple[Record, ...]:
-    """The records of the atlas with what follows from their edits; other records as they are.
+    """Add the consequences of their edits to records of the atlas; other records are unchanged.
 
     Args:
         records: from :func:`emendo.data.atlas.load`.
@@ -73,16 +71,18 @@ def with_consequences(records: Iterable[Record]) -> tuple[Record, ...]:
     for record in records:
         fact = world.ids.get(record.id or "")
         if fact is not None:
-            record = replace(record, consequences=tuple(_unlike(consequences(fact, record.target, world))))
+            record = replace(
+                record, consequences=tuple(_without_repeats(consequences(fact, record.target, world)))
+            )
         found.append(record)
     return tuple(found)
 
 
 def consequences(fact: atlas.Fact, target: str, world: _World) -> Iterator[Consequence]:
-    """What follows when a fact's object becomes the target.
+    """The consequences of an edit that replaces the object of a fact by a target.
 
     Args:
-        fact: the fact as it was.
+        fact: the true fact.
         target: its new object.
         world: the other facts.
     """
@@ -96,16 +96,17 @@ def consequences(fact: atlas.Fact, target: str, world: _World) -> Iterator[Conse
     if other is not None and ALIASES[kind] != fact.relation and target not in other.object:
         name = _ALIAS[kind].format(a=other.object)
         yield Consequence("alias", _render(first, name), target)
-    yield from _some(_forward(fact, target, world), "one_hop", fact)
-    yield from _some(_backward(fact, target, world), "one_hop", fact)
-    yield from _some(_twice(fact, target, world), "two_hop", fact)
+    yield from _chosen(_forward(fact, target, world), "one_hop", fact)
+    yield from _chosen(_backward(fact, target, world), "one_hop", fact)
+    yield from _chosen(_twice(fact, target, world), "two_hop", fact)
 
 
-_Asked = tuple[str, str]
+_Question = tuple[str, str]
+"""A prompt and its answer."""
 
 
-def _forward(fact: atlas.Fact, target: str, world: _World) -> Iterator[_Asked]:
-    """Facts of the new object, named by the edited subject."""
+def _forward(fact: atlas.Fact, target: str, world: _World) -> Iterator[_Question]:
+    """Facts of the new object, which is described by the edited subject."""
     if fact.relation not in NAMED:
         return
     name = NAMED[fact.relation].format(s=fact.subject)
@@ -115,49 +116,43 @@ def _forward(fact: atlas.Fact, target: str, world: _World) -> Iterator[_Asked]:
             yield _render(world.prompts[step.relation][0], name), step.object
 
 
-def _backward(fact: atlas.Fact, target: str, world: _World) -> Iterator[_Asked]:
-    """The edited fact, its subject named by another fact."""
+def _backward(fact: atlas.Fact, target: str, world: _World) -> Iterator[_Question]:
+    """The edited fact, whose subject is described by another fact."""
+    for name in _descriptions(fact, world):
+        yield _render(world.prompts[fact.relation][0], name), target
+
+
+def _twice(fact: atlas.Fact, target: str, world: _World) -> Iterator[_Question]:
+    """Facts of the new object, which is described by the edited subject, itself described by another fact."""
+    for name in _descriptions(fact, world):
+        yield from _forward(replace(fact, subject=name), target, world)
+
+
+def _descriptions(fact: atlas.Fact, world: _World) -> Iterator[str]:
+    """The subject of a fact, described by other facts of which it is the object."""
     for step in world.objects.get(atlas.subject_key(fact.subject), ()):
-        if (
-            step.relation in NAMED
-            and step.relation != REVERSED.get(fact.relation)
-            and step.subject != fact.object
-        ):
-            name = NAMED[step.relation].format(s=step.subject)
-            yield _render(world.prompts[fact.relation][0], name), target
+        named = step.relation in NAMED and step.relation != REVERSED.get(fact.relation)
+        if named and step.subject != fact.object:
+            yield NAMED[step.relation].format(s=step.subject)
 
 
-def _twice(fact: atlas.Fact, target: str, world: _World) -> Iterator[_Asked]:
-    """Facts of the new object, named by the edited subject, that in turn is named by another fact."""
-    for step in world.objects.get(atlas.subject_key(fact.subject), ()):
-        if (
-            step.relation in NAMED
-            and step.relation != REVERSED.get(fact.relation)
-            and step.subject != fact.object
-        ):
-            name = NAMED[step.relation].format(s=step.subject)
-            yield from _forward(replace(fact, subject=name), target, world)
-
-
-def _some(asked: Iterable[_Asked], kind: str, fact: atlas.Fact) -> Iterator[Consequence]:
-    """A few questions, chosen by their digest, none of which gives its answer away."""
-    fair = {(prompt, answer) for prompt, answer in asked if answer.casefold() not in prompt.casefold()}
-    chosen = sorted(
-        fair, key=lambda item: hashlib.sha256("\x1f".join((fact.relation, *item)).encode()).digest()
-    )
+def _chosen(questions: Iterable[_Question], kind: str, fact: atlas.Fact) -> Iterator[Consequence]:
+    """A few questions, chosen by their digests, whose prompts do not contain their answers."""
+    fair = {(prompt, answer) for prompt, answer in questions if answer.casefold() not in prompt.casefold()}
+    chosen = sorted(fair, key=lambda item: atlas.digest(fact.relation, *item))
     for prompt, answer in chosen[:EACH]:
         yield Consequence(kind, prompt, answer)  # type: ignore[arg-type]
 
 
 def _render(template: str, name: str) -> str:
-    """A prompt about something that may be described in words of its own."""
+    """Fill a template with a name or with a description that brings its own article."""
     for article in ("the US state of ", "the language ", "the ", "The "):
         if name.startswith("the "):
             template = template.replace(article + "{s}", "{s}")
     return atlas.render(template, name)
 
 
-def _unlike(found: Iterable[Consequence]) -> Sequence[Consequence]:
+def _without_repeats(found: Iterable[Consequence]) -> Sequence[Consequence]:
     return list({one.prompt: one for one in found}.values())
 
 

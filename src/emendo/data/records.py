@@ -126,7 +126,7 @@ def _is_large(source: str | Path) -> bool:
 
 
 class RecordStream(Iterator[Record]):
-    """The records of a file; what is known about the file grows while they are read.
+    """The records of a source; the attributes are complete once the last record is read.
 
     Attributes:
         source: the path, or ``"atlas"``.
@@ -158,7 +158,7 @@ class RecordStream(Iterator[Record]):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is doubtful about the records read so far: repeated keys, repeated records and contradictions."""
+        """Doubts about the records read so far: repeated keys, repeated records and contradictions."""
         found = []
         if self._repeated:
             keys, line = _listed(self._repeated), self._first_repeated

@@ -83,8 +83,8 @@ class Problem:
         file: its path.
         line: on which the value starts, from 1.
         field: of the record; empty for the whole value.
-        expected: in words.
-        found: in words.
+        expected: a description of valid values.
+        found: a description of the value.
         reason: ``malformed``, or why a well-formed case cannot be a record, in a few words.
         item: the number of the value in the file, from 1.
     """
@@ -113,7 +113,7 @@ class RecordSet(Sequence[Record]):
         source: the path, or ``"atlas"``.
         layout: the name of the file's layout.
         unused: fields that are not read, each with the number of records that have it.
-        warnings: what is doubtful about the records as a whole, such as two targets of one prompt.
+        warnings: doubts about the records as a whole, such as two targets of one prompt.
         lines: on which each record starts; empty for the atlas.
     """
 
