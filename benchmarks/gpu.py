@@ -24,7 +24,7 @@ from emendo.models.text import Text
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
 from emendo.train.episodes import GROUP
-from emendo.train.step import look_ahead, training_step
+from emendo.train.step import training_step
 
 SHAPES: dict[str, Callable[[], Any]] = {
     "GPT-2-XL": lambda: GPT2Config(n_embd=1600, n_layer=48, n_head=25),
@@ -87,7 +87,7 @@ class Run:
 
     def train(self) -> None:
         """A group of steps from a warm trunk."""
-        for batch, ahead in zip(self.batches, look_ahead(self.editor, self.store, self.batches), strict=True):
+        for batch, ahead in zip(self.batches, self.editor.look_ahead(self.store, self.batches), strict=True):
             self.optimizer.zero_grad()
             training_step(self.editor.train(), self.store, batch, Weights(0.3), ahead)
             nn.utils.clip_grad_norm_(self.editor.parameters(), 1.0)

@@ -18,12 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from training_step import Ours, episodes
 
-from emendo.editors.objective import judge
+from emendo.editors.objective import outer_losses
 from emendo.low_rank import LowRank
 from emendo.models.lm import LM
 from emendo.models.trunk_cache import TrunkCache
 from emendo.train.episodes import GROUP
-from emendo.train.step import look_ahead
 
 SHAPES = ((2048, 2048, 2048), (1024, 1024, 4096), (512, 1536, 576), (256, 576, 1536))
 
@@ -68,12 +67,12 @@ def phases(lm: LM, ours: Ours) -> dict[str, tuple[Callable[[], Any], float]]:
     suffix = sum(above) + head.numel() * head.element_size()
     own = _bytes(ours.editor.parameters())
     texts = [text for batch in ours.batches for episode in batch for text in episode.texts()]
-    ahead = look_ahead(ours.editor, ours.store, ours.batches)
+    ahead = ours.editor.look_ahead(ours.store, ours.batches)
 
     def outer() -> None:
         for batch, deltas in zip(ours.batches, made, strict=True):
             leaves = {name: LowRank(*map(_leaf, (d.left, d.right))) for name, d in deltas.items()}
-            judge(ours.store, leaves, batch, ours.weights, backward=True)
+            outer_losses(ours.store, leaves, batch, ours.weights, backward=True)
 
     def editor() -> None:
         for factors in ahead:
@@ -94,7 +93,7 @@ def phases(lm: LM, ours: Ours) -> dict[str, tuple[Callable[[], Any], float]]:
     editor()
     return {
         "trunk (cold only)": (trunk, sum(below)),
-        "looking ahead: factors": (lambda: look_ahead(ours.editor, ours.store, ours.batches), 2 * suffix),
+        "looking ahead: factors": (lambda: ours.editor.look_ahead(ours.store, ours.batches), 2 * suffix),
         "outer losses, forward and backward": (outer, 2 * suffix * GROUP),
         "editor, forward and backward": (editor, 3 * own * GROUP),
         "clip and Adam": (optimizer, 7 * own * GROUP),

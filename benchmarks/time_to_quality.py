@@ -33,7 +33,7 @@ from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
 from emendo.train import TrainConfig
 from emendo.train.episodes import GROUP, Episodes
-from emendo.train.step import look_ahead, training_step, validation_step
+from emendo.train.step import training_step, validation_step
 
 BARS = ((0.5, 0.0, 0.85), (0.8, 0.0, 0.85), (0.9, 0.0, 0.85), (0.7, 0.65, 0.8))
 """Edit success, generalisation, locality."""
@@ -127,7 +127,7 @@ class Race:
                 looked.clear()
                 looked.update(
                     (number + i, pair)
-                    for i, pair in enumerate(zip(batches, look_ahead(editor, store, batches), strict=True))
+                    for i, pair in enumerate(zip(batches, editor.look_ahead(store, batches), strict=True))
                 )
             batch, ahead = looked[number]
             training_step(editor.train(), store, batch, self.config.weights, ahead)

@@ -38,7 +38,7 @@ from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
 from emendo.train import TrainConfig, train
 from emendo.train.episodes import GROUP, Episodes
-from emendo.train.step import look_ahead, training_step
+from emendo.train.step import training_step
 
 TEXTBOOK_BATCH = 4
 SHORT = "emendo, without running text, as the textbook"
@@ -57,7 +57,7 @@ class Ours:
 
     def warm(self) -> None:
         """One group of steps."""
-        for batch, ahead in zip(self.batches, look_ahead(self.editor, self.store, self.batches), strict=True):
+        for batch, ahead in zip(self.batches, self.editor.look_ahead(self.store, self.batches), strict=True):
             self.optimizer.zero_grad()
             training_step(self.editor, self.store, batch, self.weights, ahead)
             nn.utils.clip_grad_norm_(self.editor.parameters(), 1.0)

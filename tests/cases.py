@@ -248,6 +248,6 @@ EDITOR_CASES: dict[str, EditorCase] = {
     "ft-constrained": EditorCase({"lr": 0.01, "steps": 3}),
     "lora": EditorCase({"lr": 0.01, "steps": 3}),
     "cache": EditorCase(),
-    "in-context": EditorCase(refuses={"classifier": "classifier that answers with classes"}, teaches=False),
+    "in-context": EditorCase(refuses={"classifier": "classifier, which answers with classes"}, teaches=False),
 }
 """One row for each method of :data:`emendo.editors.EDITORS`."""

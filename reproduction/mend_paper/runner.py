@@ -16,6 +16,7 @@ import torch
 from emendo._storage import digest, new_file, read_json, write_json
 from emendo._version import __version__
 from emendo.editors import Editor, GradientEditor, editor_class
+from emendo.editors.ft_kl import FineTuningKl
 from emendo.models.sites import Site, find_sites
 from emendo.progress import Progress, Silent
 from emendo.train import train
@@ -106,7 +107,8 @@ class Runner:
         """
         sites = find_sites(bench.lm.model, cell.sites, last=cell.last)
         editor = self._trained(bench, cell, sites) if cell.trained else _untrained(bench, cell, sites)
-        editor.observe(probes(bench.task))
+        if isinstance(editor, FineTuningKl):
+            editor.set_locality(probes(bench.task))
         return editor
 
     def _trained(self, bench: Bench, cell: Cell, sites: tuple[Site, ...]) -> Editor:

@@ -88,8 +88,8 @@ TRAIN: list[tuple[list[str], str]] = [
     (["--set", "norm"], "a setting is KEY=VALUE"),
     (["--set", "norm=perhaps"], "'perhaps' is not true or false"),
     (["--set", "rank=many"], "'many' is not a whole number"),
-    (["--set", "factors=v"], "'v' is not both or u or delta or smaller"),
-    (["--set", "rank=0"], "rank and blocks of at least 1"),
+    (["--set", "factors=v"], "'v' is not one of both, u, delta, smaller"),
+    (["--set", "rank=0"], "rank must be at least 1, not 0"),
     (
         ["--sites", "*.nothing"],
         "No weight matrix matches ['*.nothing']. The last block has: model.layers.3.mlp.down",

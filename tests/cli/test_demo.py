@@ -137,9 +137,9 @@ def test_a_stopped_demo_goes_on(demo: Any, tmp_path: Path, monkeypatch: pytest.M
         patch.setattr(loop, "training_step", stop)
         said = demo(code=130)
     assert "step 2 is saved" in said.err and "emendo demo --out" in said.err
-    assert "--resume" not in said.err.split("Go on with")[1]
+    assert "--resume" not in said.err.split("Continue with")[1]
     steps = count(monkeypatch, loop, "training_step", real)
-    assert "Going on" in demo().err
+    assert "Continuing" in demo().err
     assert len(steps) == 2
 
     def interrupt(*_: Any, **__: Any) -> Any:

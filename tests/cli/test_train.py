@@ -202,7 +202,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(
     emendo_command, stopped: Path, trained: Path
 ) -> None:
     said = emendo_command("train", "--resume", "--out", stopped, "--json")
-    assert said.json["steps"] == 12 and "Going on" in said.err
+    assert said.json["steps"] == 12 and "Continuing" in said.err
     same_editor(trained, stopped)
     again = emendo_command("train", "--resume", "--out", stopped)
     assert "already finished" in again.err and "12 steps" in again.out
@@ -265,7 +265,10 @@ def test_interrupted_is_no_error_of_emendo() -> None:
     assert not issubclass(Interrupted, (OSError, ValueError, RuntimeError))
 
 
-def test_sigint_to_a_real_process(emendo_command, model: Path, facts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_a_real_process(
+    emendo_command, model: Path, facts: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
     out = tmp_path / "run"
     options = ("--steps", "40", "--batch", "4", "--rank", "8", "--last", "2", "--checkpoint-every", "0")
     command = ["train", "--model", str(model), "--data", str(facts), "--out", str(out), *options]
@@ -280,7 +283,7 @@ def test_sigint_to_a_real_process(emendo_command, model: Path, facts: Path, tmp_
             while not (out / "checkpoint.safetensors").exists() and child.poll() is None:
                 assert time.monotonic() < end
                 time.sleep(0.01)
-            child.send_signal(signal.SIGINT)
+            child.send_signal(sent)
             _, said = child.communicate(timeout=150)
         finally:
             child.kill()

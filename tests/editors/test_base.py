@@ -245,9 +245,8 @@ def test_every_listed_editor_is_there_under_its_own_name(name: str) -> None:
     editor_class(name).Config()
 
 
-def test_what_training_changes(tiny_llama: LM) -> None:
+def test_all_parameters_are_trained(tiny_llama: LM) -> None:
     step = editor_for(tiny_llama)
-    assert list(step.trainable(tiny_llama)) == [step.seen]
     (group,) = step.parameter_groups(0.5)
     assert group["lr"] == 0.5
     assert group["params"] == [step.seen]

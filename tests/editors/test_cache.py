@@ -169,7 +169,7 @@ def test_looking_up_before_every_token(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [of_kind("seq2seq")[0], of_kind("classifier")[0]])
 def test_token_by_token_is_for_decoders(kind: str) -> None:
-    with pytest.raises(RequestError, match=f"lookup=token is for decoders; tiny-{kind} is none"):
+    with pytest.raises(RequestError, match=f"lookup=token is for decoders, and tiny-{kind} is none"):
         cache(build_lm(kind), 1, lookup="token")
 
 
@@ -179,10 +179,10 @@ def test_token_by_token_is_for_decoders(kind: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"radius": -1}, "radius of at least 0, not -1"),
-        ({"radius": math.nan}, "radius of at least 0"),
-        ({"lookup": "word"}, "'word' is not one of prompt, token"),
-        ({"logit": 0}, "logit above 0"),
+        ({"radius": -1}, "radius must be at least 0, not -1"),
+        ({"radius": math.nan}, "radius must be at least 0"),
+        ({"lookup": "word"}, "lookup must be one of prompt, token, not 'word'"),
+        ({"logit": 0}, "logit must be above 0"),
         ({"layer": 5}, "layer=5: tiny-llama has the hidden states 0 to 4"),
         ({"layer": -6}, "layer=-6"),
     ],

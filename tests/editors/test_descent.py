@@ -179,7 +179,7 @@ def test_the_projection_follows_every_step(exact: LM) -> None:
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_a_gradient_that_is_not_finite_is_an_error(tiny_llama: LM) -> None:
     how = Descent(optimizer=RmsProp(1e38), steps=3)
-    with pytest.raises(TrainingError, match="not finite after 1 steps: take a smaller learning rate"):
+    with pytest.raises(TrainingError, match="not finite after 1 steps: use a smaller learning rate"):
         how.each(tiny_llama, find_sites(tiny_llama.model), texts_of(tiny_llama, 1))
 
 

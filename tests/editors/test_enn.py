@@ -192,7 +192,7 @@ def test_drift_is_zero_before_training_and_the_definition_after(tiny_llama: LM) 
 
 def test_learning_rates(tiny_llama: LM) -> None:
     editor = Enn(find_sites(tiny_llama.model), EnnConfig(lr_scale=50.0, inner_lr=0.02))
-    editor.begin(tiny_llama)
+    editor.bind(tiny_llama)
     model, steps = editor.parameter_groups(1e-3)
     assert len(model["params"]) == len(list(tiny_llama.model.parameters())) and model["lr"] == 1e-3
     assert steps["params"] == [editor.log_eta] and steps["lr"] == pytest.approx(0.05)
@@ -204,11 +204,11 @@ def test_learning_rates(tiny_llama: LM) -> None:
     ("config", "message"),
     [
         ({"inner_lr": 0.0}, "inner_lr must be above 0, not 0.0"),
-        ({"inner_steps": 0}, "at least 1 inner step, not 0"),
-        ({"trains": "some"}, "trains='some' is not one of all, suffix"),
-        ({"edit_loss": "l2"}, "edit_loss='l2' is not one of nll, hinge"),
-        ({"c_base": -1.0}, "c_base cannot be negative"),
-        ({"lr_scale": float("nan")}, "lr_scale cannot be negative"),
+        ({"inner_steps": 0}, "inner_steps must be at least 1, not 0"),
+        ({"trains": "some"}, "trains must be one of all, suffix, not 'some'"),
+        ({"edit_loss": "l2"}, "edit_loss must be one of nll, hinge, not 'l2'"),
+        ({"c_base": -1.0}, "c_base must be at least 0, not -1.0"),
+        ({"lr_scale": float("nan")}, "lr_scale must be at least 0, not nan"),
     ],
 )
 def test_settings_that_make_no_sense(config: dict[str, Any], message: str) -> None:

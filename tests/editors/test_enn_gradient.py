@@ -43,7 +43,7 @@ def setting(kind: str) -> tuple[LM, tuple[Episode, ...], TrunkCache]:
 def editor_for(lm: LM, **config: Any) -> Enn:
     """An editor that is no longer at its start: the model has moved and the step sizes differ."""
     editor = Enn(find_sites(lm.model, last=1), EnnConfig(**config)).double()
-    editor.begin(lm)
+    editor.bind(lm)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in (*editor.twin.theta.values(), editor.log_eta):
@@ -199,8 +199,8 @@ def test_the_suffix_gets_the_gradients_that_it_has_among_all() -> None:
     found = []
     for trains in ("suffix", "all"):
         editor = Enn(find_sites(lm.model, last=1), EnnConfig(inner_lr=0.05, trains=trains)).double()
-        editor.begin(lm)
-        assert editor.shares_trunk == (trains == "suffix")
+        editor.bind(lm)
+        assert (editor.host_cache(lm, store) is not None) == (trains == "suffix")
         training_step(editor.train(), store, episodes, WEIGHTS)
         found.append(gradients(editor))
     suffix, every = found
@@ -235,12 +235,15 @@ def test_an_edit_is_the_inner_steps_on_the_trained_model(kind: str) -> None:
     facts = [Request(record.prompt, record.target) for record in records_for(lm, 2)]
     with unchanged(lm.model), torch.no_grad():
         each = editor.each(lm, facts)
+        one, both = editor.edit(lm, facts[:1]), editor.edit(lm, facts)
     assert not any(delta.left.requires_grad for delta in each.values())
     texts = to_texts(lm, [(fact.prompt, fact.target) for fact in facts])
     textbook = Textbook(lm, editor)
     with sdpa_kernel(SDPBackend.MATH):
         expected = [textbook.change(text) for text in texts]
     for site in editor.sites:
+        for edit, changes in ((one, each[site.name].dense()[0]), (both, each[site.name].dense().sum(0))):
+            torch.testing.assert_close(edit.deltas[site.name].dense(), changes, rtol=1e-5, atol=1e-9)
         for i, change in enumerate(expected):
             dense = change[f"{site.name}.weight"].detach()
             ours = each[site.name].dense()[i]

@@ -113,7 +113,7 @@ def test_ft_kl_is_fine_tuning_with_a_locality_loss(kind: str) -> None:
     lm = build_lm(kind, torch.float64)
     (fact,), probes = facts_of(lm, 1), probes_of(lm, 3)
     editor = kl_editor(lm, seed=3, c_edit=0.05)
-    editor.observe(probes)
+    editor.set_locality(probes)
     with unchanged(lm.model):
         edit = editor.edit(lm, fact.prompt, fact.target)
     pool = [(probe.prompt, probe.answer) for probe in probes]
@@ -126,7 +126,7 @@ def test_ft_kl_is_fine_tuning_with_a_locality_loss(kind: str) -> None:
 def test_it_takes_built_in_facts_where_it_has_heard_of_none(exact: LM) -> None:
     (fact,) = facts_of(exact, 1)
     built_in, told = kl_editor(exact), kl_editor(exact)
-    told.observe([Probe(record.prompt, str(record.answer)) for record in atlas.load("train", 200)])
+    told.set_locality([Probe(record.prompt, str(record.answer)) for record in atlas.load("train", 200)])
     found, expected = (editor.edit(exact, fact.prompt, fact.target).deltas for editor in (built_in, told))
     assert all(torch.equal(found[name].dense(), expected[name].dense()) for name in expected)
 
@@ -135,7 +135,7 @@ def test_a_classifier_has_no_built_in_facts() -> None:
     lm = build_lm("bert")
     (fact,) = facts_of(lm, 1)
     with pytest.raises(
-        RequestError, match=r"for a classifier none are built in: give it some with editor.obs"
+        RequestError, match=r"for a classifier none are built in: give some with editor.set_loc"
     ):
         kl_editor(lm).edit(lm, fact.prompt, fact.target)
 
@@ -143,7 +143,7 @@ def test_a_classifier_has_no_built_in_facts() -> None:
 def test_what_it_has_heard_of_is_saved(exact: LM, tmp_path: Path) -> None:
     (fact,) = facts_of(exact, 1)
     editor = kl_editor(exact)
-    editor.observe(probes_of(exact, 150))
+    editor.set_locality(probes_of(exact, 150))
     assert len(editor.info["locality"]) == 200
     editor.save_pretrained(tmp_path / "editor")
     loaded = Editor.from_pretrained(tmp_path / "editor")
@@ -157,7 +157,7 @@ def test_the_seed_chooses_the_order(exact: LM) -> None:
 
     def edit(seed: int) -> Tensor:
         editor = kl_editor(exact, seed=seed, c_edit=0.01)
-        editor.observe(probes_of(exact, 5))
+        editor.set_locality(probes_of(exact, 5))
         return next(iter(editor.edit(exact, fact.prompt, fact.target).deltas.values())).dense()
 
     assert torch.equal(edit(0), edit(0))
@@ -258,12 +258,12 @@ def test_it_is_projected_descent_until_the_loss_is_small(exact: LM) -> None:
 @pytest.mark.parametrize(
     ("config", "settings", "words"),
     [
-        (FineTuningConfig, {"rank": 0}, "rank must be at least 1, not 0; leave it out"),
+        (FineTuningConfig, {"rank": 0}, "rank must be at least 1, not 0"),
         (FineTuningConfig, {"steps": 0}, "steps must be at least 1"),
         (FineTuningConfig, {"lr": -1.0}, "lr must be above 0, not -1.0"),
-        (FineTuningKlConfig, {"optimizer": "sgd"}, "optimizer='sgd' is not one of rmsprop, adam"),
+        (FineTuningKlConfig, {"optimizer": "sgd"}, "optimizer must be one of rmsprop, adam, not 'sgd'"),
         (FineTuningKlConfig, {"c_edit": 0.0}, "c_edit must be above 0, not 0.0"),
-        (ConstrainedConfig, {"norm": "l1"}, "norm='l1' is not one of linf, l2, l0"),
+        (ConstrainedConfig, {"norm": "l1"}, "norm must be one of linf, l2, l0, not 'l1'"),
         (ConstrainedConfig, {"radius": 0.0}, "radius must be above 0, not 0.0"),
         (ConstrainedConfig, {"until": 0.0}, "until must be above 0, not 0.0"),
         (ConstrainedConfig, {"lr": 0.0}, "lr must be above 0"),

@@ -93,14 +93,14 @@ def test_templates_that_tell_no_fact(template: str) -> None:
 
 
 def test_a_classifier_is_not_told_facts() -> None:
-    with pytest.raises(RequestError, match="tiny-bert is a classifier that answers with classes"):
+    with pytest.raises(RequestError, match="tiny-bert is a classifier, which answers with classes"):
         told(build_lm("bert"), 1)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bart"])
 def test_facts_that_leave_no_room(kind: str) -> None:
     lm = build_lm(kind)
-    with pytest.raises(RequestError, match=f"the context of tiny-{kind} is {CONTEXT}: tell fewer"):
+    with pytest.raises(RequestError, match=f"the context of tiny-{kind} is {CONTEXT}: use fewer"):
         told(lm, 12)
     edit, text = told(lm, 4)
     room = CONTEXT - len(lm.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -198,11 +198,11 @@ def test_embeddings_of_another_width_are_refused(tiny_llama: LM) -> None:
     sites = find_sites(lm.model)
     for refused in (KnowledgeEditor(sites), KnowledgeEditor(sites, KeConfig(embedding=17))):
         with pytest.raises(RequestError, match="embedding=16"):
-            refused.begin(lm)
+            refused.bind(lm)
     edit = KnowledgeEditor(sites, replace(SMALL, embedding=16)).edit(lm, "The capital of Fosoba is", "Oslo")
     assert all(norm > 0 for norm in edit.relative_norms(lm).values())
     down = find_sites(tiny_llama.model, "*.down_proj")
-    KnowledgeEditor(down, SMALL).begin(tiny_llama)  # 48 x 32 alone: the blocks are 32 wide
+    KnowledgeEditor(down, SMALL).bind(tiny_llama)  # 48 x 32 alone: the blocks are 32 wide
 
 
 @pytest.mark.parametrize(

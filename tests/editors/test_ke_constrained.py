@@ -27,29 +27,29 @@ OUTCOME = Outcome(loss=1.0, edit_loss=1.0, locality_loss=0.5, success=0.5, gener
 def test_the_multiplier_climbs_while_the_margin_is_exceeded() -> None:
     editor = KnowledgeEditor(SITES, replace(CONSTRAINED, margin=0.2, margin_end=0.15))
     asked = Weights(c_edit=0.3, prompt_share=0.7)
-    assert editor.weights(asked) == Weights(c_edit=1.0, prompt_share=0.7, c_loc=1.0)
-    editor.learnt(OUTCOME)  # 1 + 0.1 (0.5 - 0.2)
-    assert editor.weights(asked).c_loc == pytest.approx(1.03)
+    assert editor._weights(asked) == Weights(c_edit=1.0, prompt_share=0.7, c_loc=1.0)
+    editor.adapt(OUTCOME)  # 1 + 0.1 (0.5 - 0.2)
+    assert editor._weights(asked).c_loc == pytest.approx(1.03)
     for success, margin in ((0.9, 0.2), (0.91, 0.16), (1.0, 0.15), (1.0, 0.15)):
-        editor.validated(replace(OUTCOME, success=success))
+        editor.adapt(replace(OUTCOME, success=success), validation=True)
         assert float(editor.margin) == pytest.approx(margin)
-    editor.learnt(replace(OUTCOME, locality_loss=0.05))  # 1.03 + 0.1 (0.05 - 0.15)
-    assert editor.weights(asked).c_loc == pytest.approx(1.02)
+    editor.adapt(replace(OUTCOME, locality_loss=0.05))  # 1.03 + 0.1 (0.05 - 0.15)
+    assert editor._weights(asked).c_loc == pytest.approx(1.02)
     for _ in range(200):
-        editor.learnt(replace(OUTCOME, locality_loss=0.0))
-    assert editor.weights(asked).c_loc == 0.0
+        editor.adapt(replace(OUTCOME, locality_loss=0.0))
+    assert editor._weights(asked).c_loc == 0.0
 
 
 def test_the_other_objective_takes_the_weights_asked_for() -> None:
     editor, asked = KnowledgeEditor(SITES), Weights(0.3, 0.7, 2.0)
-    editor.learnt(OUTCOME)
-    assert editor.weights(asked) is asked
+    editor.adapt(OUTCOME)
+    assert editor._weights(asked) is asked
 
 
 def test_multiplier_and_margin_are_saved(tmp_path: Path) -> None:
     editor = KnowledgeEditor(SITES, CONSTRAINED)
-    editor.learnt(OUTCOME)
-    editor.validated(replace(OUTCOME, success=1.0))
+    editor.adapt(OUTCOME)
+    editor.adapt(replace(OUTCOME, success=1.0), validation=True)
     editor.save_pretrained(tmp_path / "ke")
     loaded = KnowledgeEditor.from_pretrained(tmp_path / "ke")
     assert float(loaded.multiplier) == pytest.approx(1.04)
@@ -68,14 +68,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     def run(folder: str, stop: int = 0, resume: bool = False) -> dict[str, Tensor]:
         torch.manual_seed(0)
         editor = KnowledgeEditor(sites, CONSTRAINED)
-        learnt, count = editor.learnt, itertools.count(1)
+        adapt, count = editor.adapt, itertools.count(1)
 
-        def stopping(outcome: Outcome) -> None:
-            learnt(outcome)
-            if next(count) == stop:
+        def stopping(outcome: Outcome, *, validation: bool = False) -> None:
+            adapt(outcome, validation=validation)
+            if not validation and next(count) == stop:
                 raise KeyboardInterrupt
 
-        editor.learnt = stopping  # type: ignore[method-assign]
+        editor.adapt = stopping  # type: ignore[method-assign]
         args = (tiny_llama, editor, made[:6], made[6:], replace(config, checkpoint_every=0))
         try:
             train(*args, out=tmp_path / folder, resume=resume)

@@ -250,7 +250,7 @@ def test_alpha_has_a_learning_rate_of_its_own() -> None:
     ("settings", "words"),
     [
         ({"rank": 0}, "at least 1"),
-        ({"blocks": 0}, "at least 1"),
+        ({"blocks": 0}, "blocks must be between 1 and 64, not 0"),
         ({"factors": "none"}, "both, u, delta, smaller"),
     ],
 )

@@ -25,9 +25,8 @@ from emendo.models.tokenization import to_texts
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
 from emendo.train import TrainConfig, train
-from emendo.train import step as ahead
 from emendo.train.episodes import Episodes
-from emendo.train.step import look_ahead, training_step, validation_step
+from emendo.train.step import training_step, validation_step
 
 FACTS = [Request(record.prompt, record.target) for record in records(3)]
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -230,12 +229,12 @@ def test_a_step_is_the_same_with_and_without_looking_ahead(
     name: str, settings: dict[str, Any], tiny_llama: LM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        ahead, "BUCKET_TOKENS", 40
-    )  # several buckets, so that rows have to be put back in order
+        "emendo.editors.gradient.BUCKET_TOKENS", 40
+    )  # several buckets, so that rows must be reordered
     sites = find_sites(tiny_llama.model, last=2)
     store, batches = episodes_of(tiny_llama, sites, steps=4)
     gradients = []
-    for found in (None, look_ahead(make(name, settings, sites), store, batches)[2]):
+    for found in (None, make(name, settings, sites).look_ahead(store, batches)[2]):
         torch.manual_seed(0)
         editor = moved(make(name, settings, sites), 1e-3)
         assert training_step(editor, store, batches[2], Weights(0.2), found) is not None

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from cases import build_lm
 from emendo.editors import descent as optimizers
-from emendo.editors.descent import OPTIMIZERS, check_settings, move, usual_rate
-from emendo.errors import RequestError
+from emendo.editors.descent import OPTIMIZERS, default_rate, update
 from emendo.low_rank import LowRank
 
 PAIRS = {"rmsprop": torch.optim.RMSprop, "adam": torch.optim.Adam}
@@ -28,7 +25,7 @@ def moved(name: str, lr: float, slopes: list[LowRank]) -> Tensor:
     weights, rule = torch.zeros(7, 5, dtype=torch.float64), OPTIMIZERS[name](lr)
     moments = [torch.zeros_like(weights) for _ in range(rule.moments)]
     for step, slope in enumerate(slopes, 1):
-        move(rule, weights, slope, moments, step)
+        update(rule, weights, slope, moments, step)
     return weights
 
 
@@ -65,24 +62,9 @@ def test_it_does_not_matter_how_large_the_blocks_are(
     ("kind", "size", "rate"),
     [("gpt2", 1e9, 3e-5), ("bart", 1e9, 3e-5), ("gpt2", 2e9, 5e-6), ("bart", 2e9, 1e-4)],
 )
-def test_the_usual_rate_follows_the_model(
+def test_the_default_rate_follows_the_model(
     kind: str, size: float, rate: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = build_lm(kind)
     monkeypatch.setattr(lm.model, "num_parameters", lambda: int(size))
-    assert usual_rate(lm) == rate
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"steps": 0}, "steps must be at least 1, not 0"),
-        ({"lr": 0.0}, "lr must be above 0, not 0.0"),
-        ({"lr": float("nan")}, "lr must be above 0, not nan"),
-        ({"optimizer": "sgd"}, "optimizer='sgd' is not one of rmsprop, adam"),
-    ],
-)
-def test_settings_that_no_search_can_have(settings: dict[str, Any], words: str) -> None:
-    check_settings(1, None, "rmsprop")
-    with pytest.raises(RequestError, match=words):
-        check_settings(**{"steps": 1, "lr": 1e-3, **settings})
+    assert default_rate(lm) == rate

@@ -65,9 +65,8 @@ class Taught(Step):
             self._host = LM(model, lm.tokenizer, lm.name)
         return self._host  # type: ignore[no-any-return,has-type]
 
-    @property
-    def shares_trunk(self) -> bool:
-        return self.behind
+    def host_cache(self, lm: LM, store: TrunkCache) -> TrunkCache | None:
+        return store.with_trunk(Trunk(self.host(lm).model, self.sites)) if self.behind else None
 
 
 class TaughtBehind(Taught):

@@ -45,7 +45,7 @@ def mend(lm: LM) -> Mend:
 def enn(lm: LM) -> Enn:
     """One whose training moved the model."""
     editor = Enn(find_sites(lm.model), EnnConfig(inner_lr=0.03), lm.fingerprint)
-    editor.begin(lm)
+    editor.bind(lm)
     with torch.no_grad():
         for parameter in editor.parameters():
             parameter += 0.02 * torch.randn_like(parameter)

@@ -119,15 +119,15 @@ def _stops_after(steps: int) -> object:
 
     def stopping(lm: object, editor: Editor, *args: object, **options: object) -> object:
         seen: list[object] = []
-        learnt = type(editor).learnt
+        adapt = type(editor).adapt
 
-        def count(self: Editor, outcome: object) -> None:
-            learnt(self, outcome)
-            seen.append(outcome)
-            if len(seen) == steps:
+        def count(self: Editor, outcome: object, *, validation: bool = False) -> None:
+            adapt(self, outcome, validation=validation)
+            seen.extend([] if validation else [outcome])
+            if len(seen) == steps and not validation:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        editor.__class__ = type("Counting", (type(editor),), {"learnt": count})
+        editor.__class__ = type("Counting", (type(editor),), {"adapt": count})
         return train(lm, editor, *args, **options)
 
     return stopping

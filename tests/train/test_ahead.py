@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cases import records
+from emendo.editors import gradient
 from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend
 from emendo.editors.objective import Weights
@@ -14,9 +15,8 @@ from emendo.models.sites import find_sites
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
 from emendo.train import TrainConfig
-from emendo.train import step as ahead
 from emendo.train.episodes import Episodes
-from emendo.train.step import look_ahead, training_step
+from emendo.train.step import training_step
 
 
 @pytest.fixture
@@ -32,12 +32,10 @@ def parts(tiny_llama: LM) -> tuple[Mend, TrunkCache, Episodes]:
 def test_each_batch_gets_its_own_rows_and_what_must_stay_is_kept(
     parts: tuple[Mend, TrunkCache, Episodes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        ahead, "BUCKET_TOKENS", 40
-    )  # several buckets, so that rows have to be put back in order
+    monkeypatch.setattr(gradient, "BUCKET_TOKENS", 40)  # several buckets, so that rows must be reordered
     editor, store, episodes = parts
     batches = [episodes.batch(step) for step in range(4)]
-    for found, batch in zip(look_ahead(editor, store, batches), batches, strict=True):
+    for found, batch in zip(editor.look_ahead(store, batches), batches, strict=True):
         texts = [episode.edit for episode in batch]
         alone = edit_factors(store.trunk, editor.sites, texts)
         for name, factors in alone.items():
@@ -55,7 +53,7 @@ def test_a_step_is_the_same_with_and_without_looking_ahead(
     editor, store, episodes = parts
     batches = [episodes.batch(step) for step in range(4)]
     gradients = []
-    for found in (None, look_ahead(editor, store, batches)[2]):
+    for found in (None, editor.look_ahead(store, batches)[2]):
         torch.manual_seed(0)
         fresh = Mend(editor.sites)
         outcome = training_step(fresh, store, batches[2], Weights(0.2), found)

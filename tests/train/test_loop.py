@@ -98,8 +98,9 @@ def test_progress_hears_steps_validations_and_the_trunk(lm: LM) -> None:
     progress = Recorded()
     go(lm, progress=progress)
     assert [heading.split() for heading, _ in progress.reports] == [["step", f"{n}"] for n in (4, 8, 12)]
-    (training,) = (row for row in progress.updates if row[0] == "training")
-    assert training == ("training", 10, 12)
+    training = [row for row in progress.updates if row[0] == "training"]
+    assert ("training", 10, 12) in training and {total for _, _, total in training} == {12}
+    assert [row for row in progress.updates if row[0] == "validation"] == [("validation", 1, 1)] * 3
     assert {"loss", "success", "locality", "episodes/s", "time left"} <= progress.figures["training"].keys()
     trunk = [row for row in progress.updates if row[0] == "frozen part"]
     assert trunk[-1][1] == trunk[-1][2]
@@ -257,8 +258,8 @@ def test_an_editor_of_another_model_is_refused(lm: LM) -> None:
         ({"lr": float("nan")}, "--lr must be above 0"),
         ({"c_edit": -1.0}, "--c-edit must be above 0"),
         ({"minutes": 0.0}, "--minutes must be above 0"),
-        ({"warmup": -1}, "--warmup cannot be negative"),
-        ({"near": -1}, "cannot be negative"),
+        ({"warmup": -1}, "--warmup must be at least 0, not -1"),
+        ({"near": -1}, "--near must be at least 0, not -1"),
         ({"near": 0, "sibling": 0, "text": 0}, "At least one locality example"),
     ],
 )

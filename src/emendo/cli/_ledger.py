@@ -102,7 +102,7 @@ def open_workspace(
     from dataclasses import replace
     from pathlib import Path
 
-    from emendo.cli._settings import as_settings
+    from emendo._settings import parse_settings
     from emendo.errors import DataError
     from emendo.ledger.health import Limits
     from emendo.ledger.probes import Probes, read_prompts
@@ -117,7 +117,7 @@ def open_workspace(
         except (OSError, ValueError) as error:
             raise DataError(f"--text {passage} cannot be read: {error}") from error
     given = [_present_name(limit) for limit in limits or ()]
-    bounds = as_settings(Limits, given, "--limit", "the guard has no limit")
+    bounds = parse_settings(Limits, given, "--limit", "the guard has no limit")
     return Workspace.open(lm, where, create=create, probes=chosen, limits=bounds)
 
 

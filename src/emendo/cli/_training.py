@@ -1,4 +1,4 @@
-"""Carrying a run out: what `emendo train` and `emendo demo` share."""
+"""Training runs, for `emendo train` and `emendo demo`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def carry_out(run: Run, lm: LM) -> Run:
     """Train the run's editor, from the start or from its checkpoint, and save it.
 
     Raises:
-        Interrupted: by Ctrl-C; says what was saved.
-        EmendoError: something does not fit; a new run has then left the folder as it was.
+        Interrupted: by Ctrl-C or SIGTERM; the message names what was saved.
+        EmendoError: an input does not fit; a new run then leaves the folder unchanged.
     """
     settings = run.settings
     records, validation, skipped = training_records(settings, lm)
@@ -60,9 +60,9 @@ def carry_out(run: Run, lm: LM) -> Run:
         raise
     except KeyboardInterrupt:
         kept = "the last checkpoint is kept" if run.has_checkpoint else "there was nothing to save yet"
-        raise Interrupted(f"{kept}. Go on with: {again}") from None
+        raise Interrupted(f"{kept}. Continue with: {again}") from None
     if result.stopped == "interrupted":
-        raise Interrupted(f"step {result.steps} is saved in {run.folder}. Go on with: {again}")
+        raise Interrupted(f"step {result.steps} is saved in {run.folder}. Continue with: {again}")
     result.editor.info |= {"model_name": settings.model, "data": settings.data}
     return run.finish(result.editor, result.history, _result(run, result, records, validation, skipped))
 
@@ -88,7 +88,7 @@ def new_editor(run: Run, lm: LM) -> GradientEditor:
 def _beginning(lm: LM, editor: GradientEditor, records: int, validation: int, resume: bool) -> str:
     size = sum(parameter.numel() for parameter in editor.parameters()) / 1e6
     return (
-        f"{'Going on with' if resume else 'Training'} a {editor.name} editor of {size:.1f} million parameters at "
+        f"{'Continuing' if resume else 'Training'} a {editor.name} editor of {size:.1f} million parameters at "
         f"{len(editor.sites)} weight matrices of {lm.name}, on {records} facts ({validation} more for validation). "
         "Ctrl-C saves and stops."
     )
@@ -97,7 +97,7 @@ def _beginning(lm: LM, editor: GradientEditor, records: int, validation: int, re
 def _result(
     run: Run, result: TrainResult, records: Sequence[Record], validation: Sequence[Record], skipped: int
 ) -> dict[str, Any]:
-    """What `emendo train --json` prints."""
+    """The object that `emendo train --json` prints."""
     marked = "validation "
     seen = [row for row in result.history if math.isfinite(row.get(f"{marked}loss", math.nan))]
     best = next((row for row in reversed(seen) if row[f"{marked}kept"]), {})

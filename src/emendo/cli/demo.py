@@ -86,7 +86,7 @@ def run(
         show_scores(the_run, lm, editor, unseen[:facts], edit, rows)
     except KeyboardInterrupt:
         raise Interrupted(
-            f"the editor is kept in {the_run.editor}. Go on with: emendo demo --out {out}"
+            f"the editor is kept in {the_run.editor}. Continue with: emendo demo --out {out}"
         ) from None
     _what_next(the_run, edit.origin.requests[0].prompt)
 

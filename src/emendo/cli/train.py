@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from emendo._settings import settings_of
 from emendo.cli import _options as opt
-from emendo.cli import _train_options as own
 from emendo.cli._console import emit, note, output
+from emendo.train.config import TrainConfig
 
-HELP = """Train an editor on facts, so that it can change others in one step.
+HELP = """Train an editor on facts, so that it can change other facts in one step.
 
 The facts come from a file of records (JSON or JSONL; CounterFact and zsRE files are read too), each with a
 prompt, a target and at least one paraphrase, or from the built-in facts (atlas). The model itself is not changed.
-Ctrl-C saves the state and stops; --resume goes on from there, to the same result as a run that never stopped.
+Ctrl-C saves the state and stops; --resume continues from there, with the same result as an uninterrupted run.
 
 \b
 Examples:
@@ -26,16 +28,71 @@ Examples:
 """
 
 
+Data = Annotated[str, typer.Option("--data", metavar="FILE", help="Training records: a file, or atlas.")]
+Validation = Annotated[
+    str | None,
+    typer.Option(
+        "--validation",
+        metavar="FILE",
+        help="Records that the best editor is chosen by.  [default: the last 2% of --data, which are then not trained "
+        "on; for atlas its validation split]",
+    ),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Plain text, a paragraph a line, on which the model must not change.  [default: text that a decoder "
+        "writes itself]",
+    ),
+]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="Use only the first N records.")]
+SkipBad = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad", help="Leave out malformed records and report their number, instead of stopping."
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder of the run and its editor.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the stopped run in --out; needs no other option.")
+]
+
+
+def _with_training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add an option for each setting of a training run to a command that accepts ``**training``."""
+    own = inspect.signature(command, eval_str=True)
+    parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for each in settings_of(TrainConfig):
+        option = typer.Option(
+            each.flag,
+            metavar="N" if each.kind is int else "X",
+            help=f"{each.help}  [default: {each.shown_default}]",
+            rich_help_panel="Training",
+        )
+        kind: Any = each.kind | None  # None: not given
+        name = each.flag.removeprefix("--").replace("-", "_")
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option]
+            )
+        )
+    command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return command
+
+
+@_with_training_options
 def run(
     ctx: typer.Context,
-    out: own.Out,
+    out: Out,
     model: opt.Model = opt.MODEL,
     chat: opt.Chat = False,
-    data: own.Data = "atlas",
-    validation: own.Validation = None,
-    text: own.Text = None,
-    limit: own.Limit = None,
-    skip_bad: own.SkipBad = False,
+    data: Data = "atlas",
+    validation: Validation = None,
+    text: Text = None,
+    limit: Limit = None,
+    skip_bad: SkipBad = False,
     dtype: opt.Dtype = "fastest",
     device: opt.Device = None,
     editor: opt.Method = "mend",
@@ -43,28 +100,10 @@ def run(
     settings: opt.Settings = None,
     sites: opt.Sites = None,
     last: opt.Last = None,
-    steps: own.Steps = None,
-    batch: own.Batch = None,
-    together: own.Together = None,
-    lr: own.Lr = None,
-    minutes: own.Minutes = None,
-    c_edit: own.CEdit = None,
-    prompt_share: own.PromptShare = None,
-    variety: own.Variety = None,
-    near: own.Near = None,
-    sibling: own.Sibling = None,
-    unrelated: own.Unrelated = None,
-    text_examples: own.TextExamples = None,
-    warmup: own.Warmup = None,
-    clip: own.Clip = None,
-    seed: own.Seed = None,
-    validate_every: own.ValidateEvery = None,
-    validate_on: own.ValidateOn = None,
-    patience: own.Patience = None,
-    checkpoint_every: own.CheckpointEvery = None,
     overwrite: opt.Overwrite = False,
-    resume: own.Resume = False,
+    resume: Resume = False,
     as_json: opt.AsJson = False,
+    **training: Any,
 ) -> None:
     """Train an editor."""
     from emendo.cli._loading import load_model, named_dtype
@@ -77,7 +116,7 @@ def run(
     asked["dtype"] = named_dtype(dtype, device)
     if resume and overwrite:
         raise RequestError(
-            "--resume goes on with the run in --out and --overwrite replaces it: give one of them."
+            "--resume continues the run in --out and --overwrite replaces it: give one of them."
         )
     if resume:
         given = {name: value for name, value in asked.items() if _given(ctx, name)}
@@ -103,8 +142,8 @@ def _given(ctx: typer.Context, name: str) -> bool:
 
 _STOPPED = {
     "finished": "all steps done",
-    "early": "stopped early: the validation loss got no better",
-    "time": "the time was up",
+    "early": "stopped early: the validation score stopped improving",
+    "time": "the time limit was reached",
 }
 
 
@@ -116,7 +155,7 @@ def _show(result: Mapping[str, Any], out: Path) -> None:
         f"({_STOPPED[result['stopped']]})."
     )
     if result["skipped_steps"]:
-        console.print(f"{result['skipped_steps']} steps were skipped for values that were not finite.")
+        console.print(f"{result['skipped_steps']} steps were skipped because a value was not finite.")
     if best := result["validation"]:
         console.print(
             f"The best editor, of step {best['step']:.0f}, on {result['validation_records']} facts held out: "

@@ -25,7 +25,7 @@ EDITORS = {
     "cache": "emendo.editors.cache:Cache",
     "in-context": "emendo.editors.in_context:InContext",
 }
-"""Method name -> where its class is; imported when it is asked for."""
+"""Method name -> its class, imported on first use."""
 
 
 def editor_class(name: str) -> type[Editor]:
@@ -42,7 +42,7 @@ def editor_class(name: str) -> type[Editor]:
 
 
 def read_edit(folder: str | Path) -> BaseEdit:
-    """An edit of whatever kind, from its folder or from the hub (``"user/name"``).
+    """Read an edit of any kind from its folder or from the hub (``"user/name"``).
 
     Raises:
         StorageError: a file is missing, damaged, or from a newer emendo, or the method is not known.

@@ -31,7 +31,7 @@ class RunningStats(nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
-        """Take in ``rows [n, width]``."""
+        """Update the statistics with ``rows [n, width]``."""
         if len(rows) == 0:
             return
         mean = rows.mean(0)
@@ -55,12 +55,12 @@ class RunningStats(nn.Module):
 
 
 def joined(factors: Sequence[Factors]) -> tuple[Tensor, list[int]]:
-    """Rows ``[n, d_in + d_out]``, u and delta, of matrices of one shape, and how many are of each matrix."""
+    """Rows ``[n, d_in + d_out]`` of u and delta of matrices of one shape, and the number of rows of each matrix."""
     return torch.cat([torch.cat([f.u, f.delta], -1) for f in factors]), [len(f.u) for f in factors]
 
 
 def normalise_(rows: Tensor, u_stats: RunningStats, delta_stats: RunningStats) -> None:
-    """Rows of :func:`joined` in units of their statistics, in place; in training mode these see them first."""
+    """Normalise rows of :func:`joined` in place; in training mode the statistics are updated first."""
     for part, stats in zip(
         rows.split([len(u_stats.mean), len(delta_stats.mean)], -1), (u_stats, delta_stats), strict=True
     ):
@@ -74,7 +74,7 @@ class LowRankBlock(nn.Module):
 
     ``U = 0``, ``b = o = 0``, ``s = 1`` at the start, so the block is the identity; ``V`` is Xavier-uniform.
     The clamp is not a ReLU: at the start the pre-activation is exactly 0, where ReLU's gradient is 0 and
-    clamp's is 1. Both would compute the same; only the clamp ever learns.
+    clamp's is 1. Both compute the same values; only the clamp learns.
 
     Args:
         width: features of a row (d = m + n in the paper).
@@ -105,7 +105,7 @@ class LowRankBlock(nn.Module):
 
 
 class _Block(torch.autograd.Function):
-    """The block with its gradient written out, so that each elementwise pass over the rows is made once, in place."""
+    """The block with a hand-written gradient: each elementwise pass over the rows happens once, in place."""
 
     @staticmethod
     def forward(

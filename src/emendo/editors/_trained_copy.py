@@ -22,10 +22,10 @@ class TrainedCopy(nn.Module):
 
     Args:
         sites: where the copy is edited.
-        suffix: train only what :func:`above_trunk` names, in place of all parameters.
+        suffix: train only the parameters of :func:`above_trunk` instead of all.
 
     Attributes:
-        theta: the trained parameters by their names in the model, with ``/`` for dots; empty before the first model.
+        theta: the trained parameters by their names in the model, with ``/`` for dots; empty until there is a model.
     """
 
     def __init__(self, sites: tuple[Site, ...], *, suffix: bool) -> None:
@@ -36,7 +36,7 @@ class TrainedCopy(nn.Module):
         self._lm: tuple[LM, LM] | None = None
 
     def trunk(self, model: nn.Module) -> Trunk:
-        """The copy of a model, split; the first model's parameters are taken over."""
+        """The copy of a model, split at its first edited block; the first call copies the model's parameters."""
         if self._of is None or self._of[0] is not model:
             every = dict(model.named_parameters())
             if not self.theta:
@@ -48,7 +48,7 @@ class TrainedCopy(nn.Module):
         return self._of[1]
 
     def lm(self, lm: LM) -> LM:
-        """The copy as a language model: in eval mode the same one, with its fingerprint, at every call."""
+        """The copy as a language model: in eval mode every call returns the same one, with its fingerprint."""
         if self._lm is None or self._lm[0] is not lm or self.training:
             model: Any = self.trunk(lm.model).model
             self._lm = (lm, LM(model, lm.tokenizer, lm.name, lm.chat))
@@ -70,11 +70,11 @@ class TrainedCopy(nn.Module):
 
 
 def trained_copy(model: nn.Module, own: Mapping[str, nn.Parameter]) -> nn.Module:
-    """The model with ``own`` for its parameters of those names; the others are frozen and share its memory.
+    """A copy of the model whose parameters named in ``own`` are replaced; the others are frozen and share its memory.
 
     Parameters in half precision become float32, in memory of their own.
     """
-    parameters: dict[int, Any] = {}  # what deepcopy is to put in the place of what
+    parameters: dict[int, Any] = {}  # by id of the original, as deepcopy expects it
     for name, parameter in model.named_parameters():
         parameters[id(parameter)] = (
             own[name] if name in own else nn.Parameter(_wide(parameter), requires_grad=False)
@@ -85,12 +85,12 @@ def trained_copy(model: nn.Module, own: Mapping[str, nn.Parameter]) -> nn.Module
 def above_trunk(model: nn.Module, sites: tuple[Site, ...]) -> list[str]:
     """The parameters that the trunk's output does not depend on, without embeddings and vocabulary projection.
 
-    Whatever gets a gradient in a pass that resumes from the trunk's output stands above it; T5's table of relative
-    positions, which the blocks below own, is used on both sides and left out.
+    A parameter is above the trunk if it gets a gradient in a pass that resumes from the trunk's output. T5's table of
+    relative positions, which the blocks below own, is used on both sides and left out.
 
     Args:
         model: the model; it is not changed.
-        sites: what is edited.
+        sites: the edited matrices.
     """
     own = {name: nn.Parameter(_wide(parameter)) for name, parameter in model.named_parameters()}
     apart = trained_copy(model, own)

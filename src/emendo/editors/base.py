@@ -9,23 +9,27 @@ A method is a subclass in a file of its own, with a frozen dataclass of settings
 - :class:`Editor`: makes one change for each request in any other way (``each``), such as fine-tuning. Application,
   saving and evaluation come with it.
 - An :class:`Editor` that changes no weights at all overrides ``edit`` and returns an edit of its own kind.
+
+Settings are a frozen dataclass that derives from :class:`emendo._settings.Settings`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from emendo._outputs import EDITOR
-from emendo._storage import new_folder, read_json, read_tensors, write_json, write_tensors
-from emendo.data.schema import Probe
+from emendo._storage import local_path, new_folder, read_json, read_tensors, write_json, write_tensors
 from emendo.edits.edit import BaseEdit, Edit, Origin, Request
 from emendo.errors import FramingWarning, MismatchError, RequestError, StorageError
 from emendo.low_rank import LowRank
@@ -34,8 +38,11 @@ from emendo.models.lm import LM
 from emendo.models.sites import Site
 from emendo.models.text import Text
 from emendo.models.tokenization import to_texts
+from emendo.models.trunk_cache import TrunkCache
 
-FORMAT = 1
+_E = TypeVar("_E", bound="Editor")
+FORMAT = 2
+"""Of ``editor.json``. From 2 on a checksum is required."""
 
 
 class Editor(nn.Module):
@@ -43,13 +50,13 @@ class Editor(nn.Module):
 
     Args:
         sites: the matrices it edits.
-        config: the method's settings, a frozen dataclass.
-        fingerprint: of the model it belongs to; empty for one that has seen no model yet.
+        config: the settings of the method.
+        fingerprint: of the model it is bound to; empty before there is one.
 
     Attributes:
         name: the method's name, as on the command line.
         Config: the class of its settings.
-        chat: whether it was trained on prompts in that model's chat template.
+        chat: whether it was trained on prompts in the chat template of that model.
         info: how it was trained, as JSON values; saved with it.
     """
 
@@ -58,7 +65,7 @@ class Editor(nn.Module):
     needs_training: ClassVar[bool] = True
     """Whether it must be trained before it can edit."""
     makes: ClassVar[type[BaseEdit]] = Edit
-    """The class of its edits; where they change no weights, :meth:`each` and :meth:`together` do not exist."""
+    """The class of its edits; where they change no weights, :meth:`each` and :meth:`together` raise."""
 
     def __init__(self, sites: tuple[Site, ...], config: Any = None, fingerprint: str = "") -> None:
         super().__init__()
@@ -70,41 +77,35 @@ class Editor(nn.Module):
 
     @abstractmethod
     def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        """One change for each request, every one of them from the clean model.
+        """Compute one change for each request, each from the clean model.
 
         Returns:
             By site name, factors ``[requests, d_out, r]`` and ``[requests, r, d_in]``.
 
         Raises:
             MismatchError: the editor was trained for another model.
-            RequestError: no request at all, one that does not fit the model, or a method that changes no weights.
+            RequestError: no request, one that does not fit the model, or a method that changes no weights.
         """
-        raise RequestError(
-            f"{self.name} changes no weights, so it has no changes to give; ask it for an edit."
-        )
+        raise RequestError(f"{self.name} changes no weights; call its edit method instead.")
 
     def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        """One change for all requests: the sum of their own (MEND, section 3.2), unless a method knows better."""
+        """Compute one change for all requests: by default the sum of their separate changes (MEND, section 3.2)."""
         return {name: delta.sum() for name, delta in self.each(lm, requests).items()}
 
     def host(self, lm: LM) -> LM:
-        """The model that this editor's changes are made for: the user's own, except for a method that trains it."""
+        """The model whose weights the edits change: ``lm`` itself, or a copy of it that the method has trained."""
         return lm
 
-    @property
-    def shares_trunk(self) -> bool:
-        """Whether the host's blocks below the first edited one are those of the user's model."""
-        return True
-
-    def observe(self, probes: Sequence[Probe]) -> None:
-        """Hear of prompts with their answers that shall stay as they are; most methods do not care."""
+    def host_cache(self, lm: LM, store: TrunkCache) -> TrunkCache | None:
+        """The kept trunk outputs of ``lm`` for passes through :meth:`host`; None where they do not hold for it."""
+        return store
 
     def texts(self, lm: LM, requests: Sequence[Request]) -> list[Text]:
-        """The requests, tokenised and checked.
+        """Tokenise the requests and check them.
 
         Raises:
             MismatchError: the editor was trained for another model.
-            RequestError: no request at all, or one that does not fit the model.
+            RequestError: no request, or one that does not fit the model.
         """
         self.check(lm)
         if not requests:
@@ -116,8 +117,8 @@ class Editor(nn.Module):
     ) -> BaseEdit:
         """Make one edit: ``edit(lm, prompt, target)``, or one for several facts at once, ``edit(lm, [...])``.
 
-        The model is not changed: use ``edit.applied(lm)``. How several facts become one edit is the method's own
-        (:meth:`together`); making them one by one and attaching them all is another thing.
+        The model is not changed: use ``edit.applied(lm)``. Several facts become one edit as :meth:`together` defines
+        it, which differs from making one edit for each fact and applying them all.
 
         Raises:
             MismatchError: the editor was trained for another model.
@@ -127,7 +128,7 @@ class Editor(nn.Module):
         return Edit(self.together(lm, requests), self.origin(lm, requests))
 
     def origin(self, lm: LM, requests: Sequence[Request]) -> Origin:
-        """Where an edit of these requests comes from."""
+        """The provenance of an edit of these requests."""
         return Origin(
             fingerprint=self.host(lm).fingerprint,
             model=lm.name,
@@ -138,20 +139,20 @@ class Editor(nn.Module):
             chat=lm.chat,
         )
 
-    def belong(self, lm: LM) -> None:
-        """Take a model, and the way it is given its prompts, for the one that the editor is trained for.
+    def bind(self, lm: LM) -> None:
+        """Bind the editor to the model that it is trained for; training calls this first.
 
         Raises:
-            MismatchError: it belongs to another one.
+            MismatchError: it is bound to another model, or the model does not fit.
         """
         self.check(lm)
         self.fingerprint, self.chat = lm.fingerprint, lm.chat
 
     def check(self, lm: LM) -> None:
-        """Make sure that the editor belongs to this model; warn where that is given its prompts in another way.
+        """Check that the editor fits this model; warn if it was trained on prompts in another framing.
 
         Raises:
-            MismatchError: it was trained for another one.
+            MismatchError: it was trained for another model, or the model lacks one of its matrices.
         """
         if self.fingerprint and not same_model(self.fingerprint, lm.fingerprint):
             raise MismatchError(
@@ -159,13 +160,15 @@ class Editor(nn.Module):
                 f"{lm.fingerprint}. {difference(self.fingerprint, lm.fingerprint)}. Train one for this model: "
                 f"emendo train --model {lm.name}"
             )
+        for site in self.sites:
+            _check_site(site, lm)
         if self.fingerprint and self.chat != lm.chat:
             ways = ("plain prompts", "prompts in the chat template")
             warnings.warn(
                 f"This editor was trained on {ways[self.chat]}, but {lm.name} is given {ways[lm.chat]}: expect less of "
                 "its edits.",
                 FramingWarning,
-                stacklevel=1,  # one place, so that it is said once
+                stacklevel=1,  # one place, so that Python shows it once
             )
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -174,54 +177,119 @@ class Editor(nn.Module):
         Raises:
             StorageError: the folder already holds something, or cannot be written.
         """
+        head = {
+            "format": FORMAT,
+            "editor": self.name,
+            "config": asdict(self.config),
+            "sites": [asdict(site) for site in self.sites],
+            "fingerprint": self.fingerprint,
+            "chat": self.chat,
+            "info": self.info,
+        }
         with new_folder(folder, EDITOR, overwrite=overwrite) as new:
-            write_tensors(new / "editor.safetensors", self.state_dict())
-            write_json(
-                new / "editor.json",
-                {
-                    "format": FORMAT,
-                    "editor": self.name,
-                    "config": asdict(self.config),
-                    "sites": [asdict(site) for site in self.sites],
-                    "fingerprint": self.fingerprint,
-                    "chat": self.chat,
-                    "info": self.info,
-                },
-            )
+            write_tensors(new / _WEIGHTS, self.state_dict())
+            write_json(new / _HEAD, {**head, "checksum": _checksum(head, new / _WEIGHTS)})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read a trained editor from its folder; ``Editor.from_pretrained`` finds the method by itself.
+        """Read a trained editor from its folder; ``Editor.from_pretrained`` reads every method.
 
         Raises:
-            StorageError: a file is missing, damaged, or from a newer emendo.
+            StorageError: a file is missing, damaged, or from a newer emendo; or another method than this class's.
         """
         from emendo.editors import editor_class
 
-        where = Path(folder).expanduser()
-        head = read_json(where / "editor.json")
+        where = local_path(folder)
+        head = read_json(where / _HEAD)
         if not isinstance(head, dict) or head.get("format") not in range(1, FORMAT + 1):
-            raise StorageError(f"{where / 'editor.json'} is not an editor that this version can read.")
+            raise StorageError(f"{where / _HEAD} is not an editor that this version can read.")
+        tensors = read_tensors(where / _WEIGHTS)
+        checksum = head.pop("checksum", None)
+        if (checksum or head["format"] > 1) and checksum != _checksum(head, where / _WEIGHTS):
+            raise StorageError(f"{where} is damaged: its content does not match its checksum.")
         try:
             kind = editor_class(head["editor"])
             if not issubclass(kind, cls):
                 raise StorageError(f"{where} holds a {head['editor']!r} editor, not {cls.name!r}.")
-            known = {field.name for field in fields(kind.Config)}
-            config = kind.Config(**{k: v for k, v in head["config"].items() if k in known})
-            editor = kind(tuple(Site(**site) for site in head["sites"]), config, head["fingerprint"])
-            editor.load_state_dict(read_tensors(where / "editor.safetensors"))
-            editor.chat, editor.info = head.get("chat", False), head.get("info", {})
-        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, StorageError):
-                raise
+            return _restored(kind, head, tensors)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise StorageError(f"{where} is damaged: {error}") from error
-        return editor.eval()
+
+
+_HEAD, _WEIGHTS = "editor.json", "editor.safetensors"
+
+
+def _checksum(head: Mapping[str, Any], weights: Path) -> str:
+    """The SHA-256 of everything that is saved: the head, and the file of the weights."""
+    with weights.open("rb") as file:
+        own = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(f"{json.dumps(head, sort_keys=True)} {own}".encode()).hexdigest()
+
+
+def _restored(kind: type[_E], head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _E:
+    """The editor that was saved.
+
+    Raises:
+        TypeError: a value of another type, an unknown setting.
+        ValueError: a setting out of bounds, or tensors that do not belong to such an editor.
+    """
+    config = kind.Config(**head["config"])
+    sites = tuple(_site(values) for values in head["sites"])
+    fingerprint, chat, info = head["fingerprint"], head.get("chat", False), head.get("info", {})
+    if not (isinstance(fingerprint, str) and isinstance(chat, bool) and isinstance(info, dict)):
+        raise TypeError("fingerprint, chat or info is of another type")
+    with torch.device("meta"):  # shapes alone, so that wrong settings take no memory
+        expected = kind(sites, config).state_dict()
+    for name, tensor in expected.items():
+        if name not in tensors or tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
+            raise ValueError(f"the tensor {name} is missing, or its shape or dtype does not fit the settings")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"the tensor {name} has values that are not finite numbers")
+    editor = kind(sites, config, fingerprint)
+    editor.load_state_dict(tensors)
+    editor.chat, editor.info = chat, info
+    return editor.eval()
+
+
+def _site(values: Mapping[str, Any]) -> Site:
+    """A site from JSON values.
+
+    Raises:
+        TypeError: a value is missing or of another type.
+    """
+    site = Site(**values)
+    for name, hint in get_type_hints(Site).items():
+        value = getattr(site, name)
+        if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+            raise TypeError(f"{name} of a site cannot be {value!r}")
+    return site
+
+
+def _check_site(site: Site, lm: LM) -> None:
+    """Check that the model has the matrix of a site.
+
+    Raises:
+        MismatchError: it has none of that name, or one of another shape.
+    """
+    try:
+        weight = site.weight(lm.model)
+    except AttributeError:
+        raise MismatchError(f"This editor edits {site.name}, but {lm.name} has no such matrix.") from None
+    if weight.is_floating_point() and tuple(weight.shape) != (
+        site.d_out,
+        site.d_in,
+    ):  # a quantised one is packed
+        raise MismatchError(
+            f"This editor edits {site.name} as a matrix of shape [{site.d_out}, {site.d_in}], but {lm.name} has one "
+            f"of shape {list(weight.shape)}."
+        )
 
 
 def as_requests(
     prompt: str | Sequence[Request | tuple[str, str]], target: str | None = None
 ) -> list[Request]:
-    """One prompt with its target, or several such pairs, as requests.
+    """Convert one prompt with its target, or several such pairs, to requests.
 
     Raises:
         RequestError: an empty prompt or target.

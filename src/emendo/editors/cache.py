@@ -8,11 +8,11 @@ hidden states of a prompt ``x``::
                 the model's own otherwise
 
 ``h`` is the last hidden state: of a decoder over the prompt, of an encoder-decoder's encoder, of a classifier over its
-text. The answer's own tokens are not in the mean, so whether a prompt is close does not hang on what is said after it.
+text. The mean excludes the answer's tokens, so the distance of a prompt does not depend on its answer.
 
 In generation from passages the paper looks up anew before every token, with the mean over all tokens so far:
 ``lookup="token"``, for decoders. As in its code (algs/lu.py of eric-mitchell/serac) the target's tokens are then stored
-one by one, each with the mean of what stands before it.
+one by one, each with the mean of the tokens before it.
 
 What the paper leaves open, and what is done here:
 
@@ -20,7 +20,7 @@ What the paper leaves open, and what is done here:
    that logit is a setting, 20 by default: p > 0.9999 among 50,000 tokens, and any other token costs 20 nats. The argmax
    does not depend on it.
 2. Targets of several tokens: teacher forced, position ``i`` of the answer gives the target's token ``i``, whatever the
-   text says before; positions behind the target's end are the model's own. Generation gives the target and stops.
+   tokens before it; positions after the target's end are the model's own. Generation gives the target and stops.
 3. The radius is a distance in one model's hidden states and means nothing in another's. The paper took the one whose
    drawdown was MEND's: 6.5 (BERT, FEVER), 3 (BART, zsRE), 2.5 (distilGPT-2, Wikitext).
 """
@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emendo._settings import Settings, setting
 from emendo.editors.base import Editor, as_requests
 from emendo.edits.edit import BaseEdit, Origin, Request
 from emendo.errors import RequestError
@@ -48,33 +49,24 @@ _BATCH_TOKENS = 1024  # padded tokens of one pass
 
 
 @dataclass(frozen=True, slots=True)
-class CacheConfig:
-    """The cache's settings.
+class CacheConfig(Settings):
+    """The cache's settings."""
 
-    Attributes:
-        radius: a stored fact answers for prompts that are nearer than this (Euclidean).
-        layer: which hidden state: 0 is what enters the first block, -1 the last one, behind the final norm.
-        lookup: once by the ``"prompt"``, or before every ``"token"`` by all tokens so far (decoders only).
-        logit: of the token that was looked up; all others have 0 (1 in the paper).
-    """
-
-    radius: float = 3.0
-    layer: int = -1
-    lookup: Literal["prompt", "token"] = "prompt"
-    logit: float = 20.0
-
-    def __post_init__(self) -> None:
-        if not self.radius >= 0:
-            raise RequestError(f"The cache needs a radius of at least 0, not {self.radius}.")
-        if self.lookup not in ("prompt", "token"):
-            raise RequestError(f"lookup={self.lookup!r} is not one of prompt, token.")
-        if not self.logit > 0:
-            raise RequestError(f"The cache needs a logit above 0, not {self.logit}.")
+    radius: float = setting(3.0, "Euclidean distance below which a stored fact answers a prompt.", least=0)
+    layer: int = setting(
+        -1, "Hidden state: 0 is the input of the first block, -1 the last one, after the final norm."
+    )
+    lookup: Literal["prompt", "token"] = setting(
+        "prompt", "Look up once by the prompt, or before every token by all tokens so far (decoders only)."
+    )
+    logit: float = setting(
+        20.0, "Logit of the token that was looked up; all others have 0 (1 in the paper).", above=0
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class CacheEdit(BaseEdit):
-    """Facts to look up.
+    """Stored facts.
 
     Attributes:
         keys: ``[entries, width]`` mean hidden states, float32.
@@ -99,7 +91,7 @@ class CacheEdit(BaseEdit):
         yield _LookingUp(model.model, model.tokenizer, model.name, model.chat, inner=model, edit=self)
 
     def found(self, queries: Tensor) -> list[tuple[int, ...]]:
-        """What is stored nearest to each of ``queries [n, width]``; nothing where none is within the radius."""
+        """The target stored nearest to each of ``queries [n, width]``; empty where none is within the radius."""
         exact = "donot_use_mm_for_euclid_dist"
         distance, nearest = torch.cdist(queries, self.keys.to(queries), compute_mode=exact).min(-1)
         close = (distance < self.config.radius).tolist()
@@ -117,7 +109,7 @@ class CacheEdit(BaseEdit):
         targets = tuple(tuple(map(int, target)) for target in values["targets"])
         if len(targets) != len(tensors["keys"]):
             raise ValueError("the number of keys")
-        CacheConfig(**origin.settings)  # refuses what are none
+        CacheConfig(**origin.settings)  # refuses wrong settings
         return cls(tensors["keys"], targets, origin, card)
 
 
@@ -127,7 +119,7 @@ class _LookingUp(LM):
 
     Attributes:
         inner: the model that answers where nothing is found.
-        edit: where to look.
+        edit: the stored facts.
     """
 
     inner: LM = field(kw_only=True)
@@ -138,14 +130,14 @@ class _LookingUp(LM):
         """As :meth:`LM.logits`; one-hot where a token was looked up."""
         found = []
         for rows, text, answer in zip(self.inner.logits(texts), texts, self._answers(texts), strict=True):
-            told = [i for i, token in enumerate(answer) if token is not None and i < len(text.labels)]
-            tokens = torch.tensor([answer[i] for i in told], dtype=torch.long, device=rows.device)
+            places = [i for i, token in enumerate(answer) if token is not None and i < len(text.labels)]
+            tokens = torch.tensor([answer[i] for i in places], dtype=torch.long, device=rows.device)
             sure = self.edit.config.logit * F.one_hot(tokens, rows.shape[-1]).to(rows)
-            found.append(rows.index_copy(0, torch.tensor(told, dtype=torch.long, device=rows.device), sure))
+            found.append(rows.index_copy(0, torch.tensor(places, dtype=torch.long, device=rows.device), sure))
         return found
 
     def _answers(self, texts: Sequence[Text]) -> list[Sequence[int | None]]:
-        """For each text what was looked up at its label positions, None where nothing was."""
+        """For each text the looked-up token at each label position, None where nothing was found."""
         config = self.edit.config
         means = _means(self, texts, config)
         stored = iter(self.edit.found(torch.cat(means)))
@@ -173,7 +165,7 @@ class _LookingUp(LM):
 
 
 class Cache(Editor):
-    """The cache; see the module's text."""
+    """The cache; see the module's docstring."""
 
     name = "cache"
     Config = CacheConfig
@@ -195,13 +187,13 @@ class Cache(Editor):
 
 @torch.no_grad()
 def _means(lm: LM, texts: Sequence[Text], config: CacheConfig) -> list[Tensor]:
-    """What each text is looked up by: ``[1, width]`` for its prompt, or ``[labels, width]`` before every token.
+    """The key of each text: ``[1, width]`` for its prompt, or ``[labels, width]`` before every token.
 
     Raises:
-        RequestError: the model has no such layer, or does not say its answers token by token.
+        RequestError: the model has no such layer, or is no decoder where ``lookup`` is ``"token"``.
     """
     if config.lookup == "token" and lm.kind != "causal":
-        raise RequestError(f"lookup=token is for decoders; {lm.name} is none. Leave lookup=prompt.")
+        raise RequestError(f"lookup=token is for decoders, and {lm.name} is none; use lookup=prompt.")
     whole = config.lookup == "token" or lm.kind != "causal"
     read = texts if whole else [Text((*text.ids[: text.start], 0), text.start) for text in texts]
     found: dict[int, Tensor] = {}
@@ -221,7 +213,7 @@ def _means(lm: LM, texts: Sequence[Text], config: CacheConfig) -> list[Tensor]:
 def _hidden(lm: LM, inputs: dict[str, Any], layer: int) -> Tensor:
     """A hidden state ``[texts, tokens, width]``, of the encoder where there is one.
 
-    A hook takes it: asked for hidden states, a model of transformers keeps hooks of its own for ever.
+    A hook captures it: ``output_hidden_states`` makes a model of transformers keep hooks of its own for ever.
     """
     stack = find_stacks(lm.model)[0]
     if not -stack.depth - 1 <= layer <= stack.depth:

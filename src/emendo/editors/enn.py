@@ -11,7 +11,7 @@ trained ones ``theta`` and a learned step size ``eta`` for each edited matrix ``
 the locality texts; in the locality loss ``theta`` as the reference carries no gradient.
 
 ``theta`` and ``log eta`` are the editor's own parameters. The user's model is never changed: edits are made for a copy
-of it with the editor's parameters, :meth:`Enn.host`.
+of it that has the editor's parameters, :meth:`Enn.host`.
 
 Where papers and official codes differ, and what is done here:
 
@@ -21,7 +21,7 @@ Where papers and official codes differ, and what is done here:
 3. ``l_e``: NLL in the MEND comparison; in Sinitsin et al. a hinge that is 0, and stops the steps, once the target is
    the most likely answer. Here: either, averaged over the answer's tokens; where it is 0 further steps change nothing.
 4. Trained: all parameters in the MEND comparison, ``trains="all"``. Also here: ``trains="suffix"``, without the blocks
-   below the first edited one, embeddings and vocabulary projection, so that what those blocks gave stays valid.
+   below the first edited one, embeddings and vocabulary projection, so that the outputs of those blocks stay valid.
 5. Precision: ENN fails to train in half precision (MEND, section 5). Here: the copy is in float32 at least.
 """
 
@@ -31,17 +31,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from emendo._settings import Settings, setting
 from emendo.data.schema import Probe
 from emendo.editors._trained_copy import TrainedCopy
-from emendo.editors.gradient import GradientEditor, edit_factors
-from emendo.editors.objective import BUCKET_TOKENS, Episode, Outcome, Weights, backward_through, judge
-from emendo.edits.edit import Request
+from emendo.editors.gradient import Ahead, GradientEditor, edit_factors
+from emendo.editors.objective import BUCKET_TOKENS, Episode, Outcome, Weights, backward_through, outer_losses
 from emendo.errors import RequestError
 from emendo.low_rank import LowRank, applied
 from emendo.models._packing import Packing
@@ -54,46 +55,31 @@ from emendo.models.tokenization import to_texts
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
 
-_DRIFT_TEXTS = 64  # whose logits are held at a time
+_DRIFT_TEXTS = 64  # texts of one pass
 
 
 @dataclass(frozen=True, slots=True)
-class EnnConfig:
+class EnnConfig(Settings):
     """ENN's settings.
 
-    Attributes:
-        inner_lr: step size of every edited matrix at the start (1e-2 in the MEND comparison).
-        inner_steps: gradient steps that make an edit (1 in the MEND comparison, up to 10 in Sinitsin et al.).
-        first_order: leave out the gradient through the inner steps' gradients.
-        trains: ``"all"`` parameters of the model, or the ``"suffix"`` that the trunk's output does not depend on.
-        edit_loss: ``"nll"`` of the target or ``"hinge"``, in the inner steps and the outer loss.
-        c_base: weight of the base loss, which holds the trained model to the original one.
-        lr_scale: learning rate of ``log eta`` as a multiple of the model's.
+    The values in parentheses are those of the MEND comparison, and of Sinitsin et al.
     """
 
-    inner_lr: float = 1e-2
-    inner_steps: int = 1
-    first_order: bool = False
-    trains: Literal["all", "suffix"] = "all"
-    edit_loss: Literal["nll", "hinge"] = "nll"
-    c_base: float = 1.0
-    lr_scale: float = 100.0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("trains", ("all", "suffix")), ("edit_loss", ("nll", "hinge"))):
-            if getattr(self, name) not in allowed:
-                raise RequestError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
-        if self.inner_steps < 1:
-            raise RequestError(f"ENN needs at least 1 inner step, not {self.inner_steps}.")
-        if not self.inner_lr > 0:
-            raise RequestError(f"inner_lr must be above 0, not {self.inner_lr}.")
-        for name in ("c_base", "lr_scale"):
-            if not getattr(self, name) >= 0:
-                raise RequestError(f"{name} cannot be negative, but is {getattr(self, name)}.")
+    inner_lr: float = setting(1e-2, "Step size of every edited matrix at the start (1e-2).", above=0)
+    inner_steps: int = setting(1, "Gradient steps of an edit (1, up to 10).", least=1)
+    first_order: bool = setting(False, "Omit the gradient through the gradients of the inner steps.")
+    trains: Literal["all", "suffix"] = setting(
+        "all", "`all` parameters of the model, or the `suffix` that the frozen part does not depend on."
+    )
+    edit_loss: Literal["nll", "hinge"] = setting("nll", "Loss of the inner steps and of the outer edit loss.")
+    c_base: float = setting(
+        1.0, "Weight of the loss that keeps the trained model close to the original.", least=0
+    )
+    lr_scale: float = setting(100.0, "Learning rate of `log eta` as a multiple of the model's.", least=0)
 
 
 class Enn(GradientEditor):
-    """The ENN editor; see the module's text for its equations.
+    """The ENN editor; the module's docstring has its equations.
 
     Attributes:
         twin: the trained parameters, and the copy of the model that has them.
@@ -103,19 +89,13 @@ class Enn(GradientEditor):
     name = "enn"
     Config = EnnConfig
     config: EnnConfig
-    looks_ahead = False
 
     def __init__(
         self, sites: tuple[Site, ...], config: EnnConfig | None = None, fingerprint: str = ""
     ) -> None:
         super().__init__(sites, config, fingerprint)
-        self.twin = TrainedCopy(sites, suffix=self.shares_trunk)
+        self.twin = TrainedCopy(sites, suffix=self.config.trains == "suffix")
         self.log_eta = nn.Parameter(torch.full((len(sites),), math.log(self.config.inner_lr)))
-
-    @property
-    def shares_trunk(self) -> bool:
-        """Whether the blocks below the first edited one are those of the user's model."""
-        return self.config.trains == "suffix"
 
     def forward(self, factors: Mapping[str, Factors]) -> dict[str, LowRank]:
         """One step of gradient descent: ``dW = -eta * sum_i delta_i u_i^T``."""
@@ -125,41 +105,44 @@ class Enn(GradientEditor):
             for rows in [factors[site.name]]
         }
 
-    def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        """One change of the trained model for each request, all in one batch."""
-        texts = self.texts(lm, requests)
-        self.begin(lm)
-        trunk = self.twin.trunk(lm.model)
-        with torch.no_grad():
-            return self._steps(trunk, texts, trunk.run(collate(texts)))
+    def changes(self, trunk: Trunk, texts: Sequence[Text]) -> dict[str, LowRank]:
+        """One change of the trained model for each text: all inner steps."""
+        return self._steps(trunk, texts, trunk.run(collate(texts)))
 
     def host(self, lm: LM) -> LM:
-        """The trained model; its edits carry its own fingerprint, while the editor belongs to the user's model.
+        """The trained model; edits carry its fingerprint, while the editor is bound to the user's model.
 
         Raises:
             MismatchError: the editor was trained for another model.
         """
-        self.begin(lm)
+        self.bind(lm)
         return self.twin.lm(lm)
+
+    def host_cache(self, lm: LM, store: TrunkCache) -> TrunkCache | None:
+        """The kept trunk outputs, if training has left the blocks below the first edited one unchanged."""
+        return self._cache(store, self.twin.trunk(lm.model))
+
+    def _cache(self, store: TrunkCache, trunk: Trunk) -> TrunkCache | None:
+        return store.with_trunk(trunk) if self.config.trains == "suffix" else None
 
     @torch.no_grad()
     def drift(self, lm: LM, probes: Sequence[Probe]) -> dict[str, float]:
-        """What the training has changed in the model, before any edit.
+        """Measure the change of the model by training, before any edit.
 
         Args:
             lm: the original.
-            probes: prompts with the answers to look at.
+            probes: prompts with answers.
 
         Returns:
             ``kl``: KL(original || trained) in nats per answer token, averaged over the probes; ``changed``: share
-            of the probes where the argmax of any answer token is another one.
+            of the probes where the argmax of any answer token differs.
 
         Raises:
             MismatchError: the editor was trained for another model.
-            RequestError: no probe at all, or one that does not fit the model.
+            RequestError: no probe, or one that does not fit the model.
         """
         if not probes:
-            raise RequestError("There is nothing to measure the drift on: give at least one probe.")
+            raise RequestError("The drift is measured on probes: give at least one probe.")
         texts, host = to_texts(lm, [(probe.prompt, probe.answer) for probe in probes]), self.host(lm)
         kl, changed = 0.0, 0
         for start in range(0, len(texts), _DRIFT_TEXTS):
@@ -171,13 +154,13 @@ class Enn(GradientEditor):
 
     # ------------------------------------------------------------------------------------- training
 
-    def begin(self, lm: LM) -> None:
-        """Take the model's parameters over, unless that is done already.
+    def bind(self, lm: LM) -> None:
+        """Bind the editor to its model and copy the model's parameters, unless that is done already.
 
         Raises:
-            MismatchError: the editor belongs to another model.
+            MismatchError: the editor is bound to another model.
         """
-        self.belong(lm)
+        super().bind(lm)
         self.twin.trunk(lm.model)
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
@@ -187,24 +170,31 @@ class Enn(GradientEditor):
             {"params": [self.log_eta], "lr": lr * self.config.lr_scale},
         ]
 
-    def judged(
+    def look_ahead(
+        self, store: TrunkCache, batches: Sequence[Sequence[Episode]], window: Sequence[Episode] = ()
+    ) -> list[Ahead]:
+        """Nothing: all factors and answers depend on the trained parameters."""
+        return [{} for _ in batches]
+
+    def outer_step(
         self,
         store: TrunkCache,
         episodes: Sequence[Episode],
-        factors: Mapping[str, Factors],
+        ahead: Ahead,
         weights: Weights,
         *,
         together: int = 1,
         backward: bool = False,
     ) -> Outcome | None:
-        """Make the edits of the trained model and judge them against it; the loss has the base loss in it.
+        """As in the base class, for edits of the trained model; the loss includes the base loss.
 
-        ``locality`` and ``locality_loss`` compare the edited with the un-edited trained model; what separates that one
-        from the original is the base loss.
+        ``locality`` and ``locality_loss`` compare the edited with the unedited trained model; the base loss compares
+        the trained with the original model.
         """
         trunk, texts = self.twin.trunk(store.model), [episode.edit for episode in episodes]
-        passes = _Trained(trunk, store.with_trunk(trunk) if self.shares_trunk else None)
-        hidden = store.gather(texts) if self.shares_trunk else None
+        cache = self._cache(store, trunk)
+        passes = _Trained(trunk, cache)
+        hidden = store.gather(texts) if cache is not None else None
         deltas = self._steps(trunk, texts, hidden, create_graph=backward and not self.config.first_order)
         if not all_finite(factor for d in deltas.values() for factor in (d.left, d.right)):
             return None
@@ -212,17 +202,22 @@ class Enn(GradientEditor):
             deltas = {name: delta.group(together) for name, delta in deltas.items()}
         base = self._base(store, passes, episodes, backward=backward)
 
-        def judged(changes: Mapping[str, LowRank]) -> Outcome:
-            rest = (episodes, weights)
-            return judge(passes, changes, *rest, together=together, backward=backward, edit_loss=self._loss)
-
-        outcome = backward_through(deltas, judged) if backward else judged(deltas)
+        losses = partial(
+            outer_losses,
+            passes,
+            episodes=episodes,
+            weights=weights,
+            together=together,
+            backward=backward,
+            edit_loss=self._loss,
+        )
+        outcome = backward_through(deltas, losses) if backward else losses(deltas)
         return replace(outcome, loss=outcome.loss + self.config.c_base * base)
 
     def _base(
         self, store: TrunkCache, passes: _Trained, episodes: Sequence[Episode], *, backward: bool
     ) -> float:
-        """KL(original || trained) on the locality texts; what the trained model gives there is then known."""
+        """KL(original || trained) on the locality texts; keeps the trained model's logits in ``passes.known``."""
         shares: dict[Text, float] = {}
         for episode in episodes:
             for text in episode.locality:
@@ -248,7 +243,7 @@ class Enn(GradientEditor):
     def _steps(
         self, trunk: Trunk, texts: Sequence[Text], hidden: Tensor | None, *, create_graph: bool = False
     ) -> dict[str, LowRank]:
-        """The inner steps on each text from the un-edited model; with ``create_graph`` differentiable in ``theta``."""
+        """The inner steps on each text from the unedited model; with ``create_graph`` differentiable in ``theta``."""
         deltas: dict[str, LowRank] = {}
         # No fused attention kernel has a second derivative.
         with sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext():
@@ -263,11 +258,14 @@ class Enn(GradientEditor):
 
 
 class _Trained:
-    """Texts through the trained model; what it gives without an edit is ``known``, by text ``[labels, vocabulary]``.
+    """Forward passes of the trained model; see :class:`emendo.editors.objective.Passes`.
 
     Args:
         trunk: the trained model.
-        store: what is kept of it; None where no part of it is.
+        store: its kept trunk outputs; None if they change in training.
+
+    Attributes:
+        known: by text, its logits ``[labels, vocabulary]`` without an edit.
     """
 
     def __init__(self, trunk: Trunk, store: TrunkCache | None) -> None:

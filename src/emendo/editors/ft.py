@@ -1,4 +1,4 @@
-"""FT: fine-tuning on the edit alone, until the model says it.
+"""FT: fine-tuning on the edit alone, until the target is the most likely answer.
 
 Mitchell, Lin, Bosselut, Finn, Manning: "Fast Model Editing at Scale", ICLR 2022 (arXiv 2110.11309), section 5 and C.1::
 
@@ -12,48 +12,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from emendo._settings import Settings, setting
 from emendo.editors.base import as_requests
-from emendo.editors.descent import OPTIMIZERS, Descent, DescentEditor, check_settings, usual_rate
+from emendo.editors.descent import OPTIMIZERS, Descent, DescentEditor, default_rate
 from emendo.edits.edit import Edit, Request
-from emendo.errors import RequestError
 from emendo.low_rank import LowRank
 from emendo.models.lm import LM
 
 
 @dataclass(frozen=True, slots=True)
-class FineTuningConfig:
-    """The settings of fine-tuning.
+class FineTuningConfig(Settings):
+    """The settings of fine-tuning."""
 
-    Attributes:
-        steps: the most steps of an edit.
-        lr: learning rate; None: :func:`emendo.editors.descent.usual_rate`.
-        optimizer: ``"rmsprop"``, as in the paper, or ``"adam"``.
-        rank: None keeps the change as it is, a dense matrix for each site; a number keeps the best approximation of
-            that rank, and ``Edit.card["compaction_error"]`` says what that lost.
-    """
-
-    steps: int = 100
-    lr: float | None = None
-    optimizer: Literal["rmsprop", "adam"] = "rmsprop"
-    rank: int | None = None
-
-    def __post_init__(self) -> None:
-        check_settings(self.steps, self.lr, self.optimizer)
-        if self.rank is not None and self.rank < 1:
-            raise RequestError(
-                f"rank must be at least 1, not {self.rank}; leave it out to keep the whole change."
-            )
+    steps: int = setting(100, "Largest number of steps of an edit.", least=1)
+    lr: float | None = setting(None, "Learning rate.", above=0, unset="by the model's size")
+    optimizer: Literal["rmsprop", "adam"] = setting("rmsprop", "Optimiser; the paper uses `rmsprop`.")
+    rank: int | None = setting(
+        None,
+        "Keep the best approximation of this rank; `compaction_error` on the edit's card is its error.",
+        least=1,
+        unset="the dense change",
+    )
 
 
 class FineTuning(DescentEditor):
-    """Fine-tuning; see the module's text."""
+    """Fine-tuning; see the module's docstring."""
 
     name = "ft"
     Config = FineTuningConfig
     config: FineTuningConfig
 
     def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        """One change for each request, every one of them from the clean model."""
+        """Compute one change for each request, each from the clean model."""
         changes = super().each(lm, requests)
         if self.config.rank is None:
             return changes
@@ -63,7 +53,7 @@ class FineTuning(DescentEditor):
         }
 
     def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        """One change for all requests, by their mean loss."""
+        """Compute one change for all requests, by their mean loss."""
         changes = self._whole(lm, requests)
         return {name: self._compact(change) for name, change in changes.items()}
 
@@ -90,6 +80,6 @@ class FineTuning(DescentEditor):
         return change if self.config.rank is None else change.compact(self.config.rank)
 
     def descent(self, lm: LM) -> Descent:
-        """How a change of this model is searched for."""
-        optimizer = OPTIMIZERS[self.config.optimizer](self.config.lr or usual_rate(lm))
+        """The settings of the search on this model."""
+        optimizer = OPTIMIZERS[self.config.optimizer](self.config.lr or default_rate(lm))
         return Descent(optimizer=optimizer, steps=self.config.steps)

@@ -20,51 +20,45 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from emendo.editors.descent import Adam, Descent, DescentEditor, check_settings
-from emendo.errors import RequestError
+from emendo._settings import Settings, setting
+from emendo.editors.descent import Adam, Descent, DescentEditor
 from emendo.models.lm import LM
 
 _RADII = {"linf": 5e-4, "l2": 1e-2, "l0": 1e-2}
 
 
 @dataclass(frozen=True, slots=True)
-class ConstrainedConfig:
-    """The settings of constrained fine-tuning.
+class ConstrainedConfig(Settings):
+    """The settings of constrained fine-tuning."""
 
-    Attributes:
-        norm: what is bounded, at each site: ``"linf"``, the largest entry of the change; ``"l2"``, its Frobenius norm;
-            ``"l0"``, how many of its entries are not zero.
-        radius: the bound: for ``"linf"`` as it is (5e-4 by default), for ``"l2"`` as a multiple of the weight's own
-            norm (1e-2), for ``"l0"`` as a share of the weight's entries (1e-2).
-        steps: the most steps of an edit.
-        lr: learning rate of Adam.
-        until: stop once the NLL, in nats per target token, is below this; None: once every target token is the argmax.
-    """
-
-    norm: Literal["linf", "l2", "l0"] = "linf"
-    radius: float | None = None
-    steps: int = 25
-    lr: float = 5e-4
-    until: float | None = 1e-2
-
-    def __post_init__(self) -> None:
-        check_settings(self.steps, self.lr)
-        if self.norm not in _RADII:
-            raise RequestError(f"norm={self.norm!r} is not one of {', '.join(_RADII)}.")
-        for name, value in (("radius", self.radius), ("until", self.until)):
-            if value is not None and not value > 0:
-                raise RequestError(f"{name} must be above 0, not {value}.")
+    norm: Literal["linf", "l2", "l0"] = setting(
+        "linf",
+        "Norm of each matrix's change that is bounded: largest entry, Frobenius norm, or number of nonzero entries.",
+    )
+    radius: float | None = setting(
+        None,
+        "The bound: for `linf` absolute, for `l2` a multiple of the weight's norm, for `l0` a share of its entries.",
+        above=0,
+        unset="5e-4, 1e-2, 1e-2",
+    )
+    steps: int = setting(25, "Largest number of steps of an edit.", least=1)
+    lr: float = setting(5e-4, "Learning rate of Adam.", above=0)
+    until: float | None = setting(
+        1e-2,
+        "Stop once the NLL per target token is below this; none: once every target token is the argmax.",
+        above=0,
+    )
 
 
 class ConstrainedFineTuning(DescentEditor):
-    """Constrained fine-tuning; see the module's text."""
+    """Constrained fine-tuning; see the module's docstring."""
 
     name = "ft-constrained"
     Config = ConstrainedConfig
     config: ConstrainedConfig
 
     def descent(self, lm: LM) -> Descent:
-        """How a change of this model is searched for."""
+        """The settings of the search on this model."""
         return Descent(
             optimizer=Adam(self.config.lr),
             steps=self.config.steps,
@@ -73,7 +67,7 @@ class ConstrainedFineTuning(DescentEditor):
         )
 
     def _projection(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """What puts the change of a weight back where it may be."""
+        """The projection of a weight's change onto the allowed set."""
         radius = self.config.radius or _RADII[self.config.norm]
         match self.config.norm:
             case "linf":
@@ -85,7 +79,7 @@ class ConstrainedFineTuning(DescentEditor):
 
 
 def project_linf(change: Tensor, radius: float) -> Tensor:
-    """The nearest change with no entry beyond ``radius``."""
+    """The nearest change whose entries are at most ``radius`` in size."""
     return change.clamp(-radius, radius)
 
 
@@ -96,7 +90,7 @@ def project_l2(change: Tensor, radius: float) -> Tensor:
 
 
 def project_l0(change: Tensor, count: int) -> Tensor:
-    """The nearest change with at most ``count`` entries that are not zero: the largest ones are kept."""
+    """The nearest change with at most ``count`` nonzero entries: the largest ones."""
     flat = change.flatten()
     kept = flat.abs().topk(min(count, len(flat))).indices
     return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(change)

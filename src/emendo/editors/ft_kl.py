@@ -1,4 +1,4 @@
-"""FT+KL: fine-tuning that also keeps other answers as they are ("oracle": it sees what the others must not touch).
+"""FT+KL: fine-tuning with a locality loss (an "oracle": it sees prompts whose answers must not change).
 
 Mitchell, Lin, Bosselut, Finn, Manning: "Fast Model Editing at Scale", ICLR 2022 (arXiv 2110.11309), section 5 and C.1::
 
@@ -15,79 +15,72 @@ from functools import cached_property
 from random import Random
 from typing import Literal
 
+from emendo._settings import Settings, setting
 from emendo.data import atlas
 from emendo.data.schema import Probe
-from emendo.editors.descent import OPTIMIZERS, Descent, DescentEditor, check_settings, usual_rate
+from emendo.editors.descent import OPTIMIZERS, Descent, DescentEditor, default_rate
 from emendo.errors import RequestError
 from emendo.models.lm import LM
 from emendo.models.text import Text
 from emendo.models.tokenization import to_texts
 
-_POOL = 200  # locality examples to choose from
+_POOL = 200  # locality examples
 
 
 @dataclass(frozen=True, slots=True)
-class FineTuningKlConfig:
-    """The settings of fine-tuning with a locality loss.
+class FineTuningKlConfig(Settings):
+    """The settings of fine-tuning with a locality loss."""
 
-    Attributes:
-        steps: the most steps of an edit.
-        lr: learning rate; None: :func:`emendo.editors.descent.usual_rate`.
-        optimizer: ``"rmsprop"``, as in the paper, or ``"adam"``.
-        c_edit: weight of the edit's loss against the locality loss; None: as in the paper, 1e-3 from 5e9 parameters on
-            (GPT-J's size), else 1e-2.
-        seed: of the order in which the locality examples are taken.
-    """
-
-    steps: int = 100
-    lr: float | None = None
-    optimizer: Literal["rmsprop", "adam"] = "rmsprop"
-    c_edit: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_settings(self.steps, self.lr, self.optimizer)
-        if self.c_edit is not None and not self.c_edit > 0:
-            raise RequestError(f"c_edit must be above 0, not {self.c_edit}.")
+    steps: int = setting(100, "Largest number of steps of an edit.", least=1)
+    lr: float | None = setting(None, "Learning rate.", above=0, unset="by the model's size")
+    optimizer: Literal["rmsprop", "adam"] = setting("rmsprop", "Optimiser; the paper uses `rmsprop`.")
+    c_edit: float | None = setting(
+        None,
+        "Weight of the edit loss against the locality loss.",
+        above=0,
+        unset="as in the paper: 1e-3 from 5e9 parameters on, else 1e-2",
+    )
+    seed: int = setting(0, "Seed of the order of the locality examples.")
 
 
 class FineTuningKl(DescentEditor):
-    """Fine-tuning with a locality loss; see the module's text.
+    """Fine-tuning with a locality loss; see the module's docstring.
 
-    The locality examples are those of :meth:`observe`, or else the first built-in facts (:mod:`emendo.data.atlas`).
-    All requests take them in the same order, so an edit does not depend on what else is in its batch.
+    The locality examples are those of :meth:`set_locality`, or else the first built-in facts
+    (:mod:`emendo.data.atlas`). All requests use them in the same order, so an edit does not depend on the rest of its
+    batch.
     """
 
     name = "ft-kl"
     Config = FineTuningKlConfig
     config: FineTuningKlConfig
 
-    def observe(self, probes: Sequence[Probe]) -> None:
-        """Take the locality examples from these, the first 200 of them; they are saved with the editor."""
+    def set_locality(self, probes: Sequence[Probe]) -> None:
+        """Use the first 200 of these probes as locality examples; they are saved with the editor."""
         self.info["locality"] = [[probe.prompt, probe.answer] for probe in probes[:_POOL]]
 
     def descent(self, lm: LM) -> Descent:
-        """How a change of this model is searched for."""
+        """The settings of the search on this model."""
         config = self.config
         usual = 1e-3 if lm.model.num_parameters() >= 5e9 else 1e-2
         return Descent(
-            optimizer=OPTIMIZERS[config.optimizer](config.lr or usual_rate(lm)),
+            optimizer=OPTIMIZERS[config.optimizer](config.lr or default_rate(lm)),
             steps=config.steps,
             c_edit=config.c_edit or usual,
             locality=self._locality(lm),
         )
 
     def _locality(self, lm: LM) -> list[Text]:
-        """The locality examples in the order they are taken, one for each step.
+        """The locality examples, one for each step.
 
         Raises:
-            RequestError: there are none for a classifier, whose classes no built-in fact has.
+            RequestError: a classifier has none, since the built-in facts have no classes.
         """
         pool = [(prompt, answer) for prompt, answer in self.info.get("locality", [])]
         if not pool and lm.kind == "classifier":
             raise RequestError(
-                f"{self.name} needs prompts that shall keep their answers, and for a classifier none are built in: "
-                "give it some with editor.observe([Probe(prompt, class), ...])."
+                f"{self.name} needs prompts whose answers must not change, and for a classifier none are built in: "
+                "give some with editor.set_locality([Probe(prompt, class), ...])."
             )
         pool = pool or list(self._built_in)
         Random(self.config.seed).shuffle(pool)

@@ -1,17 +1,25 @@
-"""The editors that turn the factors of the fine-tuning gradient into a change, and can be trained to."""
+"""Editors that turn the factors of the fine-tuning gradient into a change and are trained to do so."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from emendo.editors.base import Editor
-from emendo.editors.objective import Episode, Outcome, Weights, backward_through, judge
+from emendo.editors.objective import (
+    BUCKET_TOKENS,
+    Episode,
+    Outcome,
+    Weights,
+    backward_through,
+    outer_losses,
+)
 from emendo.edits.edit import Request
 from emendo.low_rank import LowRank
 from emendo.models._packing import Packing
@@ -25,127 +33,163 @@ from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
 
 _TOKENS = 256
-"""Padded tokens of the texts that are edited together: the memory that many requests take hangs on it."""
+"""Padded tokens of the texts that are edited in one batch; it bounds the memory of many requests."""
+
+Ahead = dict[str, Factors]
+"""By site, the factors of the edits of one batch of episodes."""
 
 
 class GradientEditor(Editor):
-    """Base of the editors that turn the factors of the fine-tuning gradient into a change, and can be trained to."""
+    """Base of the trainable editors that turn the factors of the fine-tuning gradient into a change.
 
-    looks_ahead: bool = True
-    """Whether the factors are those of a frozen model, so that they can be taken before they are needed."""
+    A method defines :meth:`forward`; everything else has a default.
+    """
 
     @abstractmethod
     def forward(self, factors: Mapping[str, Factors]) -> dict[str, LowRank]:
-        """The method itself.
+        """The equations of the method.
 
         Args:
             factors: by site name, the rows of all examples.
 
         Returns:
-            By site name, one change for each example, differentiable in what the editor learns.
+            By site name, one change for each example, differentiable in the editor's parameters.
         """
 
     def factors(
         self, trunk: Trunk, texts: Sequence[Text], hidden: Tensor | None = None
     ) -> dict[str, Factors]:
-        """The factors that this editor works on, on its own device; see :func:`edit_factors`."""
+        """The input of :meth:`forward` for some texts, on the editor's device; see :func:`edit_factors`."""
         device = next((p.device for p in self.parameters()), None)
         factors = edit_factors(trunk, self.sites, texts, hidden, packed=True)
         return factors if device is None else move(factors, device)
 
+    def changes(self, trunk: Trunk, texts: Sequence[Text]) -> dict[str, LowRank]:
+        """One change of the host for each text, from one batch."""
+        changes: dict[str, LowRank] = self(self.factors(trunk, texts))
+        return changes
+
     def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        """One change for each request, in batches of similar length."""
-        parts = list(self._changes(lm, requests))
+        """Compute one change for each request, in batches of similar length."""
+        parts = list(self._batches(lm, requests))
         if len(parts) == 1:
             return parts[0][1]
         order = torch.tensor([place for places, _ in parts for place in places]).argsort()
         return {name: _joined([changes[name] for _, changes in parts], order) for name in parts[0][1]}
 
     def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
-        """The sum of the requests' own changes, in memory that does not grow with their number.
+        """Compute the sum of the requests' separate changes, in memory that does not grow with their number.
 
-        Where the factors would take more room than the matrix itself, the change is kept as a matrix.
+        Where the factors would take more memory than the matrix itself, the change is kept as a matrix.
         """
         sums: dict[str, _Sum] = {}
-        for _, changes in self._changes(lm, requests):
+        for _, changes in self._batches(lm, requests):
             for name, change in changes.items():
                 sums.setdefault(name, _Sum()).add(change.sum())
         return {name: own.change() for name, own in sums.items()}
 
     @torch.no_grad()
-    def _changes(self, lm: LM, requests: Sequence[Request]) -> Iterator[tuple[list[int], dict[str, LowRank]]]:
-        """Places of some requests and the change of each, until all had their turn."""
+    def _batches(self, lm: LM, requests: Sequence[Request]) -> Iterator[tuple[list[int], dict[str, LowRank]]]:
+        """The indices of the requests of each batch, with their changes."""
         texts = self.texts(lm, requests)
         trunk = Trunk(self.host(lm).model, self.sites)
         training = self.training
         self.eval()
         try:
             for part in in_batches(texts):
-                yield part, self(self.factors(trunk, [texts[place] for place in part]))
+                yield part, self.changes(trunk, [texts[place] for place in part])
         finally:
             self.train(training)
 
     # ------------------------------------------------------------------------------------- training
 
-    def begin(self, lm: LM) -> None:
-        """Get ready to be trained on this model."""
-
-    def trainable(self, lm: LM) -> Iterable[nn.Parameter]:
-        """What training changes: the editor's own parameters."""
-        return self.parameters()
-
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Optimiser groups; a method with learning rates of its own overrides this."""
+        """Optimiser groups; a method with its own learning rates overrides this."""
         return [{"params": list(self.parameters()), "lr": lr}]
 
-    def weights(self, asked: Weights) -> Weights:
-        """The weights of the losses at this step: those asked for, unless a method sets its own."""
-        return asked
+    def look_ahead(
+        self, store: TrunkCache, batches: Sequence[Sequence[Episode]], window: Sequence[Episode] = ()
+    ) -> list[Ahead]:
+        """Compute for several steps at once what does not depend on the editor's parameters.
 
-    def learnt(self, outcome: Outcome) -> None:
-        """Hear what a step gave, after it."""
+        The factors of the edits and the unedited model's answers to the locality texts stay the same while the editor
+        learns. Texts of several steps make batches of similar length, which halves the padding and keeps the matrix
+        products large. The answers are kept in the store.
 
-    def validated(self, outcome: Outcome) -> None:
-        """Hear what a validation gave."""
+        Args:
+            store: holds the trunk's output of every text.
+            batches: the episodes of the next steps.
+            window: the episodes of further steps whose unedited answers are computed now.
 
-    def judged(
+        Returns:
+            The factors of each batch.
+        """
+        for episodes in (window, [episode for batch in batches for episode in batch]):
+            store.ensure_unedited(text for episode in episodes for text in episode.locality)
+        return self._factors_of(store, [[episode.edit for episode in batch] for batch in batches])
+
+    def _factors_of(self, store: TrunkCache, batches: Sequence[Sequence[Text]]) -> list[Ahead]:
+        """Capture in batches of similar length, then give each batch its own rows, in its own order."""
+        texts = [text for batch in batches for text in batch]
+        found: dict[str, list[Factors]] = {}
+        for part in length_buckets(range(len(texts)), lambda i: texts[i].size, BUCKET_TOKENS):
+            chosen = [texts[i] for i in part]
+            for name, rows in self.factors(store.trunk, chosen, store.gather(chosen)).items():
+                owner = torch.tensor(part).to(rows.owner)[rows.owner]
+                found.setdefault(name, []).append(Factors(rows.u, rows.delta, owner, len(texts)))
+        bounds = torch.tensor([0, *(len(batch) for batch in batches)]).cumsum(0).tolist()
+        split: list[Ahead] = [{} for _ in batches]
+        for name in list(found):
+            parts = found.pop(name)  # its memory is freed once the parts are concatenated
+            owner, order = torch.cat([part.owner for part in parts]).sort(stable=True)
+            u, delta = (
+                torch.cat([getattr(part, factor) for part in parts])[order] for factor in ("u", "delta")
+            )
+            cuts = torch.searchsorted(owner, torch.tensor(bounds).to(owner)).tolist()
+            for i, rows_of in enumerate(split):
+                own = slice(cuts[i], cuts[i + 1])
+                rows_of[name] = Factors(u[own], delta[own], owner[own] - bounds[i], len(batches[i]))
+        return split
+
+    def outer_step(
         self,
         store: TrunkCache,
         episodes: Sequence[Episode],
-        factors: Mapping[str, Factors],
+        ahead: Ahead,
         weights: Weights,
         *,
         together: int = 1,
         backward: bool = False,
     ) -> Outcome | None:
-        """Make the edits of some episodes and judge them; with ``backward`` also add to the parameters' gradients.
+        """Make the edits of a batch of episodes and compute their losses and scores.
 
         Args:
-            store: the trunk's output of every text, and the way on from there; the unedited model's answers.
-            episodes: what to edit and to judge by.
-            factors: of the episodes' edits; empty where :attr:`looks_ahead` is False.
+            store: the trunk's output of every text, and the unedited model's answers.
+            episodes: the batch.
+            ahead: the result of :meth:`look_ahead` for the batch.
             weights: of the losses.
-            together: how many consecutive episodes are put into one edit.
-            backward: whether this is a training step.
+            together: number of consecutive episodes that make one edit.
+            backward: add the gradient of the mean loss to the parameters' gradients.
 
         Returns:
-            What the edits did; None where a factor was not finite.
+            Losses and scores; None where a factor is not finite.
         """
-        if factors and not all_finite(row for f in factors.values() for row in (f.u, f.delta)):
+        if not all_finite(row for f in ahead.values() for row in (f.u, f.delta)):
             return None
-        deltas = self(factors)
+        deltas = self(ahead)
         if together > 1:
             deltas = {name: delta.group(together) for name, delta in deltas.items()}
-        rest = (episodes, weights)
-        if not backward:
-            return judge(store, deltas, *rest, together=together)
-        return backward_through(
-            deltas, lambda leaves: judge(store, leaves, *rest, together=together, backward=True)
+        losses = partial(
+            outer_losses, store, episodes=episodes, weights=weights, together=together, backward=backward
         )
+        return backward_through(deltas, losses) if backward else losses(deltas)
+
+    def adapt(self, outcome: Outcome, *, validation: bool = False) -> None:
+        """Adapt the objective after a step, or after a validation, to its outcome; most methods do nothing."""
 
 
 def in_batches(texts: Sequence[Text], tokens: int = _TOKENS) -> list[list[int]]:
-    """The texts' places in batches of at most so many padded tokens: all in order where they fit, else by length."""
+    """The texts' indices in batches of at most ``tokens`` padded tokens: in order where all fit, else by length."""
     places = list(range(len(texts)))
     if max(text.size for text in texts) * len(texts) <= tokens:
         return [places]
@@ -153,7 +197,7 @@ def in_batches(texts: Sequence[Text], tokens: int = _TOKENS) -> list[list[int]]:
 
 
 class _Sum:
-    """A sum of changes of one matrix: as factors, and as a matrix as soon as that takes less room."""
+    """A sum of changes of one matrix: kept as factors, or as a matrix once that takes less memory."""
 
     def __init__(self) -> None:
         self.factors: LowRank | None = None
@@ -177,7 +221,7 @@ class _Sum:
 
 
 def _joined(parts: Sequence[LowRank], order: Tensor) -> LowRank:
-    """The changes ``[examples, ...]`` of all parts as one, in this order; lower ranks are filled up with zeros."""
+    """Concatenate changes ``[examples, ...]`` and reorder them; lower ranks are padded with zeros."""
     rank = max(part.rank for part in parts)
     left = torch.cat([pad(part.left, (0, rank - part.rank)) for part in parts])
     right = torch.cat([pad(part.right, (0, 0, 0, rank - part.rank)) for part in parts])
@@ -195,21 +239,21 @@ def edit_factors(
     seen: Callable[[Tensor, TokenBatch], None] | None = None,
     packed: bool = False,
 ) -> dict[str, Factors]:
-    """The factors of each text's own fine-tuning gradient: NLL of its answer, averaged over its tokens.
+    """Compute the factors of each text's fine-tuning gradient: NLL of its answer, averaged over its tokens.
 
     Args:
         trunk: the split model.
         sites: where to capture.
         texts: prompts with their targets.
-        hidden: the trunk's output ``[texts, tokens, width]``, where it is already known.
+        hidden: the trunk's output ``[texts, tokens, width]``, if it is already known.
         token_loss: the loss of each label, in place of the NLL.
         create_graph: leave the factors differentiable in the model's parameters.
-        seen: shown the logits at the label positions and the batch, on the way.
-        packed: leave out the rows that do not matter; not where each example has a change of its own.
+        seen: called with the logits at the label positions and the batch.
+        packed: leave out irrelevant rows; not possible where each example has its own change.
     """
     batch = collate(texts)
     packing = trunk.packing(batch) if packed else Packing()
-    # one batch alone costs no more with its logits than finding out that they are not needed
+    # for a single batch, computing the logits costs no more than finding out whether they are needed
     plain = hidden is not None and token_loss is token_nll and seen is None and not create_graph
     head = trunk.projection if plain else None
     if hidden is None and not create_graph:

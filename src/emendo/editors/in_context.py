@@ -1,10 +1,9 @@
-"""In-context editing: no weight is changed; the corrected fact is told to the model before every prompt.
+"""In-context editing: no weight is changed; the corrected fact is put before every prompt.
 
-The plainest editor of a model that follows what it reads (Zheng et al., "Can We Edit Factual Knowledge by In-Context
-Learning?", EMNLP 2023, arXiv 2305.12740, without their demonstrations): the facts, one a line, stand before the prompt
-of a decoder or the source of an encoder-decoder, behind the tokens that its tokenizer or chat template begins every
-text with. A classifier is refused: its answers are classes, and a line such as "claim. true." is nothing it has learnt
-to read.
+Zheng et al., "Can We Edit Factual Knowledge by In-Context Learning?", EMNLP 2023, arXiv 2305.12740, without their
+demonstrations: the facts, one a line, precede the prompt of a decoder or the source of an encoder-decoder, after the
+tokens that its tokenizer or chat template puts at the start of every text. Classifiers are refused: their answers are
+classes, and they are not trained to read a line such as "claim. true.".
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from emendo._settings import Settings, setting
 from emendo.editors.base import Editor, as_requests
 from emendo.edits.edit import BaseEdit, Origin, Request
 from emendo.errors import RequestError
@@ -27,16 +27,12 @@ from emendo.models.text import Text
 
 
 @dataclass(frozen=True, slots=True)
-class InContextConfig:
-    """In-context editing's settings.
+class InContextConfig(Settings):
+    """The settings of in-context editing."""
 
-    Attributes:
-        template: how a fact is told, with ``{prompt}`` and ``{target}`` in it.
-    """
+    template: str = setting("{prompt} {target}.", "Text of a fact, with `{prompt}` and `{target}` in it.")
 
-    template: str = "{prompt} {target}."
-
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         try:
             names = [name for _, name, _, _ in Formatter().parse(self.template) if name is not None]
         except ValueError:
@@ -49,10 +45,10 @@ class InContextConfig:
 
 @dataclass(frozen=True, eq=False)
 class ContextEdit(BaseEdit):
-    """A text that is put before every prompt.
+    """A text that precedes every prompt.
 
     Attributes:
-        text: the facts, each with a line break behind it.
+        text: the facts, one a line, each with a line break at its end.
     """
 
     kind: ClassVar[str] = "in-context"
@@ -68,7 +64,7 @@ class ContextEdit(BaseEdit):
             RequestError: the text leaves no room for a prompt in the model's context.
         """
         self.check(model)
-        yield _Told.of(model, self.text)
+        yield _InContext.of(model, self.text)
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {}, {"text": self.text}
@@ -83,7 +79,7 @@ class ContextEdit(BaseEdit):
 
 
 @dataclass(frozen=True, eq=False)
-class _Told(LM):
+class _InContext(LM):
     """A model that reads a text before every prompt.
 
     Attributes:
@@ -95,18 +91,19 @@ class _Told(LM):
     text: str = field(kw_only=True)
 
     @classmethod
-    def of(cls, lm: LM, text: str) -> _Told:
-        """A model with a text for it.
+    def of(cls, lm: LM, text: str) -> _InContext:
+        """A model with a text before its prompts.
 
         Raises:
             RequestError: the text fills the model's context.
         """
-        told = cls(lm.model, lm.tokenizer, lm.name, lm.chat, inner=lm, text=text)
-        if told.context is not None and told.context < 1:
+        reader = cls(lm.model, lm.tokenizer, lm.name, lm.chat, inner=lm, text=text)
+        if reader.context is not None and reader.context < 1:
             raise RequestError(
-                f"The facts have {len(told.ids)} tokens but the context of {lm.name} is {lm.context}: tell fewer."
+                f"The facts have {len(reader.ids)} tokens but the context of {lm.name} is {lm.context}: "
+                "use fewer facts."
             )
-        return told
+        return reader
 
     @cached_property
     def ids(self) -> tuple[int, ...]:
@@ -115,33 +112,33 @@ class _Told(LM):
 
     @cached_property
     def context(self) -> int | None:
-        """What the text leaves of the model's context."""
+        """The rest of the model's context after the text."""
         return None if self.inner.context is None else self.inner.context - len(self.ids)
 
     @torch.no_grad()
     def logits(self, texts: Sequence[Text]) -> list[Tensor]:
-        """As :meth:`LM.logits`, behind the text.
+        """As :meth:`LM.logits`, after the text.
 
         Raises:
-            RequestError: a text does not fit the context any more.
+            RequestError: a text does not fit the rest of the context.
         """
-        return self.inner.logits([self._behind(text) for text in texts])
+        return self.inner.logits([self._after_facts(text) for text in texts])
 
     def _words(self, prompts: list[str], max_new_tokens: int) -> list[str]:
         words: list[str] = self.inner.generate([self.text + prompt for prompt in prompts], max_new_tokens)
         return words
 
-    def _behind(self, text: Text) -> Text:
-        """The text behind the told one.
+    def _after_facts(self, text: Text) -> Text:
+        """A text after the facts.
 
         Raises:
-            RequestError: there is no room for it.
+            RequestError: it does not fit the rest of the context.
         """
         read = text.source or text.ids
         if self.context is not None and len(read) > self.context:
             raise RequestError(
                 f"The facts have {len(self.ids)} tokens and leave {self.context} in the context of {self.name}, the "
-                f"text {len(read)}: tell fewer facts at once, or shorten the prompt."
+                f"text has {len(read)}: use fewer facts at once, or shorten the prompt."
             )
         start = self._opening(read)
         joined = (*read[:start], *self.ids, *read[start:])
@@ -150,14 +147,14 @@ class _Told(LM):
         return replace(text, ids=joined, start=text.start + len(self.ids))
 
     def _opening(self, ids: tuple[int, ...]) -> int:
-        """How many tokens the tokenizer itself, or the chat template, puts before every text."""
+        """The number of tokens that the tokenizer or the chat template puts before every text."""
         bare = self.tokenizer(self.framing.frame(""), add_special_tokens=not self.framing.chat)["input_ids"]
         same = [a == b for a, b in zip(bare, ids, strict=False)]
         return [*same, False].index(False)
 
 
 class InContext(Editor):
-    """In-context editing; see the module's text."""
+    """In-context editing; see the module's docstring."""
 
     name = "in-context"
     Config = InContextConfig
@@ -168,7 +165,7 @@ class InContext(Editor):
     def edit(
         self, lm: LM, prompt: str | Sequence[Request | tuple[str, str]], target: str | None = None
     ) -> ContextEdit:
-        """Note one fact or several; see :meth:`emendo.editors.base.Editor.edit`.
+        """Make an edit of one fact or of several; see :meth:`emendo.editors.base.Editor.edit`.
 
         Raises:
             RequestError: the model is a classifier, or the facts leave no room in its context.
@@ -177,7 +174,7 @@ class InContext(Editor):
         self.texts(lm, requests)
         if lm.kind == "classifier":
             raise RequestError(
-                f"in-context tells a model facts in words, but {lm.name} is a classifier that answers with classes; "
+                f"in-context puts facts before the prompt, but {lm.name} is a classifier, which answers with classes; "
                 "use the cache or an editor that changes weights."
             )
         lines = [

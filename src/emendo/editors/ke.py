@@ -16,8 +16,8 @@ Where it departs from the paper and its code (nicola-decao/KnowledgeEditor):
 2. Start: random outputs there. Here ``col_a`` is given in units of ``2 step d_out / max_scale``, and the bias of ``V2``
    is 1 for it and 0 for the rest, so that an untrained editor takes about a gradient step of size ``step``.
 3. The model's own answer: a beam search there. Here the argmax at each of the new answer's positions, which the pass
-   that gives the gradient shows for nothing. A class of a classifier is read as the token of its number.
-4. The parts of the condition are set apart by learned vectors instead of the texts " >> " and " || ".
+   that gives the gradient yields at no cost. A class of a classifier is read as the token of its number.
+4. The parts of the condition are distinguished by learned vectors instead of the texts " >> " and " || ".
 5. Token embeddings: there copied from the model and trained on. Here the model's own, frozen, and normalised to one
    scale, since they differ by orders of magnitude from model to model.
 6. Matrices: all but embeddings and heads there. Here the sites, as for every editor.
@@ -38,8 +38,9 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_sequence
 
-from emendo.editors.gradient import GradientEditor, edit_factors
-from emendo.editors.objective import Outcome, Weights
+from emendo._settings import Settings, setting
+from emendo.editors.gradient import Ahead, GradientEditor, edit_factors
+from emendo.editors.objective import Episode, Outcome, Weights
 from emendo.errors import RequestError
 from emendo.low_rank import LowRank
 from emendo.models.capture import Factors, move
@@ -47,52 +48,39 @@ from emendo.models.lm import LM
 from emendo.models.sites import Site
 from emendo.models.text import Text, TokenBatch
 from emendo.models.trunk import Trunk
+from emendo.models.trunk_cache import TrunkCache
 
 CONDITION = "condition"
-"""Key of the condition among the factors: ``u`` are token embeddings in order, ``delta`` tells their part, one-hot."""
+"""Key of the condition among the factors: ``u`` are token embeddings in order, ``delta`` is their part, one-hot."""
 
 _PARTS = 3  # the model's own answer, the new one, the prompt
 _ASCENT = 0.1  # learning rate of the multiplier
-_SHRINK, _ENOUGH = 0.8, 0.9  # what the margin is multiplied by, and the success from which on
+_SHRINK, _ENOUGH = 0.8, 0.9  # factor of the margin, and the edit success above which it shrinks
 
 
 @dataclass(frozen=True, slots=True)
-class KeConfig:
+class KeConfig(Settings):
     """KE's settings.
 
-    Attributes:
-        lstm_hidden: width of the LSTM in each direction (128 in the paper, 512 in MEND's comparison).
-        condition: width of the vector that stands for the condition (1024 and 768).
-        hidden: width between the two layers of each matrix (128 and 512).
-        step: size of the gradient step that it starts as, about.
-        max_scale: largest factor of ``G * alpha + beta`` (1 in the paper).
-        objective: ``"mend"`` takes the weights of the losses from the training's settings; ``"constrained"`` weighs the
-            edit loss with 1 and the locality loss with the multiplier.
-        margin: the KL in nats that the constrained objective allows at first (0.1 and 0.001 in the paper).
-        margin_end: the least that it shrinks to (0.001 and 0.00001).
-        embedding: width of the model's token embeddings; 0 takes that of its blocks.
+    The values in parentheses are those of the paper, and of MEND's comparison.
     """
 
-    lstm_hidden: int = 256
-    condition: int = 512
-    hidden: int = 128
-    step: float = 3e-3
-    max_scale: float = 1.0
-    objective: Literal["mend", "constrained"] = "mend"
-    margin: float = 0.1
-    margin_end: float = 0.001
-    embedding: int = 0
+    lstm_hidden: int = setting(256, "Width of the LSTM in each direction (128, 512).", least=1)
+    condition: int = setting(512, "Width of the vector that the LSTM's states become (1024, 768).", least=1)
+    hidden: int = setting(128, "Width between the two layers of each matrix (128, 512).", least=1)
+    step: float = setting(3e-3, "Approximate size of the gradient step of an untrained editor.", above=0)
+    max_scale: float = setting(1.0, "Largest factor of `G * alpha + beta` (1).", above=0)
+    objective: Literal["mend", "constrained"] = setting(
+        "mend", "`mend` uses the loss weights of the training; `constrained` is NLL + multiplier * KL."
+    )
+    margin: float = setting(0.1, "KL in nats that `constrained` allows at first (0.1 and 0.001).", least=0)
+    margin_end: float = setting(
+        1e-3, "Smallest value that the margin shrinks to (0.001 and 0.00001).", least=0
+    )
+    embedding: int = setting(0, "Width of the model's token embeddings; 0: that of its blocks.", least=0)
 
-    def __post_init__(self) -> None:
-        for name in ("lstm_hidden", "condition", "hidden"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"KE needs {name} of at least 1, not {getattr(self, name)}.")
-        for name in ("step", "max_scale"):
-            if not getattr(self, name) > 0:
-                raise RequestError(f"KE needs {name} above 0, not {getattr(self, name)}.")
-        if self.objective not in ("mend", "constrained"):
-            raise RequestError(f"objective={self.objective!r} is not one of mend, constrained.")
-        if not 0 <= self.margin_end <= self.margin:
+    def _check(self) -> None:
+        if self.margin_end > self.margin:
             raise RequestError(
                 f"margin_end must be between 0 and margin, which is {self.margin}, but is {self.margin_end}."
             )
@@ -117,7 +105,7 @@ class _Reader(nn.Module):
 
 
 class _Gates(nn.Module):
-    """The two layers of one matrix, and the change that they make of its gradient."""
+    """The two layers of one matrix; they turn its gradient into a change."""
 
     def __init__(self, site: Site, config: KeConfig) -> None:
         super().__init__()
@@ -138,7 +126,7 @@ class _Gates(nn.Module):
 
 
 class KnowledgeEditor(GradientEditor):
-    """The KE editor; see the module's text for its equations."""
+    """The KE editor; the module's docstring has its equations."""
 
     name = "ke"
     Config = KeConfig
@@ -159,17 +147,17 @@ class KnowledgeEditor(GradientEditor):
     def factors(
         self, trunk: Trunk, texts: Sequence[Text], hidden: Tensor | None = None
     ) -> dict[str, Factors]:
-        """The factors of the gradient and, under :data:`CONDITION`, what the LSTM reads.
+        """The factors of the gradient and, under :data:`CONDITION`, the input of the LSTM.
 
         Raises:
             RequestError: the model's token embeddings have another width than the editor expects.
         """
         answers: list[Tensor] = []
 
-        def look(logits: Tensor, batch: TokenBatch) -> None:
+        def keep(logits: Tensor, batch: TokenBatch) -> None:
             answers.extend(logits.argmax(-1).cpu().split([len(text.labels) for text in texts]))
 
-        factors = edit_factors(trunk, self.sites, texts, hidden, seen=look)
+        factors = edit_factors(trunk, self.sites, texts, hidden, seen=keep)
         parts = [
             (tuple(answer.tolist()), text.labels, text.source or text.ids[: text.start])
             for answer, text in zip(answers, texts, strict=True)
@@ -185,42 +173,56 @@ class KnowledgeEditor(GradientEditor):
             for site, gates in zip(self.sites, self.gates, strict=True)
         }
 
-    def begin(self, lm: LM) -> None:
-        """Check the width of the token embeddings before any work is done.
+    def bind(self, lm: LM) -> None:
+        """Bind the editor to its model; see :meth:`emendo.editors.base.Editor.bind`.
 
         Raises:
-            RequestError: it is another one than the editor expects.
+            RequestError: the model's token embeddings have another width than the editor expects.
         """
+        super().bind(lm)
         self._embeddings(lm.model)
 
     def _embeddings(self, model: Any) -> Any:
         table = model.get_input_embeddings()
         if (width := table.weight.shape[-1]) != self.width:
             raise RequestError(
-                f"The model's token embeddings are {width} wide, but this editor reads {self.width}: make it with "
+                f"The model's token embeddings are {width} wide, but this editor reads {self.width}: set "
                 f"embedding={width}."
             )
         return table
 
-    def weights(self, asked: Weights) -> Weights:
-        """Those asked for, or NLL + multiplier * KL for the constrained objective."""
+    def outer_step(
+        self,
+        store: TrunkCache,
+        episodes: Sequence[Episode],
+        ahead: Ahead,
+        weights: Weights,
+        *,
+        together: int = 1,
+        backward: bool = False,
+    ) -> Outcome | None:
+        """As in the base class; the constrained objective trains on NLL + multiplier * KL."""
+        if backward:
+            weights = self._weights(weights)
+        return super().outer_step(store, episodes, ahead, weights, together=together, backward=backward)
+
+    def _weights(self, given: Weights) -> Weights:
+        """The given weights, or those of NLL + multiplier * KL."""
         if self.config.objective == "mend":
-            return asked
-        return Weights(c_edit=1.0, prompt_share=asked.prompt_share, c_loc=float(self.multiplier))
+            return given
+        return Weights(c_edit=1.0, prompt_share=given.prompt_share, c_loc=float(self.multiplier))
 
-    def learnt(self, outcome: Outcome) -> None:
-        """Raise the multiplier by how far the KL was above the margin."""
-        self.multiplier += _ASCENT * (outcome.locality_loss - self.margin)
-        self.multiplier.clamp_(min=0)
-
-    def validated(self, outcome: Outcome) -> None:
-        """Shrink the margin where the edits succeed."""
-        if outcome.success > _ENOUGH:
+    def adapt(self, outcome: Outcome, *, validation: bool = False) -> None:
+        """Raise the multiplier by the KL above the margin; after a validation, shrink the margin if edits succeed."""
+        if not validation:
+            self.multiplier += _ASCENT * (outcome.locality_loss - self.margin)
+            self.multiplier.clamp_(min=0)
+        elif outcome.success > _ENOUGH:
             self.margin.mul_(_SHRINK).clamp_(min=self.config.margin_end)
 
 
 def _stream(sites: tuple[Site, ...]) -> int:
-    """The width of the residual stream, which every matrix reads or writes; the smaller where two would do."""
+    """The width of the residual stream, which every matrix reads or writes; the smaller of two candidates."""
     shared = set.intersection(*({*site.shape} for site in sites))
     return min(shared or {width for site in sites for width in site.shape})
 

@@ -25,8 +25,9 @@ Where the paper and the official code (eric-mitchell/mend) differ, and what is d
 7. ``alpha`` is missing in the paper's Algorithm 2 and present in its text and code. Here: present.
 8. ReLU: the code's clamp, whose gradient at 0 is 1 (see :class:`emendo.editors._nets.LowRankBlock`). Here: the clamp.
 9. Several edits: the paper transforms each example's factors and sums the edits, the code takes one token-mean loss
-   over the batch. Here: the paper's way, so an edit does not depend on what else is in the batch.
-10. Loss: the code scores only the rewording, Eq. 1 also the edit prompt. Here: both (see :mod:`emendo.train.step`).
+   over the batch. Here: the paper's way, so an edit does not depend on the rest of the batch.
+10. Loss: the code uses only the paraphrase, Eq. 1 also the edit prompt. Here: both (see
+    :mod:`emendo.editors.objective`).
 11. Without sharing, the code drops ``s`` and ``o``. Here too: they would be redundant.
 """
 
@@ -39,48 +40,31 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from emendo._settings import Settings, setting
 from emendo.editors._nets import LowRankBlock, RunningStats, joined, normalise_
 from emendo.editors.gradient import GradientEditor
-from emendo.errors import RequestError
 from emendo.low_rank import LowRank
 from emendo.models.capture import Factors
 from emendo.models.sites import Site, group_sites
 
-_FACTORS = ("both", "u", "delta", "smaller")
-
 
 @dataclass(frozen=True, slots=True)
-class MendConfig:
-    """MEND's settings. The ablations of the paper's Table 6 are ``norm``, ``identity``, ``shared``, ``factors``.
+class MendConfig(Settings):
+    """MEND's settings; the ablations of the paper's Table 6 are ``norm``, ``identity``, ``shared``, ``factors``.
 
-    Attributes:
-        rank: rank of ``U V`` in each block (1920 in the official code).
-        blocks: number of residual blocks (2 in the paper).
-        alpha: step size of every matrix at the start (1e-4 in the official code).
-        alpha_lr: learning rate of ``alpha`` as a multiple of the editor's.
-        norm: normalise ``u`` and ``delta`` by running statistics.
-        identity: residual blocks that start as the identity.
-        shared: one network for each shape; otherwise one for each matrix.
-        factors: which factors the network transforms: ``"both"``, ``"u"``, ``"delta"`` or the ``"smaller"`` of the
-            two; the other passes through normalised.
+    The values in parentheses are those of the paper and its code.
     """
 
-    rank: int = 256
-    blocks: int = 2
-    alpha: float = 1e-4
-    alpha_lr: float = 0.01
-    norm: bool = True
-    identity: bool = True
-    shared: bool = True
-    factors: Literal["both", "u", "delta", "smaller"] = "both"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or self.blocks < 1:
-            raise RequestError(
-                f"MEND needs rank and blocks of at least 1, not {self.rank} and {self.blocks}."
-            )
-        if self.factors not in _FACTORS:
-            raise RequestError(f"factors={self.factors!r} is not one of {', '.join(_FACTORS)}.")
+    rank: int = setting(256, "Rank of `U V` in each block (1920).", least=1)
+    blocks: int = setting(2, "Number of residual blocks (2).", least=1, most=64)
+    alpha: float = setting(1e-4, "Step size of every matrix at the start (1e-4).")
+    alpha_lr: float = setting(0.01, "Learning rate of `alpha` as a multiple of the editor's.")
+    norm: bool = setting(True, "Normalise `u` and `delta` by running statistics.")
+    identity: bool = setting(True, "Residual blocks that start as the identity.")
+    shared: bool = setting(True, "One network for each shape; otherwise one for each matrix.")
+    factors: Literal["both", "u", "delta", "smaller"] = setting(
+        "both", "Factors that the network transforms; the other passes through normalised."
+    )
 
 
 class _Network(nn.Module):
@@ -119,7 +103,7 @@ class _Network(nn.Module):
 
 
 class Mend(GradientEditor):
-    """The MEND editor; see the module's text for its equations."""
+    """The MEND editor; the module's docstring has its equations."""
 
     name = "mend"
     Config = MendConfig
@@ -139,7 +123,7 @@ class Mend(GradientEditor):
         self.alpha = nn.Parameter(torch.full((len(sites),), float(self.config.alpha)))
 
     def forward(self, factors: Mapping[str, Factors]) -> dict[str, LowRank]:
-        """Transform every row and put the rows of each example together (Eq. 2)."""
+        """Transform every row and add up the rows of each example (Eq. 2)."""
         changes: dict[int, LowRank] = {}
         for key, members in self._members.items():
             group = [factors[self.sites[index].name] for index in members]

@@ -25,33 +25,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emendo._settings import Settings, setting
 from emendo.editors._nets import RunningStats, joined, normalise_
 from emendo.editors.gradient import GradientEditor
-from emendo.errors import RequestError
 from emendo.low_rank import LowRank
 from emendo.models.capture import Factors
 from emendo.models.sites import Site, group_sites
 
 
 @dataclass(frozen=True, slots=True)
-class MetaCurvatureConfig:
-    """The settings of meta-curvature.
+class MetaCurvatureConfig(Settings):
+    """The settings of meta-curvature."""
 
-    Attributes:
-        alpha: step size of every matrix at the start; of the order of 0.003 without ``norm``.
-        alpha_lr: learning rate of ``alpha`` as a multiple of the editor's.
-        norm: normalise ``u`` and ``delta`` by running statistics.
-        shared: one pair of matrices for each shape; otherwise one for each edited matrix.
-    """
-
-    alpha: float = 1e-4
-    alpha_lr: float = 0.01
-    norm: bool = True
-    shared: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.alpha_lr >= 0:
-            raise RequestError(f"alpha_lr cannot be negative, but is {self.alpha_lr}.")
+    alpha: float = setting(1e-4, "Step size of every matrix at the start; about 0.003 without `norm`.")
+    alpha_lr: float = setting(0.01, "Learning rate of `alpha` as a multiple of the editor's.", least=0)
+    norm: bool = setting(True, "Normalise `u` and `delta` by running statistics.")
+    shared: bool = setting(True, "One pair of matrices for each shape; otherwise one for each edited matrix.")
 
 
 class _Curvature(nn.Module):
@@ -76,7 +65,7 @@ class _Curvature(nn.Module):
 
 
 class MetaCurvature(GradientEditor):
-    """The meta-curvature editor; see the module's text for its equation."""
+    """The meta-curvature editor; the module's docstring has its equation."""
 
     name = "meta-curvature"
     Config = MetaCurvatureConfig
@@ -96,7 +85,7 @@ class MetaCurvature(GradientEditor):
         self.alpha = nn.Parameter(torch.full((len(sites),), float(self.config.alpha)))
 
     def forward(self, factors: Mapping[str, Factors]) -> dict[str, LowRank]:
-        """Map every row and put the rows of each example together."""
+        """Map every row and add up the rows of each example."""
         changes: dict[int, LowRank] = {}
         for key, members in self._members.items():
             group = [factors[self.sites[index].name] for index in members]

@@ -8,9 +8,9 @@ Li, Zhou, Chen, Li: "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning",
 All of ``A`` starts as ``alpha``, so it starts as one plain step. Here the weights that the step starts from are frozen;
 the paper learns them too.
 
-The elementwise product has full rank, so its edits are dense. That has its price in memory: a training step holds a
-dense change and its gradient for every matrix, edit and outer text, and a stored edit ``d_out * d_in`` numbers for
-every matrix. It is for small models and small batches.
+The elementwise product has full rank, so its edits are dense. A training step holds a dense change and its gradient for
+every matrix, edit and outer text, and a stored edit has ``d_out * d_in`` numbers for every matrix: the method is for
+small models and small batches.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from emendo._settings import Settings, setting
 from emendo.editors._nets import RunningStats, joined, normalise_
 from emendo.editors.gradient import GradientEditor
 from emendo.edits.edit import Request
-from emendo.errors import RequestError
 from emendo.low_rank import LowRank
 from emendo.models.capture import Factors
 from emendo.models.lm import LM
@@ -33,22 +33,14 @@ from emendo.models.sites import Site
 
 
 @dataclass(frozen=True, slots=True)
-class MetaSgdConfig:
-    """The settings of Meta-SGD.
+class MetaSgdConfig(Settings):
+    """The settings of Meta-SGD."""
 
-    Attributes:
-        alpha: step size of every weight at the start; of the order of 0.003 without ``norm``.
-        alpha_lr: learning rate of the step sizes as a multiple of the editor's.
-        norm: normalise ``u`` and ``delta`` by running statistics, as MEND does; the paper does not.
-    """
-
-    alpha: float = 1e-4
-    alpha_lr: float = 0.01
-    norm: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.alpha_lr > 0:
-            raise RequestError(f"alpha_lr must be above 0, but is {self.alpha_lr}.")
+    alpha: float = setting(1e-4, "Step size of every weight at the start; about 0.003 without `norm`.")
+    alpha_lr: float = setting(0.01, "Learning rate of the step sizes as a multiple of the editor's.", above=0)
+    norm: bool = setting(
+        True, "Normalise `u` and `delta` by running statistics, as MEND does; the paper does not."
+    )
 
 
 class _Steps(nn.Module):
@@ -70,7 +62,7 @@ class _Steps(nn.Module):
 
 
 class MetaSgd(GradientEditor):
-    """The Meta-SGD editor; see the module's text for its equation."""
+    """The Meta-SGD editor; the module's docstring has its equation."""
 
     name = "meta-sgd"
     Config = MetaSgdConfig
@@ -83,7 +75,7 @@ class MetaSgd(GradientEditor):
         self.steps = nn.ModuleList(_Steps(site, self.config) for site in sites)
 
     def forward(self, factors: Mapping[str, Factors]) -> dict[str, LowRank]:
-        """Weigh the gradient of each example."""
+        """Multiply the gradient of each example by the step sizes."""
         return {
             site.name: steps(factors[site.name]) for site, steps in zip(self.sites, self.steps, strict=True)
         }

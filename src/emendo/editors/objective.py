@@ -1,12 +1,12 @@
-"""How an edit is judged: the outer losses and scores of a batch of edits, each on its own texts (MEND, Algorithm 1).
+"""The outer objective: losses and scores of a batch of edits, each on its own texts (MEND, Algorithm 1).
 
 For every edit::
 
-    L = c_edit * (p * NLL on the edit prompt + (1 - p) * NLL on the rewording)
+    L = c_edit * (p * NLL on the edit prompt + (1 - p) * NLL on the paraphrase)
         + c_loc * mean over locality texts of KL(before || after)                          with p = prompt_share
 
-The loss sees an editor only through the changes, so the edited passes run in micro-batches of similar length. Memory
-does not grow with the number of outer texts.
+The loss depends on an editor only through its changes, so the edited passes run in micro-batches of similar length, and
+memory does not grow with the number of texts.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ BUCKET_TOKENS = 768
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """One edit and what it is judged by.
+    """One edit and the texts of its losses.
 
     Attributes:
         edit: the prompt with its target.
-        paraphrase: a rewording with the same target; the edit itself where the record has none.
+        paraphrase: a paraphrase with the same target; the edit itself where the record has none.
         locality: texts whose answers must stay as they are.
     """
 
@@ -53,7 +53,7 @@ class Weights:
 
     Attributes:
         c_edit: of the edit loss.
-        prompt_share: share of the edit prompt in it; the rewording has the rest.
+        prompt_share: share of the edit prompt in it; the paraphrase has the rest.
         c_loc: of the locality loss.
     """
 
@@ -68,10 +68,10 @@ class Outcome:
 
     Attributes:
         loss: ``c_edit * edit_loss + c_loc * locality_loss``.
-        edit_loss: NLL in nats per target token, over edit prompt and rewording as weighted in the loss.
+        edit_loss: NLL in nats per target token, over edit prompt and paraphrase as weighted in the loss.
         locality_loss: KL(before || after) in nats per answer token.
         success: share of edits whose whole target is the argmax on the edit prompt.
-        generalisation: the same on the rewording.
+        generalisation: the same on the paraphrase.
         locality: share of locality texts whose answer's argmax tokens are all unchanged.
     """
 
@@ -84,7 +84,7 @@ class Outcome:
 
 
 class Passes(Protocol):
-    """How texts go through a model; see :class:`emendo.models.trunk_cache.TrunkCache`."""
+    """Forward passes of a model, with and without an edit; see :class:`emendo.models.trunk_cache.TrunkCache`."""
 
     @property
     def model(self) -> nn.Module:
@@ -97,22 +97,22 @@ class Passes(Protocol):
         context: Callable[[Packing], AbstractContextManager[None]],
         token_loss: TokenLoss,
     ) -> tuple[TokenBatch, Tensor, Tensor]:
-        """Run texts as one batch in a context, and compute the losses at their labels.
+        """Run texts as one batch in a context, such as an edit, and compute the losses at their labels.
 
         Args:
-            texts: texts with targets, then the locality texts.
+            texts: texts with targets, followed by the locality texts.
             locality: the number of locality texts; their loss is KL(without the context || in it).
             context: makes the context from the rows that the MLPs compute.
             token_loss: the loss of a target's label.
 
         Returns:
-            The batch; the loss of each of its labels; and hits, whether the argmax is the expected one.
+            The batch; the loss of each of its labels; and whether the argmax is the expected token.
         """
 
 
 @dataclass(frozen=True, slots=True)
-class _Outer:
-    """A text that judges the edit of one episode; ``kind`` is 0 edit prompt, 1 rewording, 2 locality."""
+class _OuterText:
+    """A text of one episode's loss; ``kind`` is 0 for the edit prompt, 1 for the paraphrase, 2 for locality."""
 
     episode: int
     text: Text
@@ -120,20 +120,20 @@ class _Outer:
     weight: float
 
 
-def _outer_texts(episodes: Sequence[Episode], weights: Weights) -> list[_Outer]:
+def _outer_texts(episodes: Sequence[Episode], weights: Weights) -> list[_OuterText]:
     outer = []
     for index, episode in enumerate(episodes):
-        outer.append(_Outer(index, episode.edit, 0, weights.c_edit * weights.prompt_share))
-        outer.append(_Outer(index, episode.paraphrase, 1, weights.c_edit * (1 - weights.prompt_share)))
+        outer.append(_OuterText(index, episode.edit, 0, weights.c_edit * weights.prompt_share))
+        outer.append(_OuterText(index, episode.paraphrase, 1, weights.c_edit * (1 - weights.prompt_share)))
         share = weights.c_loc / len(episode.locality)
-        outer += [_Outer(index, text, 2, share) for text in episode.locality]
+        outer += [_OuterText(index, text, 2, share) for text in episode.locality]
     return outer
 
 
-def _even_buckets(outer: Sequence[_Outer]) -> list[list[_Outer]]:
-    """As few batches as the limit allows, none of them a small rest: each reads the whole vocabulary projection."""
+def _even_buckets(outer: Sequence[_OuterText]) -> list[list[_OuterText]]:
+    """As few batches as the limit allows, of even size: each reads the whole vocabulary projection once."""
 
-    def cut(tokens: int) -> list[list[_Outer]]:
+    def cut(tokens: int) -> list[list[_OuterText]]:
         return list(length_buckets(outer, lambda item: item.text.size, tokens))
 
     few = len(cut(BUCKET_TOKENS))
@@ -144,7 +144,7 @@ def _even_buckets(outer: Sequence[_Outer]) -> list[list[_Outer]]:
     return cut(low)
 
 
-def judge(
+def outer_losses(
     passes: Passes,
     deltas: Mapping[str, LowRank],
     episodes: Sequence[Episode],
@@ -154,17 +154,17 @@ def judge(
     backward: bool = False,
     edit_loss: TokenLoss = token_nll,
 ) -> Outcome:
-    """Losses and scores of each change on its own texts.
+    """Compute losses and scores of each change on its own texts.
 
     Args:
-        passes: how texts go through the model.
+        passes: forward passes of the model.
         deltas: by site, one change for every ``together`` episodes.
-        episodes: what the changes were made from.
+        episodes: the episodes that the changes were made from.
         weights: of the losses.
-        together: how many consecutive episodes share one change.
-        backward: back-propagate the mean loss, micro-batch by micro-batch, to whatever the changes and the model have
-            that requires gradients.
-        edit_loss: the loss of edit prompts and rewordings at each label.
+        together: number of consecutive episodes that share one change.
+        backward: back-propagate the mean loss, micro-batch by micro-batch, to every tensor of the changes and of the
+            model that requires a gradient.
+        edit_loss: the loss of edit prompts and paraphrases at each label.
     """
     outer = _outer_texts(episodes, weights)
     losses = [0.0, 0.0, 0.0]
@@ -196,13 +196,13 @@ def judge(
 def _bucket(
     passes: Passes,
     deltas: Mapping[str, LowRank],
-    part: list[_Outer],
+    part: list[_OuterText],
     together: int,
     edit_loss: TokenLoss,
 ) -> tuple[Tensor, Tensor]:
-    """For some outer texts, each under its own change: loss ``[texts]`` and all-tokens-right ``[texts]``.
+    """Loss ``[texts]`` and all-tokens-right ``[texts]`` of some texts, each under its own change.
 
-    The loss is NLL for edit prompts and rewordings and KL against the unedited model for locality texts, which
+    The loss is NLL for edit prompts and paraphrases and KL against the unedited model for locality texts, which
     come last.
     """
     rows = torch.tensor([item.episode // together for item in part])
@@ -218,19 +218,19 @@ def _bucket(
 
 
 def backward_through(
-    deltas: Mapping[str, LowRank], judged: Callable[[Mapping[str, LowRank]], Outcome]
+    deltas: Mapping[str, LowRank], losses: Callable[[Mapping[str, LowRank]], Outcome]
 ) -> Outcome:
-    """Judge changes as leaves, collecting ``dL/d(change)``, then go back once through what made them.
+    """Collect ``dL/d(change)`` with the changes as leaves, then back-propagate it once through their own graph.
 
     Args:
         deltas: the changes, with their graph.
-        judged: judges them and back-propagates to them.
+        losses: computes the losses of detached changes and back-propagates to them.
     """
     leaves = {
         name: LowRank(*(factor.detach().requires_grad_(factor.requires_grad) for factor in (d.left, d.right)))
         for name, d in deltas.items()
     }
-    outcome = judged(leaves)
+    outcome = losses(leaves)
     ends, gradients = [], []
     for name, delta in deltas.items():
         for end, leaf in ((delta.left, leaves[name].left), (delta.right, leaves[name].right)):

@@ -170,7 +170,7 @@ def _passes(lm: LM, host: LM, editor: Editor, store: TrunkCache) -> _Passes:
         kept: TrunkCache | None = store
     else:
         trunk = Trunk(host.model, editor.sites)
-        kept = store.with_trunk(trunk) if editor.shares_trunk else None
+        kept = editor.host_cache(lm, store)
 
     def passes(texts: Sequence[Text]) -> list[Tensor]:
         if kept is None:

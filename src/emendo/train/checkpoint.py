@@ -1,4 +1,4 @@
-"""A training run's whole state in one safetensors file that is replaced all at once."""
+"""The whole state of a training run in one safetensors file, replaced atomically."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ FILE = "checkpoint.safetensors"
 
 @dataclass
 class State:
-    """What a run must know to go on, besides the tensors.
+    """The state of a run besides its tensors.
 
     Attributes:
         step: optimiser steps done.
         seconds: time spent, over all sessions.
         best: highest validation score so far.
-        best_loss: the validation loss of the editor that is kept.
-        stale: validations since then.
+        best_loss: the validation loss of the kept editor.
+        stale: validations since that one.
         validated: step of the latest validation.
-        bad: steps skipped for a non-finite value, in all.
+        bad: number of steps skipped for a non-finite value.
         bad_in_a_row: the same since the last good step.
-        recent: outcomes of the last steps, of which the reported figures are means.
+        recent: outcomes of the last steps; the reported figures are their means.
         history: a row of figures for each report.
         settings: of the run; a resumed run must have the same.
     """
@@ -53,7 +53,7 @@ class State:
 def save(
     folder: Path, state: State, editor: nn.Module, optimizer: torch.optim.Optimizer, best: dict[str, Tensor]
 ) -> None:
-    """Write the checkpoint; on failure the previous one survives.
+    """Write a checkpoint; on failure the previous one is kept.
 
     Raises:
         StorageError: it cannot be written.
@@ -73,7 +73,7 @@ def save(
 def load(
     folder: Path, settings: dict[str, Any], editor: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[State, dict[str, Tensor]]:
-    """Restore a run: the editor and the optimiser in place; returns the state and the best editor's tensors.
+    """Restore the editor and the optimiser in place; returns the state and the best editor's tensors.
 
     Raises:
         StorageError: there is no checkpoint, it is damaged, or its run had other settings.

@@ -4,98 +4,91 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from emendo.editors.objective import Weights
+from emendo._settings import Settings, setting
 from emendo.errors import RequestError
+
+if TYPE_CHECKING:
+    from emendo.editors.objective import Weights
 
 
 @dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """How an editor is trained. The defaults were found by measurement (docs/log.md).
+class TrainConfig(Settings):
+    """The settings of a training run; the options of ``emendo train`` are made from these fields.
 
-    Attributes:
-        steps: optimiser steps.
-        batch: facts per step.
-        together: how many facts make one edit; the batch is a multiple of it (k in MEND, section 5.3).
-        lr: learning rate of Adam at its peak; the editor may set multiples of it for some parameters.
-        warmup: steps over which it rises; then it falls along a cosine to 2% at the end.
-        minutes: stop after this much time, whatever ``steps`` says; the schedule follows whichever is nearer its end.
-        c_edit: weight of the edit loss, over edit prompt and rewording, against the locality loss (c_e in MEND Eq. 4;
-            0.1 in the paper, for the rewording alone).
-        prompt_share: share of the edit loss that the edit prompt has; the rewording has the rest.
-        variety: use at most so many rewordings, neighbours and unrelated probes of a record: each is a text more that
-            the frozen blocks have to read once.
-        near: locality examples per edit that the record itself gives (its neighbours).
-        sibling: locality examples per edit taken from other records of the same relation.
-        unrelated: locality examples per edit taken from the record's unrelated probes or any other record.
-        text: locality examples per edit taken from running text, where the model is a decoder: from the passages that
-            are given, else from what the model writes by itself.
-        clip: largest norm of the whole gradient.
-        seed: of the editor's start and of the order of the records.
-        validate_every: steps between validations.
-        validate_on: how many validation records to use.
-        patience: stop after so many validations without a better score, the harmonic mean of edit success,
-            generalisation and locality (while that is 0, without a lower loss).
-        checkpoint_every: seconds between checkpoints.
+    The defaults were found by measurement (docs/log.md).
     """
 
-    steps: int = 2500
-    batch: int = 8
-    together: int = 1
-    lr: float = 1e-3
-    warmup: int = 100
-    minutes: float | None = None
-    c_edit: float = 0.3
-    prompt_share: float = 0.5
-    variety: int = 3
-    near: int = 1
-    sibling: int = 1
-    unrelated: int = 0
-    text: int = 1
-    clip: float = 1.0
-    seed: int = 0
-    validate_every: int = 250
-    validate_on: int = 100
-    patience: int = 10
-    checkpoint_every: float = 60.0
+    names_are_options: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "together", "variety", "validate_every", "validate_on", "patience"):
-            if getattr(self, name) < 1:
-                raise RequestError(
-                    f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}."
-                )
-        for name in ("lr", "c_edit", "clip"):
-            if not getattr(self, name) > 0:
-                raise RequestError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}.")
+    steps: int = setting(2500, "Optimiser steps.", least=1)
+    batch: int = setting(8, "Facts per step.", least=1)
+    together: int = setting(1, "Facts in one edit; --batch is a multiple of it.", least=1)
+    lr: float = setting(
+        1e-3, "Peak learning rate of Adam; the method may scale it for some parameters.", above=0
+    )
+    warmup: int = setting(
+        100, "Steps of the linear rise of the learning rate; a cosine down to 2% follows.", least=0
+    )
+    minutes: float | None = setting(
+        None, "Stop after this time, whatever --steps says; the schedule follows.", above=0, unset="no limit"
+    )
+    c_edit: float = setting(
+        0.3, "Weight of the edit loss, over edit prompt and paraphrase, against the locality loss.", above=0
+    )
+    prompt_share: float = setting(
+        0.5, "Share of the edit prompt in the edit loss; the paraphrase has the rest.", least=0, most=1
+    )
+    variety: int = setting(
+        3,
+        "Largest number of paraphrases, neighbours and unrelated probes of a record that are used.",
+        least=1,
+    )
+    near: int = setting(1, "Locality examples per edit from the record's neighbours.", least=0)
+    sibling: int = setting(1, "Locality examples per edit from other records of the same relation.", least=0)
+    unrelated: int = setting(
+        0, "Locality examples per edit from the record's unrelated probes, or from any other record.", least=0
+    )
+    text: int = setting(
+        1,
+        "Passages of running text per edit that must not change; for decoders only.",
+        least=0,
+        flag="--text-examples",
+    )
+    clip: float = setting(1.0, "Largest norm of the gradient.", above=0)
+    seed: int = setting(0, "Seed of the editor's initial state and of the order of the facts.")
+    validate_every: int = setting(250, "Steps between validations; the best editor is kept.", least=1)
+    validate_on: int = setting(100, "Largest number of facts of a validation.", least=1)
+    patience: int = setting(
+        10,
+        "Stop after this many validations without a better score, the harmonic mean of edit success, generalisation "
+        "and locality.",
+        least=1,
+    )
+    checkpoint_every: float = setting(60.0, "Seconds between checkpoints.", least=0)
+
+    def _check(self) -> None:
         if self.batch % self.together:
             raise RequestError(
-                f"--batch must be a multiple of --together: {self.batch} facts cannot be put into edits of "
+                f"--batch must be a multiple of --together: {self.batch} facts cannot be divided into edits of "
                 f"{self.together}."
             )
-        if self.minutes is not None and not self.minutes > 0:
-            raise RequestError(f"--minutes must be above 0, not {self.minutes}.")
-        for name in ("warmup", "checkpoint_every"):
-            if not getattr(self, name) >= 0:
-                raise RequestError(
-                    f"--{name.replace('_', '-')} cannot be negative, but is {getattr(self, name)}."
-                )
-        if not 0 <= self.prompt_share <= 1:
-            raise RequestError(f"--prompt-share must be between 0 and 1, not {self.prompt_share}.")
-        if min(self.near, self.sibling, self.unrelated, self.text) < 0:
-            raise RequestError("The numbers of locality examples cannot be negative.")
-        if self.near + self.sibling + self.unrelated + self.text == 0:
+        if not self.near + self.sibling + self.unrelated + self.text:
             raise RequestError(
-                "At least one locality example per edit is needed, else nothing keeps the rest as it is."
+                "At least one locality example per edit is needed: set --near, --sibling, --unrelated or "
+                "--text-examples above 0."
             )
 
     @property
     def weights(self) -> Weights:
         """The weights of the losses."""
+        from emendo.editors.objective import Weights  # imports torch, which help pages do not need
+
         return Weights(self.c_edit, self.prompt_share)
 
     def done(self, step: int, seconds: float) -> float:
-        """Share of the run that is over after so many steps and seconds, by whichever limit is nearer."""
+        """Finished share of the run after a number of steps and seconds: the larger of the two shares."""
         share = step / self.steps
         return share if self.minutes is None else max(share, seconds / (self.minutes * 60))
 

@@ -1,7 +1,4 @@
-"""Records to episodes: what one edit is trained on, drawn as a function of the seed and the step alone.
-
-Nothing here has state that a checkpoint would need: :meth:`Episodes.batch` of the same step is the same batch.
-"""
+"""Records to episodes: each batch is a function of the seed and the step alone, so checkpoints need no state of it."""
 
 from __future__ import annotations
 
@@ -20,9 +17,9 @@ from emendo.models.tokenization import to_texts
 from emendo.train.config import TrainConfig
 
 GROUP = 4
-"""Steps that are looked ahead at together (see :mod:`emendo.train.step`)."""
+"""Steps that are prepared together (see :meth:`emendo.editors.gradient.GradientEditor.look_ahead`)."""
 WINDOW = 512
-"""Records whose texts are put through the trunk together, and among whose siblings the first epoch chooses."""
+"""Records whose texts pass through the trunk together; the first epoch draws siblings from within a window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +35,13 @@ class Episodes:
     """Draws batches of episodes from records.
 
     Args:
-        lm: gives the tokenizer and the context length.
-        records: what to learn from.
+        lm: has the tokenizer and the context length.
+        records: the training data.
         config: batch size, locality mix and seed.
         passages: running text for ``config.text``, one passage a string; without any, none is drawn.
 
     Raises:
-        TrainingError: there are no records, or a kind of locality example is asked for that nothing can give.
+        TrainingError: there are no records, or none of them can give the locality examples of the settings.
         RequestError: a text that does not fit the model's context.
     """
 
@@ -56,9 +53,7 @@ class Episodes:
         self.config = config
         self.items = _encode(lm, [_shortened(record, config.variety) for record in records])
         if passages and lm.kind != "causal":
-            raise TrainingError(
-                f"{lm.name} does not go on from plain text, so there is nothing in it to keep: leave --text out."
-            )
+            raise TrainingError(f"--text is for decoders, and {lm.name} is none: leave --text out.")
         found = [_passage(lm, text) for text in passages] if config.text else []
         self.passages = [passage for passage in found if passage is not None]
         if found and not self.passages:
@@ -168,13 +163,13 @@ def _encode(lm: LM, records: Sequence[Record]) -> list[_Encoded]:
 
 
 _CUT = (8, 32)
-"""A passage is cut to so many tokens, at least and at most."""
+"""Shortest and longest passage, in tokens."""
 _KEPT = 6
-"""Its last so many tokens are those whose prediction must stay."""
+"""Number of its last tokens whose prediction must not change."""
 
 
 def _passage(lm: LM, text: str) -> Text | None:
-    """The beginning of a passage, cut at another length for each, so that every position is kept by some of them."""
+    """The beginning of a passage, of random length, so that every position is covered by some passages."""
     limit = random.Random(text).randint(*_CUT)
     ids = lm.tokenizer(text, truncation=True, max_length=limit)["input_ids"]
     return Text(tuple(ids), len(ids) - min(_KEPT, len(ids) // 2)) if len(ids) >= 4 else None

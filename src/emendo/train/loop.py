@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from emendo.data import Record
-from emendo.editors.gradient import GradientEditor
+from emendo.editors.gradient import Ahead, GradientEditor
 from emendo.editors.objective import Episode, Outcome
 from emendo.errors import StorageError, TrainingError
 from emendo.models._sampling import own_passages
@@ -29,25 +28,33 @@ from emendo.progress import SILENT, Progress
 from emendo.train import checkpoint
 from emendo.train.config import TrainConfig
 from emendo.train.episodes import GROUP, Episodes
-from emendo.train.step import Ahead, look_ahead, training_step, validation_step
+from emendo.train.step import (
+    MARGIN,
+    figures,
+    harmonic_mean,
+    held_out,
+    mean,
+    training_step,
+    validation_step,
+)
 
 _LOG = logging.getLogger(__name__)
 _OWN = 512
-"""Passages that a decoder writes to be kept, at most."""
+"""Largest number of passages that a decoder writes for the locality loss."""
 _BAD_IN_A_ROW = 5
 _REPORT_EVERY = 10
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
         editor: the best editor by validation score, in eval mode.
         steps: optimiser steps done.
         seconds: time spent, the trunk's included.
         stopped: ``"finished"``, ``"early"`` (no better validation), ``"time"`` or ``"interrupted"``.
-        history: rows of figures, as they were reported.
+        history: rows of reported figures.
     """
 
     editor: GradientEditor
@@ -74,19 +81,19 @@ def train(
     Args:
         lm: the model; frozen, and handed back as it came.
         editor: what to train, in place.
-        records: to learn from.
-        validation: to choose the best editor by, and to stop early; never learnt from.
+        records: the training data.
+        validation: records that the best editor is chosen by and that stop the run early; never trained on.
         config: settings.
-        out: folder for checkpoints; without it nothing is written and nothing can be resumed.
-        resume: go on from the checkpoint in ``out``; the losses are those of an uninterrupted run.
+        out: folder for checkpoints; without it nothing is written and the run cannot be resumed.
+        resume: continue from the checkpoint in ``out``; the losses equal those of an uninterrupted run.
         passages: running text for ``config.text``; without any, a decoder writes it itself
             (:func:`emendo.models._sampling.own_passages`).
         progress: receives the steps and the validations.
 
     Raises:
-        TrainingError: nothing to train on, or non-finite losses several steps in a row.
+        TrainingError: no records, or non-finite losses several steps in a row.
         StorageError: no checkpoint to resume, one of other settings, or one that cannot be written.
-        MismatchError: the editor belongs to another model.
+        MismatchError: the editor is bound to another model.
     """
     return _Run(lm, editor, records, validation, config or TrainConfig(), out, passages, progress).go(resume)
 
@@ -103,27 +110,27 @@ class _Run:
         passages: Sequence[str],
         progress: Progress,
     ) -> None:
-        editor.belong(lm)
+        editor.bind(lm)
         self.editor, self.config, self.out = editor, config, out
         self.progress = progress
         self.began = time.monotonic()
         self.episodes = Episodes(lm, records, config, passages or self._own(lm))
         self.held_out = held_out(lm, validation, config)
         trunk = Trunk(lm.model, editor.sites)
-        kind = f"{lm.fingerprint}-{trunk.block}-{lm.dtype}"  # what is computed in bf16 is less exact
+        kind = f"{lm.fingerprint}-{trunk.block}-{lm.dtype}"  # outputs in bf16 are less exact
         folder = cache_folder() / "trunk" / kind if out is not None else None
         self.store = TrunkCache(trunk, folder)
-        editor.begin(lm)
         self.optimizer = torch.optim.Adam(editor.parameter_groups(config.lr), fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.state = checkpoint.State(settings=_settings(lm, editor, config, records))
         self.best: dict[str, Tensor] = {}
-        self._group = -1  # the group of steps that was looked ahead at
+        self._group = -1  # the group of steps in self._looked
         self._looked: list[tuple[list[Episode], Ahead]] = []
+        self._reported = 0.0
         self.recent: deque[Outcome] = deque(maxlen=50)
 
     def _own(self, lm: LM) -> list[str]:
-        """What the model writes by itself, as much as the run can use."""
+        """Passages written by the model itself, as many as the run can use."""
         config = self.config
         if lm.kind != "causal" or not config.text:
             return []
@@ -178,8 +185,8 @@ class _Run:
         batch, ahead = self._ahead()
         self.editor.train()
         self.optimizer.zero_grad()
-        weights = self.editor.weights(self.config.weights)
-        outcome = training_step(self.editor, self.store, batch, weights, ahead, self.config.together)
+        weights, together = self.config.weights, self.config.together
+        outcome = training_step(self.editor, self.store, batch, weights, ahead, together)
         norm = nn.utils.clip_grad_norm_(self.editor.parameters(), self.config.clip)
         if outcome is None or not bool(norm.isfinite()):
             self._skip()
@@ -189,28 +196,26 @@ class _Run:
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * rate
             self.optimizer.step()
-            self.editor.learnt(outcome)
+            self.editor.adapt(outcome)
             self.recent.append(outcome)
         self.state.step += 1
-        if self.state.step % _REPORT_EVERY == 0 and self.recent:
+        if self.recent:
             self._report()
 
     def _ahead(self) -> tuple[list[Episode], Ahead]:
-        """This step's batch; at the first step of a group, the whole group is looked at.
+        """This step's batch; the first step of a group prepares the whole group.
 
-        A run that is resumed inside a group looks at all of it too, and so sees the very same numbers.
+        A run that is resumed inside a group prepares all of it too, and so computes identical numbers.
         """
         group, place = divmod(self.state.step, GROUP)
         if self._group != group:
-            window = self.episodes.window(group * GROUP)
-            if window is not None:
-                self._ensure(window)
-                if self.editor.looks_ahead:  # in one file, and not in one for every group
-                    self.store.ensure_unedited(text for episode in window for text in episode.locality)
-            self._looked = []  # the last group's factors go before this one's come
+            window = self.episodes.window(group * GROUP) or []
             batches = [self.episodes.batch(group * GROUP + i) for i in range(GROUP)]
-            self._ensure([episode for batch in batches for episode in batch])
-            self._looked = list(zip(batches, look_ahead(self.editor, self.store, batches), strict=True))
+            self._ensure([*window, *(episode for batch in batches for episode in batch)])
+            self._looked = []  # frees the last group's factors before this one's are computed
+            self._looked = list(
+                zip(batches, self.editor.look_ahead(self.store, batches, window), strict=True)
+            )
             self._group = group
         return self._looked[place]
 
@@ -218,16 +223,17 @@ class _Run:
         missing = self.store.missing(text for episode in episodes for text in episode.texts())
         done = 0
 
-        def tell(count: int) -> None:
+        def computed(count: int) -> None:
             nonlocal done
             done += count
             self.progress.update("frozen part", done, len(missing))
 
-        self.store.ensure(missing, tell)
+        self.store.ensure(missing, computed)
 
     def _skip(self) -> None:
         self.state.bad += 1
         self.state.bad_in_a_row += 1
+        _LOG.info("Step %d skipped: a loss or gradient is not finite.", self.state.step)
         if self.state.bad_in_a_row >= _BAD_IN_A_ROW:
             raise TrainingError(
                 f"{_BAD_IN_A_ROW} steps in a row gave a loss or gradient that is not finite, the last at step "
@@ -235,6 +241,11 @@ class _Run:
             )
 
     def _report(self) -> None:
+        """Report running means: into the history every few steps, to the progress display also every second."""
+        kept = self.state.step % _REPORT_EVERY == 0
+        if not kept and time.monotonic() - self._reported < 1:
+            return
+        self._reported = time.monotonic()
         means = figures(mean(self.recent))
         done = max(1e-9, self.config.done(self.state.step, self.state.seconds))
         shown = {
@@ -242,20 +253,22 @@ class _Run:
             "episodes/s": self.state.step * self.config.batch / max(1e-9, self.state.seconds),
             "time left": self.state.seconds * (1 - done) / done,
         }
-        self.state.history.append({"step": self.state.step, **means})
+        if kept:
+            self.state.history.append({"step": self.state.step, **means})
         self.progress.update("training", self.state.step, self.config.steps, shown)
 
     def _validate(self) -> None:
-        """Keep the best editor, and count the validations since then."""
+        """Keep the best editor, and count the validations since it was found."""
         if not self.held_out:
             return
         self.state.validated = self.state.step
         self._ensure([episode for batch in self.held_out for episode in batch])
         weights, together = self.config.weights, self.config.together
-        steps = [
-            validation_step(self.editor, self.store, batch, weights, together) for batch in self.held_out
-        ]
-        outcomes = [found for found in steps if found is not None]
+        outcomes = []
+        for done, batch in enumerate(self.held_out, 1):
+            found = validation_step(self.editor, self.store, batch, weights, together)
+            outcomes += [] if found is None else [found]
+            self.progress.update("validation", done, len(self.held_out))
         if not outcomes:
             return
         outcome = mean(outcomes)
@@ -269,7 +282,7 @@ class _Run:
         else:
             self.state.stale += 1
         row = {**means, "score": score, "kept": float(better)}
-        self.editor.validated(outcome)
+        self.editor.adapt(outcome, validation=True)
         self.state.history.append(
             {"step": self.state.step, **{f"validation {name}": value for name, value in row.items()}}
         )
@@ -290,85 +303,46 @@ class _Run:
 def _settings(
     lm: LM, editor: GradientEditor, config: TrainConfig, records: Sequence[Record]
 ) -> dict[str, Any]:
-    """What makes two runs the same run, as JSON values."""
+    """The settings that a resumed run must share, as JSON values."""
     return {
         "editor": editor.name,
         "config": asdict(editor.config),
         "sites": [site.name for site in editor.sites],
         "model": editor.fingerprint,
         "records": len(records),
-        # named only where they are not the usual, so that runs of before these can go on
+        # left out at their defaults, so that runs from before these settings existed can be resumed
         **({"chat": True} if editor.chat else {}),
         **({"dtype": lm.dtype} if lm.dtype != "float32" else {}),
         **{k: v for k, v in asdict(config).items() if k != "checkpoint_every"},
     }
 
 
-# --------------------
-# Facts held out: what the best editor is chosen by.
-
-MARGIN = 0.02
-"""Scores on a hundred facts that differ by less are alike; of alike editors the later one is kept."""
-
-
-def held_out(lm: LM, records: Sequence[Record], config: TrainConfig) -> list[list[Episode]]:
-    """The episodes of the first ``validate_on`` records, in batches; none where they do not make one edit."""
-    records = records[: config.validate_on]
-    size = min(config.batch, len(records) // config.together * config.together)
-    if not size:
-        return []
-    plain = TrainConfig(
-        batch=size, together=config.together, near=max(1, config.near), sibling=0, seed=config.seed
-    )
-    episodes = Episodes(lm, records, plain)
-    return [episodes.batch(step) for step in range(math.ceil(len(records) / size))]
-
-
-def harmonic_mean(*values: float) -> float:
-    """The harmonic mean: the score that the best editor is chosen by, low as soon as one of the three is.
-
-    Of editors whose scores are alike the later one is kept. The loss would choose worse: its mean KL hangs on a few
-    locality texts whose answer flips (docs/log.md).
-    """
-    return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0
-
-
-def mean(outcomes: Collection[Outcome]) -> Outcome:
-    """The mean of every figure."""
-    rows = [asdict(outcome) for outcome in outcomes]
-    return Outcome(**{name: sum(row[name] for row in rows) / len(rows) for name in rows[0]})
-
-
-def figures(outcome: Outcome) -> dict[str, float]:
-    """An outcome under the short names of reports."""
-    short = {"edit_loss": "edit", "locality_loss": "KL"}
-    return {short.get(name, name): value for name, value in asdict(outcome).items()}
-
-
-# --------------------
-# Ctrl-C in a loop of steps.
-
-
 @contextmanager
-def interruptible() -> Iterator[Any]:
-    """Ctrl-C asks the loop to stop after its step; a second one stops at once. Elsewhere signals stay as they are."""
-    asked = False
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C and SIGTERM stop a loop after its present step; a second signal stops it at once.
 
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
+    Outside the main thread signals keep their handlers.
+
+    Yields:
+        Whether a signal has arrived.
+    """
+    arrived = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal arrived
+        if arrived:
             raise KeyboardInterrupt
-        asked = True
+        arrived = True
         _LOG.warning(
             "Stopping after this step. Ctrl-C again stops at once; then only the last checkpoint is kept."
         )
 
+    handlers: dict[int, Any] = {}
     try:
-        before = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not the main thread
-        yield lambda: asked
-        return
-    try:
-        yield lambda: asked
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(ValueError):  # not the main thread
+                handlers[number] = signal.signal(number, handle)
+        yield lambda: arrived
     finally:
-        signal.signal(signal.SIGINT, before)
+        for caught, handler in handlers.items():
+            signal.signal(caught, handler)
