@@ -101,7 +101,8 @@ class LM:
     def context(self) -> int | None:
         """The largest number of tokens the model reads at once; None if neither config nor tokenizer limits it."""
         limits = [self.tokenizer.model_max_length]
-        if (positions := getattr(self.model.config, "max_position_embeddings", None)) is not None:
+        config = self.model.config.get_text_config()  # of the part that reads text
+        if (positions := getattr(config, "max_position_embeddings", None)) is not None:
             table = next(
                 (m for n, m in self.model.named_modules() if n.endswith("position_embeddings")), None
             )

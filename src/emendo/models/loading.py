@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -155,6 +156,8 @@ def _read(name: str, folder: Path | None, dtype: torch.dtype) -> tuple[Any, Any]
         _check_config(name, folder)
     config = AutoConfig.from_pretrained(where, **safe)
     _refuse_hub_kernels(name, config)
+    if folder is not None:
+        _check_size(name, folder, config)
     kind, called = _auto_class(config)
     tokenizer = AutoTokenizer.from_pretrained(where, **safe)
     if len(tokenizer) == 0 or not tokenizer("a text of words")["input_ids"]:
@@ -195,6 +198,23 @@ def _check_config(name: str, folder: Path) -> None:
         raise ModelError(
             f"{name} holds a model and also a PEFT adapter (adapter_config.json), which belongs to some other model. "
             "Move the adapter to a folder of its own."
+        )
+
+
+def _check_size(name: str, folder: Path, config: Any) -> None:
+    """Refuse a config with more layers than the files have tensors: building them could take all memory.
+
+    Raises:
+        ModelError: it has.
+    """
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    tensors = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as content:
+            tensors += len(content.keys())
+    if isinstance(layers, int) and 0 < tensors < layers:
+        raise ModelError(
+            f"The config of {name} names {layers} layers, but its files hold only {tensors} tensors."
         )
 
 
