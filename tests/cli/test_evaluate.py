@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,31 @@ def test_damage_is_looked_for_unless_it_is_not_wanted(
     assert "perplexity of plain text" in printed and "questions of other kinds" in printed
     assert "elsewhere" not in emendo_command("evaluate", *options, "--limit", 1).out
     assert "--text" in emendo_command("evaluate", *options, "--text", text, code=2).err
+
+
+def test_what_is_not_used_is_counted_once(
+    emendo_command: Emendo, options, facts: Path, tmp_path: Path
+) -> None:
+    lines = facts.read_text(encoding="utf-8").splitlines()[:3]
+    more = [json.loads(line) | {"note": "x"} for line in lines]
+    data = tmp_path / "facts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*more, {"prompt": "only"}]), encoding="utf-8")
+    wanted = [
+        *options,
+        "--limit",
+        4,
+        "--data",
+        data,
+        "--skip-bad",
+        "--together",
+        2,
+        "--out",
+        tmp_path / "run",
+    ]
+    unused = emendo_command("evaluate", *wanted, "--json").json["protocol"]["not_used"]
+    assert unused["fields"] == {"note": 3}
+    assert sum(unused["records"].values()) == 1
+    assert unused["records of an incomplete last group"] == 1
+    summary = (tmp_path / "run" / "summary.md").read_text(encoding="utf-8")
+    assert summary.count("| not used: fields: note | 3 |") == 1
+    assert "not used: fields: note" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from cases import records
-from damage import cut, full_disk, remove, rewrite, without
+from damage import Damage, cut, full_disk, remove, rewrite, without
 from emendo.data import Record
 from emendo.editors.mend import Mend, MendConfig
 from emendo.errors import StorageError
@@ -50,6 +52,40 @@ def test_rows_are_kept_to_the_last_bit(tmp_path: Path) -> None:
     assert answers.read_answers(tmp_path, "y.", []) is None
 
 
+def test_what_is_no_number_is_null_in_json(tmp_path: Path) -> None:
+    found = dataclasses.replace(evaluation(), clean={"perplexity": math.inf}, cost={"x": math.nan})
+    run = RunFolder.begin(tmp_path / "run", [r.record for r in found.results], {})
+    run.finish(found, [{"answer": math.nan}])
+    for file in ("run.json", "lm-eval.jsonl"):
+        text = (run.folder / file).read_text(encoding="utf-8")
+        json.loads(text, parse_constant=pytest.fail)
+    assert RunFolder.open(run.folder).evaluation().clean == {"perplexity": None}
+
+
+def pipe(name: str) -> Damage:
+    """Put a named pipe, which nobody writes to, in the place of a file."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
+
+
+def column(name: str, field: str, change: Callable[[list[object]], list[object]] | None) -> Damage:
+    """Change or remove a column of a Parquet file."""
+
+    def damage(folder: Path) -> None:
+        table = pq.read_table(folder / name)
+        values = table.column(field).to_pylist()
+        table = table.drop_columns([field])
+        pq.write_table(
+            table if change is None else table.append_column(field, [change(values)]), folder / name
+        )
+
+    return damage
+
+
 class Killed(Exception):
     pass
 
@@ -72,7 +108,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_figures(tiny_llama: LM, tmp_pat
     with pytest.raises(Killed):
         evaluate(tiny_llama, editor, mortal.records, batch=2, new_tokens=3, parts=mortal)
     assert run.begun == 1 and not run.finished
-    with pytest.raises(StorageError, match="go on with: emendo evaluate x"):
+    with pytest.raises(StorageError, match="resume it with: emendo evaluate x"):
         run.evaluation()
     again = RunFolder.begin(folder, chosen, {"editor": editor_digest(editor)})
     measured: list[int] = []
@@ -104,9 +140,9 @@ def test_processes_that_share_a_run_give_what_one_gives(tiny_llama: LM, tmp_path
 def test_another_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = RunFolder.begin(folder, some(2), {"batch": 1}, command="the first")
-    run.finish(Evaluation((), {}, 0.0, 0.0))
+    run.finish(dataclasses.replace(evaluation(), results=()))
     for asked, chosen in (({"batch": 2}, some(2)), ({"batch": 1}, some(3))):
-        with pytest.raises(StorageError, match=r"something else \(the first\).*--overwrite"):
+        with pytest.raises(StorageError, match=r"another evaluation \(the first\).*--overwrite"):
             RunFolder.begin(folder, chosen, asked)
     assert RunFolder.begin(folder, some(2), {"batch": 1}).finished
     assert not RunFolder.begin(folder, some(3), {"batch": 1}, overwrite=True).finished
@@ -130,6 +166,22 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         cut("run.json"),
         rewrite("run.json", lambda head: without(head, "key")),
         remove("records.jsonl"),
+        pipe("run.json"),
+        pipe("answers.parquet"),
+        column("answers.parquet", "kind", lambda values: ["fame"] * len(values)),
+        column("answers.parquet", "known", lambda values: [None] * len(values)),
+        column("answers.parquet", "before", lambda values: ["much"] * len(values)),
+        column("answers.parquet", "prompt", None),
+        column("edits.parquet", "record", lambda values: [-1] * len(values)),
+        column("edits.parquet", "record", lambda values: [None] * len(values)),
+        column("edits.parquet", "norms", None),
+        rewrite("run.json", lambda head: head | {"result": 5}),
+        rewrite("run.json", lambda head: head | {"result": without(head["result"], "protocol")}),
+        rewrite("run.json", lambda head: head | {"result": head["result"] | {"seconds_per_edit": "long"}}),
+        rewrite("run.json", lambda head: head | {"result": head["result"] | {"clean": {"perplexity": []}}}),
+        rewrite("run.json", lambda head: head | {"checkpoints": "all"}),
+        rewrite("run.json", lambda head: head | {"format": 99}),
+        rewrite("run.json", lambda head: [head]),
     ],
 )
 def test_damage_is_named(harm, tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-"""What `emendo evaluate` does once its options are understood."""
+"""The work of `emendo evaluate`: measure, keep the run in its folder, and write the pages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +16,7 @@ from emendo.cli._progress import show_progress
 from emendo.data import Record
 from emendo.data.abilities import OPENINGS, PASSAGES, abilities
 from emendo.editors import Editor
-from emendo.edits import Request, weight_norm
+from emendo.edits.edit import Request
 from emendo.errors import RequestError
 from emendo.evaluate import Evaluation, evaluate
 from emendo.evaluate.damage import Damage
@@ -32,28 +32,32 @@ from emendo.models.lm import LM
 from emendo.report.html import write_report
 from emendo.report.markdown import summary
 
-PAGES = ("report.html", "summary.md")
-"""What a run's folder holds for people."""
+Found = Evaluation | SequentialEvaluation
 
-_PASSAGES = 8
-"""Passages of a text that the user gives."""
+PAGES = ("report.html", "summary.md")
+"""The pages in a run's folder."""
+
+_PASSAGES = 8  # of the user's text that are read
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """What the options say.
+class EvaluateOptions:
+    """The options of the command that change what is measured.
 
     Attributes:
-        generated: measure free generation too.
-        batch: how many edits are measured at once.
-        together: facts in one edit.
-        sequential: one edit after the other.
-        ask_after: after how many edits of a sequence to ask for all so far.
-        damage: look for damage.
+        generated: score free generation too.
+        batch: the number of edits at once.
+        together: the number of facts in one edit.
+        sequential: make one edit after the other.
+        ask_after: the checkpoints of a sequence.
+        damage: measure damage.
         guard: let the ledger's guard refuse edits of a sequence.
         text: a file of plain text for the perplexity.
-        harness: tasks of the evaluation harness to ask.
-        command: how to do it again.
+        harness: tasks of the evaluation harness.
+        command: the command line that measures the same.
+
+    Raises:
+        RequestError: options that exclude each other.
     """
 
     generated: bool = True
@@ -71,16 +75,18 @@ class Ask:
         if self.sequential and self.together != 1:
             raise RequestError("--sequential makes one edit of each fact; leave --together out.")
         if self.guard and not self.sequential:
-            raise RequestError("--guard stands before edits one after the other; it needs --sequential.")
+            raise RequestError("--guard checks edits made one after the other; give --sequential too.")
         if self.text is not None and not self.damage:
-            raise RequestError("--text is for the perplexity, which --no-damage leaves out.")
+            raise RequestError(
+                "--text is for the perplexity, which --no-damage leaves out; give one of them."
+            )
 
 
 def harness(tasks: str | None, limit: int | None, folder: Path | None) -> Harness | None:
-    """What the options about the evaluation harness say.
+    """The tasks of the evaluation harness, from the options.
 
     Raises:
-        RequestError: they do not go together, or the harness is not installed.
+        RequestError: options that do not fit together, or the harness is not installed.
     """
     if tasks is None:
         if limit is not None or folder is not None:
@@ -89,88 +95,171 @@ def harness(tasks: str | None, limit: int | None, folder: Path | None) -> Harnes
     return Harness([task.strip() for task in tasks.split(",")], limit, folder)
 
 
-def measure(
-    lm: LM, editor: Editor, records: Sequence[Record], ask: Ask, out: Path | None, *, overwrite: bool = False
-) -> tuple[Evaluation | SequentialEvaluation, Sequence[Record]]:
-    """Measure, in a folder or without one, and write the folder's report.
+@dataclass(frozen=True)
+class Job:
+    """An evaluation to be done.
 
-    Raises:
-        StorageError: the folder holds something else, or cannot be written.
-        RequestError: something that does not fit the model.
+    Attributes:
+        lm: the model.
+        editor: makes the edits.
+        records: the facts.
+        options: how they are measured.
+        unused: counts of what the records' file has and the evaluation does not use, by name.
     """
-    damage = _damage(lm, records, ask)
-    team = Processes.present()
-    if team.size > 1:
-        return _shared(lm, editor, records, ask, damage, out, overwrite, team)
-    if out is None:
-        return _measured(lm, editor, records, ask, damage, None), records
-    run = RunFolder.begin(
-        out, records, _asked(lm, editor, ask, damage), command=ask.command, overwrite=overwrite
-    )
-    if run.finished:
-        note(f"{out} holds this evaluation already; nothing is measured again.")
-        found = run.found()
-        if not all((out / name).exists() for name in PAGES):
-            _pages(out, found, run)
-        return found, run.records
-    if run.begun:
-        note(f"Going on with {out}: {run.begun} parts are there.")
-    found = _measured(lm, editor, run.records, ask, damage, run)
-    _finish(run, found, ask)
-    return found, run.records
+
+    lm: LM
+    editor: Editor
+    records: Sequence[Record]
+    options: EvaluateOptions
+    unused: Mapping[str, Any]
+
+    def run(self, out: Path | None, *, overwrite: bool = False) -> Found:
+        """Measure, in a folder or without one, and write the folder's pages.
+
+        Raises:
+            StorageError: the folder holds something else, or cannot be written.
+            RequestError: something that does not fit the model.
+        """
+        damage = self._damage()
+        team = Processes.present()
+        if team.size > 1:
+            return self._run_shared(damage, out, overwrite, team)
+        if out is None:
+            return self._measure(damage, None)
+        run = self._begin(damage, out, overwrite)
+        if run.finished:
+            note(f"{out} holds this evaluation already; nothing is measured again.")
+            found = run.found()
+            if not all((out / name).exists() for name in PAGES):
+                _write_pages(found, run)
+            return found
+        if run.begun:
+            note(f"Resuming {out}: {run.begun} parts are done.")
+        found = self._measure(damage, run)
+        self._finish(run, found)
+        return found
+
+    def _run_shared(self, damage: Damage | None, out: Path | None, overwrite: bool, team: Processes) -> Found:
+        """Measure a share of the run in each of several processes; the first of them assembles the results.
+
+        Raises:
+            RequestError: there is no folder to share, or the edits cannot be shared.
+        """
+        if out is None or self.options.sequential:
+            raise RequestError(
+                "Several processes share a run through its folder: give --out. Edits one after the other "
+                "(--sequential) cannot be shared."
+            )
+        if team.first:
+            self._begin(damage, out, overwrite)
+        team.wait()
+        run = self._begin(damage, out, False)
+        if not run.finished:
+            share = self._measure(damage, run, (team.place, team.size))
+        team.wait()
+        if not team.first:
+            return run.found() if run.finished else share
+        if not run.finished:
+            self._finish(run, self._measure(damage, run))  # from the parts of all processes
+        return run.found()
+
+    def _begin(self, damage: Damage | None, out: Path, overwrite: bool) -> RunFolder:
+        inputs = self._inputs(damage)
+        return RunFolder.begin(out, self.records, inputs, command=self.options.command, overwrite=overwrite)
+
+    def _finish(self, run: RunFolder, found: Found) -> None:
+        run.finish(found, self.options.harness.rows if self.options.harness is not None else ())
+        _write_pages(found, run)
+
+    def _measure(
+        self, damage: Damage | None, run: RunFolder | None, share: tuple[int, int] = (0, 1)
+    ) -> Found:
+        options = self.options
+        records = self.records if run is None else run.records
+        found: Found
+        with show_progress() as progress:
+            if options.sequential:
+                found = evaluate_sequence(
+                    self.lm,
+                    self.editor,
+                    records,
+                    at=options.ask_after,
+                    generated=options.generated,
+                    damage=damage,
+                    gate=GuardGate(self.lm, self.editor) if options.guard else None,
+                    parts=run,
+                    harness=options.harness,
+                    progress=progress,
+                )
+            else:
+                found = evaluate(
+                    self.lm,
+                    self.editor,
+                    records,
+                    generated=options.generated,
+                    batch=options.batch,
+                    together=options.together,
+                    damage=damage,
+                    parts=run,
+                    share=share,
+                    harness=options.harness if share[1] == 1 else None,
+                    progress=progress,
+                )
+        unused = dict(self.unused)
+        if rest := len(records) % options.together:
+            unused["records of an incomplete last group"] = rest
+        return replace(found, protocol={**found.protocol, "not_used": unused}) if unused else found
+
+    def _damage(self) -> Damage | None:
+        if not self.options.damage or self.lm.kind != "causal":
+            return None
+        texts = PASSAGES[:4] if self.options.text is None else passages(self.options.text)[:_PASSAGES]
+        return Damage(texts, abilities(self.records), OPENINGS if self.options.generated else ())
+
+    def _inputs(self, damage: Damage | None) -> dict[str, Any]:
+        """Everything that the answers depend on besides the records; runs with other inputs are not resumed."""
+        options = self.options
+        inputs = {
+            "model": self.lm.name,
+            "fingerprint": self.lm.fingerprint,
+            "dtype": str(self.lm.model.dtype).removeprefix("torch."),
+            "editor": self.editor.name,
+            "editor_digest": editor_digest(self.editor),
+            "generated": options.generated,
+            "batch": options.batch,
+            "together": options.together,
+            "sequential": options.sequential,
+        }
+        if self.lm.chat:  # absent otherwise, so that runs from before there was --chat can be resumed
+            inputs["chat"] = True
+        if options.sequential:
+            inputs["ask_after"] = list(options.ask_after)
+            inputs["guard"] = options.guard
+            if options.generated:
+                inputs["retained_generated"] = True
+        if options.harness is not None:
+            inputs["lm_eval"] = options.harness.asked()
+        if damage is not None:
+            inputs["damage"] = digest(
+                [list(damage.passages), [str(i) for i in damage.items], list(damage.openings)]
+            )
+        return inputs
 
 
-def _shared(
-    lm: LM,
-    editor: Editor,
-    records: Sequence[Record],
-    ask: Ask,
-    damage: Damage | None,
-    out: Path | None,
-    overwrite: bool,
-    team: Processes,
-) -> tuple[Evaluation | SequentialEvaluation, Sequence[Record]]:
-    """Measure a share of the run in each of several processes; the first of them puts all together.
-
-    Raises:
-        RequestError: there is no folder to share, or the edits cannot be shared.
-    """
-    if out is None or ask.sequential:
-        raise RequestError(
-            "Several processes share a run through its folder: give --out. Edits one after the other (--sequential) "
-            "cannot be shared."
-        )
-    begun = (out, records, _asked(lm, editor, ask, damage))
-    if team.first:
-        RunFolder.begin(*begun, command=ask.command, overwrite=overwrite)
-    team.wait()
-    run = RunFolder.begin(*begun, command=ask.command)
-    if not run.finished:
-        share = _measured(lm, editor, run.records, ask, damage, run, (team.place, team.size))
-    team.wait()
-    if not team.first:
-        return (run.found() if run.finished else share), run.records
-    if not run.finished:
-        _finish(run, _measured(lm, editor, run.records, ask, damage, run), ask)  # every part is there
-    return run.found(), run.records
-
-
-def _finish(run: RunFolder, found: Evaluation | SequentialEvaluation, ask: Ask) -> None:
-    """Keep what was found, the harness's answers among it, and write the pages."""
-    run.finish(found, ask.harness.rows if ask.harness is not None else ())
-    _pages(run.folder, found, run)
-
-
-def _pages(out: Path, found: Evaluation | SequentialEvaluation, run: RunFolder) -> None:
-    """Write the report and the summary of a run."""
-    write(out / PAGES[0], found, run.head)
-    with new_file(out / PAGES[1]) as temporary:
+def _write_pages(found: Found, run: RunFolder) -> None:
+    write_page(run.folder / PAGES[0], found, run.head)
+    with new_file(run.folder / PAGES[1]) as temporary:
         temporary.write_text(summary(found, run.head), encoding="utf-8")
-    note(f"Wrote {out}: {', '.join(PAGES)}, and every answer as Parquet.")
+    note(f"Wrote {run.folder}: {', '.join(PAGES)}, and every answer as Parquet.")
 
 
-def write(path: Path, found: Evaluation | SequentialEvaluation, head: Mapping[str, Any]) -> None:
-    """Write the page.
+def write_page(path: Path, found: Found, head: Mapping[str, Any]) -> None:
+    """Write the report of an evaluation.
+
+    Args:
+        path: of the HTML file.
+        found: the evaluation.
+        head: the contents of the run's ``run.json``, or ``command`` and ``asked`` alone.
 
     Raises:
         StorageError: it cannot be written.
@@ -179,130 +268,51 @@ def write(path: Path, found: Evaluation | SequentialEvaluation, head: Mapping[st
         "command": head.get("command"),
         **head.get("asked", {}),
         "versions": head.get("versions", versions()),
+        "seed": "0, of the bootstrap; nothing else is random",
     }
-    info["seed"] = "0, of the bootstrap; nothing else is drawn"
     if isinstance(found, SequentialEvaluation):
         write_report(path, info=info, sequential=found)
     else:
         write_report(path, info=info, evaluation=found)
 
 
-def _measured(
-    lm: LM,
-    editor: Editor,
-    records: Sequence[Record],
-    ask: Ask,
-    damage: Damage | None,
-    parts: RunFolder | None,
-    share: tuple[int, int] = (0, 1),
-) -> Evaluation | SequentialEvaluation:
-    with show_progress() as progress:
-        if ask.sequential:
-            gate = Guarding(lm, editor) if ask.guard else None
-            return evaluate_sequence(
-                lm,
-                editor,
-                records,
-                at=ask.ask_after,
-                generated=ask.generated,
-                damage=damage,
-                gate=gate,
-                parts=parts,
-                harness=ask.harness,
-                progress=progress,
-            )
-        return evaluate(
-            lm,
-            editor,
-            records,
-            generated=ask.generated,
-            batch=ask.batch,
-            together=ask.together,
-            damage=damage,
-            parts=parts,
-            share=share,
-            harness=ask.harness if share[1] == 1 else None,
-            progress=progress,
-        )
-
-
-def _damage(lm: LM, records: Sequence[Record], ask: Ask) -> Damage | None:
-    if not ask.damage or lm.kind != "causal":
-        return None
-    texts = PASSAGES[:4] if ask.text is None else passages(ask.text)[:_PASSAGES]
-    return Damage(texts, abilities(records), OPENINGS if ask.generated else ())
-
-
-def _asked(lm: LM, editor: Editor, ask: Ask, damage: Damage | None) -> dict[str, Any]:
-    """All that the answers depend on beside the records."""
-    asked = {
-        "model": lm.name,
-        "fingerprint": lm.fingerprint,
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "editor": editor.name,
-        "editor_digest": editor_digest(editor),
-        "generated": ask.generated,
-        "batch": ask.batch,
-        "together": ask.together,
-        "sequential": ask.sequential,
-    }
-    if lm.chat:  # so that runs of before chat can go on
-        asked["chat"] = True
-    if ask.sequential:
-        asked["ask_after"] = list(ask.ask_after)
-        asked["guard"] = ask.guard
-        if ask.generated:
-            asked["retained_generated"] = True
-    if ask.harness is not None:
-        asked["lm_eval"] = ask.harness.asked()
-    if damage is not None:
-        asked["damage"] = digest(
-            [list(damage.passages), [str(i) for i in damage.items], list(damage.openings)]
-        )
-    return asked
-
-
-# --------------------
-# The ledger's guard before the edits of a sequence that is being measured.
-
-
-class Guarding:
-    """Says of each edit whether the guard lets it stay, as :data:`emendo.evaluate.sequential.Gate` asks.
+class GuardGate:
+    """The ledger's guard as a :data:`emendo.evaluate.sequential.Gate`.
 
     Args:
         lm: the clean model.
-        editor: what makes the edits.
-        limits: what the guard lets pass.
+        editor: makes the edits.
+        limits: of the guard.
 
     Raises:
-        RequestError: the editor trains the model itself, so that there is no clean model to watch.
+        RequestError: the editor trains a copy of the model, which the guard cannot watch.
     """
 
     def __init__(self, lm: LM, editor: Editor, limits: Limits | None = None) -> None:
         if editor.host(lm) is not lm:
             raise RequestError(
-                f"{editor.name} trains the model itself; --guard watches the clean one: leave it out."
+                f"{editor.name} trains a copy of the model, which --guard cannot watch: leave --guard out."
             )
         self.lm, self.limits = lm, limits or Limits()
-        self.size = {site.name: weight_norm(site.module(lm.model), site.shape) for site in editor.sites}
+        self.size = {site.name: float(site.weight(lm.model).double().norm()) for site in editor.sites}
         self.probes = ProbeRunner(lm, Probes())
         self.clean = self.now = self.probes.run()
         self.prompts: list[str] = []
 
     def __call__(self, request: Request, change: Mapping[str, LowRank]) -> bool:
-        """Look at the model with the change and without it, the earlier edits being attached."""
+        """Whether the edit stays; the earlier edits are attached to the model."""
         with applied(self.lm.model, change):
             after = self.probes.run()
             hit = targets_reached(self.lm, [(request.prompt, request.target)])
-        besides = [*self.prompts, request.prompt]
+        edited = [*self.prompts, request.prompt]
         health = Health.of(
             edit_success=fmean(map(float, hit)),
             paraphrase_success=None,
             norm=max(float(delta.norm()) / self.size[name] for name, delta in change.items()),
-            own=after.drift(self.now, besides),
-            total=after.drift(self.clean, besides),
+            own=after.drift(self.now, edited),
+            total=after.drift(self.clean, edited),
         )
         stays = not health.problems(self.limits)
         if stays:
-            self.now, self.prompts = after, besides
+            self.now, self.prompts = after, edited
         return stays

@@ -15,9 +15,9 @@ from emendo.cli._console import emit, note
 HELP = """Measure an editor on the facts of a file.
 
 Edits each fact, one at a time from the clean model, or k at once, or one after the other. Prints edit success (the
-edited prompt), generalisation (its rewordings) and locality (neighbours and unrelated prompts keep their answers), each
-with its 95% interval, teacher forced and by free generation, and what an edit did to plain text. With --out every raw
-answer is kept, with a report; the same command goes on where it was stopped.
+edited prompt), generalisation (its paraphrases) and locality (neighbours and unrelated prompts keep their answers),
+each with its 95% interval, teacher forced and by free generation, and the damage to plain text. With --out every raw
+answer is kept, with a report; the same command resumes a stopped run.
 
 \b
 Examples:
@@ -30,9 +30,7 @@ Examples:
 
 Data = Annotated[
     str,
-    typer.Option(
-        "--data", metavar="FILE", help="Records to measure on: a file, or atlas for its test split."
-    ),
+    typer.Option("--data", metavar="FILE", help="The records: a file, or atlas for its test split."),
 ]
 Limit = Annotated[
     int | None, typer.Option("--limit", metavar="N", help="Use the first N records.  [default: all]")
@@ -41,20 +39,18 @@ Generated = Annotated[
     bool,
     typer.Option(
         "--generated/--no-generated",
-        help="Measure free generation too, or not: it takes most of the time.  [default: generated]",
+        help="Score free generation too, which takes most of the time, or not.  [default: generated]",
     ),
 ]
-Batch = Annotated[
-    int, typer.Option("--batch", metavar="N", min=1, help="How many edits are measured at once.")
-]
+Batch = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="The number of edits at once.")]
 Together = Annotated[
-    int, typer.Option("--together", metavar="K", min=1, help="Put so many facts into one edit.")
+    int, typer.Option("--together", metavar="K", min=1, help="The number of facts in one edit.")
 ]
 Sequential = Annotated[
     bool,
     typer.Option(
         "--sequential",
-        help="Make each edit in the model that the earlier ones have left, and ask for all of them again now and then.",
+        help="Make each edit in the model with all earlier ones, and ask all facts so far again at checkpoints.",
     ),
 ]
 AskAfter = Annotated[
@@ -63,7 +59,7 @@ AskAfter = Annotated[
         "--ask-after",
         metavar="N",
         min=1,
-        help="With --sequential: after how many edits to ask for all so far (may be repeated).  "
+        help="With --sequential: a checkpoint, as a number of edits (may be repeated).  "
         "[default: 1, 10, 100, 1000, and after the last]",
     ),
 ]
@@ -71,14 +67,14 @@ Damage = Annotated[
     bool,
     typer.Option(
         "--damage/--no-damage",
-        help="Look at plain text, abilities and long continuations too, or not; decoders only.  [default: damage]",
+        help="Measure plain text, abilities and long continuations too, or not; decoders only.  [default: damage]",
     ),
 ]
 Guard = Annotated[
     bool,
     typer.Option(
         "--guard",
-        help="With --sequential: take an edit off again that the guard of emendo apply would refuse.",
+        help="With --sequential: remove an edit again that the guard of emendo apply would refuse.",
     ),
 ]
 Text = Annotated[
@@ -86,7 +82,7 @@ Text = Annotated[
     typer.Option(
         "--text",
         metavar="FILE",
-        help="Plain text for the perplexity, a paragraph a line; its first 8 are read.  [default: built in]",
+        help="Plain text for the perplexity, one paragraph a line; the first 8 are read.  [default: built in]",
     ),
 ]
 LmEval = Annotated[
@@ -94,21 +90,23 @@ LmEval = Annotated[
     typer.Option(
         "--lm-eval",
         metavar="TASK[,TASK]",
-        help="Tasks of the evaluation harness (lm-eval), asked of the clean model and of the one with the edits: all "
-        "of --sequential, or the first of --together.",
+        help="Tasks of the evaluation harness (lm-eval), run on the clean model and on the one with the edits: all of "
+        "--sequential, or the first of --together.",
     ),
 ]
 LmEvalLimit = Annotated[
     int | None,
     typer.Option(
-        "--lm-eval-limit", metavar="N", min=1, help="The first N questions of each task.  [default: all]"
+        "--lm-eval-limit", metavar="N", min=1, help="Run the first N questions of each task.  [default: all]"
     ),
 ]
 LmEvalTasks = Annotated[
     Path | None,
-    typer.Option("--lm-eval-tasks", metavar="DIR", help="A folder with task files (YAML) of your own."),
+    typer.Option("--lm-eval-tasks", metavar="DIR", help="A folder with your own task files (YAML)."),
 ]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave malformed records out and say how many.")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave malformed records out, with a note of their number.")
+]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -150,7 +148,7 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Measure an editor."""
-    from emendo.cli._evaluate import Ask, harness, measure, write
+    from emendo.cli._evaluate import EvaluateOptions, Job, harness, write_page
     from emendo.cli._loading import MethodOptions, load_editor, read, readable
     from emendo.cli._paths import claim
     from emendo.cli._processes import Processes
@@ -185,7 +183,7 @@ def run(
     )  # or it is gone on with
     claim(report, REPORT, model=model, editor=editor, inputs=read_too)
     tasks = harness(lm_eval, lm_eval_limit, lm_eval_tasks)
-    ask = Ask(
+    asked = EvaluateOptions(
         generated, batch, together, sequential, ask_after or RETENTION, damage, guard, text, tasks, command
     )
     split = "test" if data == "atlas" else None
@@ -195,11 +193,13 @@ def run(
     claim(out, EVALUATION, model=lm.name, overwrite=True)
     claim(report, REPORT, model=lm.name)
     chosen = with_consequences(records) if data == "atlas" else readable(lm, records, skip_bad=skip_bad)
-    found, _ = measure(lm, maker, chosen, ask, out, overwrite=overwrite)
+    unused = {"fields": dict(records.unused), "records": dict(records.reasons)}
+    job = Job(lm, maker, chosen, asked, {name: counts for name, counts in unused.items() if counts})
+    found = job.run(out, overwrite=overwrite)
     if not Processes.present().first:
         return
     if report is not None:
-        write(report, found, {"command": command, "asked": {"data": data, "editor": editor}})
+        write_page(report, found, {"command": command, "asked": {"data": data, "editor": editor}})
         note(f"Wrote {report}.")
     if as_json:
         emit(found.as_dict())

@@ -2,15 +2,16 @@
 
 ::
 
-    RUN/run.json         what was asked, with which versions, and in the end what came of it
+    RUN/run.json         the request, versions, and in the end the result
         records.jsonl    the facts
-        parts/           answers on the way, part by part; they go when the run is done
+        parts/           answers of an unfinished run, part by part
         answers.parquet  every raw answer: one row for each prompt of each record
         edits.parquet    every edit: rank, size at each site, seconds, damage
-        lm-eval.jsonl    where the evaluation harness was asked: what was said to each of its questions
+        lm-eval.jsonl    the answers to the evaluation harness's questions, if it was run
         report.html, summary.md
 
-The same command goes on where it was stopped: a part that is there is not measured again.
+A sequence has ``right-after.*.parquet`` and, for each checkpoint, ``after-N.*.parquet``. The same command resumes a
+stopped run: a part that is there is not measured again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from typing import Any
 import torch
 
 from emendo._outputs import EVALUATION, claim, clear
-from emendo._storage import digest, new_file, read_json, write_json
+from emendo._runs import has_run, read_run, write_run
+from emendo._storage import digest, new_file
 from emendo._version import __version__
 from emendo.data.records import read_records, write_records
 from emendo.data.schema import Record
@@ -36,9 +38,14 @@ from emendo.editors.base import Editor
 from emendo.errors import StorageError
 from emendo.evaluate.answers import read_answers, write_answers
 from emendo.evaluate.evaluation import Checkpoint, Evaluation, SequentialEvaluation
-from emendo.evaluate.results import Result
+from emendo.evaluate.results import Result, finite_values
 
-FORMAT = 1
+_RESULT = (
+    "protocol",
+    "clean",
+    "harness",
+)  # fields of a result in run.json; separate edits have these besides:
+_SEPARATE = ("seconds_per_edit", "seconds_per_edit_in_batch", "cost")
 
 
 @dataclass
@@ -46,9 +53,9 @@ class RunFolder:
     """An evaluation run and its folder.
 
     Attributes:
-        folder: where it is kept.
+        folder: its folder.
         records: the facts.
-        head: what ``run.json`` says.
+        head: the contents of ``run.json``.
     """
 
     folder: Path
@@ -65,55 +72,43 @@ class RunFolder:
         command: str = "",
         overwrite: bool = False,
     ) -> RunFolder:
-        """Claim a folder for a run, or go on with the one that it holds.
+        """Claim a folder for a run, or resume the same run in it.
 
         Args:
-            folder: where it shall be kept.
+            folder: the folder.
             records: the facts.
-            asked: all that the answers depend on beside them, as JSON values.
-            command: how to do it again, for people.
-            overwrite: replace a run of another kind.
+            asked: everything else that the answers depend on, as JSON values.
+            command: the command line that measures the same.
+            overwrite: replace another evaluation.
 
         Raises:
             StorageError: the folder holds something else, or cannot be written.
         """
         key = digest({"asked": dict(asked), "records": [asdict(record) for record in records]})
-        if (folder / "run.json").exists() and not overwrite:
+        if has_run(folder) and not overwrite:
             run = cls.open(folder)
             if run.head["key"] != key:
                 raise StorageError(
-                    f"{folder} holds an evaluation of something else ({run.head['command'] or 'unknown'}); choose "
-                    "another --out, or replace it with --overwrite."
+                    f"{folder} holds another evaluation ({run.head.get('command') or 'unknown'}); choose another "
+                    "--out, or replace it with --overwrite."
                 )
             return run
         clear(claim(folder, EVALUATION, overwrite=overwrite), EVALUATION)
         folder.mkdir(parents=True, exist_ok=True)
         write_records(records, folder / "records.jsonl")
-        head = {
-            "format": FORMAT,
-            "key": key,
-            "command": command,
-            "asked": dict(asked),
-            "versions": versions(),
-        }
-        run = cls(folder, tuple(records), {**head, "result": None})
-        run._write_head()
+        head = {"key": key, "command": command, "asked": dict(asked), "versions": versions(), "result": None}
+        run = cls(folder, tuple(records), head)
+        write_run(folder, head)
         return run
 
     @classmethod
     def open(cls, folder: Path) -> RunFolder:
-        """Read the run that a folder holds.
+        """Read the run in a folder.
 
         Raises:
-            StorageError: it holds none, or a damaged one.
+            StorageError: there is none, or it is damaged.
         """
-        if not (folder / "run.json").exists():
-            raise StorageError(f"{folder} holds no evaluation; make one with: emendo evaluate --out {folder}")
-        head = read_json(folder / "run.json")
-        if not isinstance(head, dict) or head.get("format") != FORMAT or "key" not in head:
-            raise StorageError(
-                f"{folder / 'run.json'} is not an evaluation that this version of emendo can read."
-            )
+        head = read_run(folder, EVALUATION, f"to read; make one with: emendo evaluate --out {folder}")
         return cls(folder, read_records(folder / "records.jsonl").records, head)
 
     @property
@@ -123,11 +118,11 @@ class RunFolder:
 
     @property
     def begun(self) -> int:
-        """How many parts there are on the way."""
+        """The number of parts of an unfinished run."""
         return len([*(self.folder / "parts").glob("*.edits.parquet")])
 
     def read(self, number: int, records: Sequence[Record]) -> tuple[Result, ...] | None:
-        """A part; see :class:`emendo.evaluate.run.ResultStore`."""
+        """Read a part; see :class:`emendo.evaluate.run.ResultStore`."""
         found = read_answers(self.folder / "parts", f"{number:05d}.", self.records)
         return None if found is None else tuple(result for _, result in found)
 
@@ -141,76 +136,93 @@ class RunFolder:
     def finish(
         self, found: Evaluation | SequentialEvaluation, rows: Sequence[Mapping[str, Any]] = ()
     ) -> None:
-        """Keep all answers as few files and what else was found; the parts go.
-
-        A sequence is kept as ``right-after.*`` and, for each checkpoint, ``after-N.*``.
+        """Write the result and remove the parts.
 
         Args:
-            found: all of it.
+            found: the result.
             rows: the answers to the evaluation harness's questions, as JSON values.
 
         Raises:
             StorageError: something cannot be written; the parts are still there.
         """
-        rest: tuple[str, ...] = ("protocol", "clean", "harness")
+        names: tuple[str, ...] = _RESULT
         if isinstance(found, SequentialEvaluation):
             for point in found.checkpoints:
                 write_answers(self.folder, f"after-{point.edits}.", enumerate(point.results))
             write_answers(self.folder, "right-after.", enumerate(found.right_after))
+            self.head["checkpoints"] = [point.edits for point in found.checkpoints]
         else:
-            rest += ("seconds_per_edit", "seconds_per_edit_in_batch", "cost")
+            names += _SEPARATE
             write_answers(self.folder, "", enumerate(found.results))
         if rows:
             with new_file(self.folder / "lm-eval.jsonl") as temporary:
-                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                lines = (json.dumps(finite_values(row), ensure_ascii=False) + "\n" for row in rows)
                 temporary.write_text("".join(lines), encoding="utf-8")
-        self.head["result"] = {name: getattr(found, name) for name in rest}
-        if isinstance(found, SequentialEvaluation):
-            self.head["checkpoints"] = [point.edits for point in found.checkpoints]
-        self._write_head()
+        self.head["result"] = finite_values({name: getattr(found, name) for name in names})
+        write_run(self.folder, self.head)
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
 
     def found(self) -> Evaluation | SequentialEvaluation:
-        """What was found.
+        """The result.
 
         Raises:
             StorageError: the run has not finished, or a file is damaged.
         """
         if not self.finished:
-            raise StorageError(
-                f"The run in {self.folder} has not finished; go on with: {self.head['command']}"
-            )
-        if "checkpoints" not in self.head:
-            return Evaluation(self._results(""), **self.head["result"])
-        points = tuple(Checkpoint(n, self._results(f"after-{n}.")) for n in self.head["checkpoints"])
-        return SequentialEvaluation(self._results("right-after."), points, **self.head["result"])
+            command = self.head.get("command") or "the same command"
+            raise StorageError(f"The run in {self.folder} has not finished; resume it with: {command}")
+        result, checkpoints = self.head["result"], self.head.get("checkpoints")
+        self._check(result, checkpoints)
+        if checkpoints is None:
+            return Evaluation(self._results(""), **result)
+        points = tuple(Checkpoint(n, self._results(f"after-{n}.")) for n in checkpoints)
+        return SequentialEvaluation(self._results("right-after."), points, **result)
 
     def evaluation(self) -> Evaluation:
-        """What was found, where that is no sequence.
+        """The result, if it is not a sequence.
 
         Raises:
             StorageError: the run has not finished, is a sequence, or a file is damaged.
         """
         found = self.found()
         if isinstance(found, SequentialEvaluation):
-            raise StorageError(f"{self.folder} holds a sequence of edits, not edits one at a time.")
+            raise StorageError(f"{self.folder} holds a sequence of edits, not edits made one at a time.")
         return found
+
+    def _check(self, result: Any, checkpoints: Any) -> None:
+        """Make sure that the result in ``run.json`` can be shown."""
+        numbers, mappings = (_SEPARATE[:2], (*_RESULT, "cost")) if checkpoints is None else ((), _RESULT)
+        good = (
+            isinstance(result, dict)
+            and set(result) <= {*numbers, *mappings}
+            and {*numbers, "protocol"} <= set(result)
+            and all(isinstance(result[name], int | float) for name in numbers)
+            and all(isinstance(result.get(name, {}), dict) for name in mappings)
+            and isinstance(result["protocol"].get("edits"), str)
+            and all(
+                value is None or isinstance(value, int | float)
+                for name in ("clean", "cost")
+                for value in result.get(name, {}).values()
+            )
+            and (not (tasks := result.get("harness")) or {"edits", "scores"} <= tasks.keys())
+        )
+        if checkpoints is not None:
+            good &= isinstance(checkpoints, list) and bool(checkpoints)
+            good &= all(isinstance(count, int) and count > 0 for count in checkpoints)
+        if not good:
+            raise StorageError(f"{self.folder / 'run.json'} is damaged; measure again with --overwrite.")
 
     def _results(self, stem: str) -> tuple[Result, ...]:
         found = read_answers(self.folder, stem, self.records)
-        if found is None:
+        if not found:
             raise StorageError(
-                f"{self.folder / stem}edits.parquet is missing; measure anew with --overwrite."
+                f"{self.folder / stem}edits.parquet is missing or empty; measure again with --overwrite."
             )
         return tuple(result for _, result in found)
 
-    def _write_head(self) -> None:
-        with new_file(self.folder / "run.json") as temporary:
-            write_json(temporary, self.head)
-
 
 def editor_digest(editor: Editor) -> str:
-    """16 hex digits that stand for an editor: its method, settings, sites and every number it learnt."""
+    """16 hex digits that identify an editor: its method, settings, sites and trained numbers."""
     found = hashlib.blake2b(digest_size=8)
     sites = [asdict(site) for site in editor.sites]
     found.update(digest({"name": editor.name, "config": asdict(editor.config), "sites": sites}).encode())
@@ -221,18 +233,21 @@ def editor_digest(editor: Editor) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What it was measured with; of a checkout also the commit, with ``+`` where files differ from it."""
+    """Versions of emendo, torch and Python; in a checkout also the commit, with ``+`` where files differ from it."""
     found = {"emendo": __version__, "torch": torch.__version__, "python": platform.python_version()}
     git = ("git", "-C", str(Path(__file__).parents[1]))
 
-    def said(*what: str) -> str:
+    def output(*what: str) -> str:
         return subprocess.run(
             (*git, *what), capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
 
     try:
-        said("ls-files", "--error-unmatch", "__init__.py")  # a checkout, and not just installed below one
-        where, dirty = said("rev-parse", "--short=12", "HEAD"), said("status", "--porcelain", "-uno", ".")
+        output("ls-files", "--error-unmatch", "__init__.py")  # a checkout, not only installed inside one
+        commit, dirty = (
+            output("rev-parse", "--short=12", "HEAD"),
+            output("status", "--porcelain", "-uno", "."),
+        )
     except (OSError, subprocess.SubprocessError):
         return found
-    return found | {"commit": where + ("+" if dirty else "")}
+    return found | {"commit": commit + ("+" if dirty else "")}

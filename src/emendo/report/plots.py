@@ -326,9 +326,10 @@ def perplexity_curve(evaluation: Evaluation, image: Format = "svg") -> bytes:
     axes.plot(
         [100 * (i + 1) / len(edits) for i in range(len(values))], values, color=BLUE, lw=1.8, label="edited"
     )
-    clean = evaluation.clean["perplexity"]
-    axes.axhline(clean, color=RED, lw=1.2, ls=(0, (4, 3)), label=f"clean: {clean:.4g}")
-    if values and max(values) > 5 * clean:
+    clean = evaluation.clean.get("perplexity")
+    if clean is not None:
+        axes.axhline(clean, color=RED, lw=1.2, ls=(0, (4, 3)), label=f"clean: {clean:.4g}")
+    if clean is not None and values and max(values) > 5 * clean:
         axes.set_yscale("log")
     axes.set_xlim(0, 100)
     axes.set_xlabel("percent of the edits, least perplexity first", color=INK)
@@ -363,9 +364,11 @@ def retention_curves(figures: Mapping[str, Any], image: Format = "svg") -> bytes
     kept_seen = [(n, value) for n, value in seen if value is not None]
     if kept_seen:
         right.plot(*zip(*kept_seen, strict=True), marker="o", ms=4, color=BLUE, label="perplexity")
-        right.axhline(figures["clean"]["perplexity"], color=RED, lw=1.2, ls=(0, (4, 3)), label="clean model")
-        if max(value for _, value in kept_seen) > 5 * figures["clean"]["perplexity"]:
-            right.set_yscale("log")
+        clean = figures["clean"].get("perplexity")
+        if clean is not None:
+            right.axhline(clean, color=RED, lw=1.2, ls=(0, (4, 3)), label="clean model")
+            if max(value for _, value in kept_seen) > 5 * clean:
+                right.set_yscale("log")
         _ends(right, points)
     else:
         right.set_visible(False)
