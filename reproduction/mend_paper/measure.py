@@ -1,8 +1,8 @@
 """The MEND paper's measurements of one editor on one task, made by :func:`emendo.evaluate.evaluate`.
 
 Edits are made in groups of ``k`` facts, each group from the clean model. Every prompt is scored teacher forced under
-its group's edit and compared with the original model. Where the editor trained the model itself (ENN), the trained model
-without an edit is compared too: that tells the effect of training from the effect of editing.
+its group's edit and compared with the original model. Where the editor trained the model itself (ENN), the trained
+model without an edit is compared too: that tells the effect of training from the effect of editing.
 
 Mitchell et al., "Fast Model Editing at Scale", ICLR 2022: Eq. 1 (edit success), section 5 (drawdown), appendix C.2
 (locality KL).
