@@ -186,9 +186,13 @@ def attempt(action: Callable[[], Any], folder: Path) -> None:
         use(action(), folder)
 
 
+EXAMPLES = pytest.mark.parametrize("examples", [40, pytest.param(700, marks=pytest.mark.slow)])
+
+
+@EXAMPLES
 @pytest.mark.parametrize("signed", [False, True])
-def test_a_mutated_edit_is_used_or_refused(signed: bool) -> None:
-    @settings(max_examples=150)
+def test_a_mutated_edit_is_used_or_refused(signed: bool, examples: int) -> None:
+    @settings(max_examples=examples)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         with tempfile.TemporaryDirectory() as name:
@@ -202,19 +206,26 @@ def test_a_mutated_edit_is_used_or_refused(signed: bool) -> None:
     check()
 
 
-@settings(max_examples=100)
-@given(st.data())
-def test_mutated_bytes_are_used_or_refused(data: st.DataObject) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        attempt(lambda: Edit.from_bytes(changed_bytes(edit().to_bytes(), data)), Path(name))
+@EXAMPLES
+def test_mutated_bytes_are_used_or_refused(examples: int) -> None:
+    @settings(max_examples=examples)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            attempt(lambda: Edit.from_bytes(changed_bytes(edit().to_bytes(), data)), Path(name))
+
+    check()
 
 
-@settings(max_examples=150)
-@given(st.data())
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_mutated_adapter_is_used_or_refused(data: st.DataObject) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        export(edit(), folder / "first")
-        mutate(folder / "first", "adapter_config.json", "adapter_model.safetensors", data)
-        attempt(lambda: from_peft(folder / "first", model()), folder)
+@EXAMPLES
+def test_a_mutated_adapter_is_used_or_refused(examples: int) -> None:
+    @settings(max_examples=examples)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            export(edit(), folder / "first")
+            mutate(folder / "first", "adapter_config.json", "adapter_model.safetensors", data)
+            attempt(lambda: from_peft(folder / "first", model()), folder)
+
+    check()

@@ -237,6 +237,22 @@ def test_a_merged_checkpoint_holds_the_edit(tmp_path: Path, tiny_llama: LM, dtyp
     torch.testing.assert_close(found.float(), expected, rtol=close, atol=close)
 
 
+def test_a_model_that_transformers_cannot_save_is_named(tmp_path: Path) -> None:
+    lm = build_lm("llama")
+    lm.model.generation_config.update(temperature=0.5, top_p=0.9, do_sample=False)
+    with unchanged(lm.model), pytest.raises(ModelError, match="generation"):
+        to_merged(an_edit(lm), lm, tmp_path / "merged")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_pickle_is_not_read(tmp_path: Path, tiny_llama: LM) -> None:
+    to_peft(an_edit(tiny_llama), tiny_llama, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.rename(file.with_name("adapter_model.bin"))
+    with pytest.raises(StorageError, match="pickle"):
+        from_peft(tmp_path / "adapter", tiny_llama)
+
+
 def test_what_is_refused(tmp_path: Path, tiny_llama: LM, tiny_gpt2: LM) -> None:
     edit = an_edit(tiny_llama)
     with pytest.raises(MismatchError):

@@ -245,7 +245,13 @@ def from_peft(folder: str | Path, lm: LM) -> Edit:
     """
     where = Path(folder).expanduser()
     settings = LoraSettings.read(where)
-    tensors = read_tensors(where / "adapter_model.safetensors")
+    file = where / "adapter_model.safetensors"
+    if not file.exists() and (where / "adapter_model.bin").exists():
+        raise StorageError(
+            f"{where} holds its tensors in adapter_model.bin, a pickle, which can run code and is not read. Save the "
+            "adapter as safetensors: load it with PEFT, and call save_pretrained."
+        )
+    tensors = read_tensors(file)
     sites = {site.name: site for site in all_sites(lm.model)}
     deltas = {}
     for name, (right, left) in _factors(tensors, lm.model, where).items():
@@ -332,7 +338,7 @@ def to_merged(
 
     Raises:
         MismatchError: the edit belongs to another model.
-        ModelError: a matrix is quantised.
+        ModelError: a matrix is quantised, or transformers cannot save the model.
         RequestError: the edit holds NaN or infinite numbers.
         StorageError: the folder is not empty, or cannot be written.
     """
@@ -342,14 +348,22 @@ def to_merged(
         if dtype is None or dtype == lm.model.dtype:
             merged = merge(lm.model, edit.deltas)
             try:
-                lm.model.save_pretrained(new)
+                _save(lm.model, new)
             finally:
                 merged.restore()
         else:
             model = copy.deepcopy(lm.model).to(dtype)
             merged = merge(model, edit.deltas, keep=False)
-            model.save_pretrained(new)
+            _save(model, new)
         lm.tokenizer.save_pretrained(new)
         head = {"version": __version__, "form": "merged", "merge_loss": merged.loss}
         write_json(new / "emendo.json", {**head, "fingerprint": edit.origin.fingerprint})
     return merged
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Save a model with transformers, which refuses some of its own settings (such as those for generation)."""
+    try:
+        model.save_pretrained(folder)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"transformers cannot save this model as a checkpoint: {error}") from error
