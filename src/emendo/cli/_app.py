@@ -67,7 +67,7 @@ BARE = (demo, log, undo, doctor)
 
 
 class Group(TyperGroup):
-    """The program as a group of commands; however one ends, the border reports it."""
+    """The group of all commands; :mod:`emendo.cli._border` reports how a command ends."""
 
     def main(
         self,
@@ -91,7 +91,10 @@ class Group(TyperGroup):
         sys.exit(_border.run(command, debug="--debug" in takewhile(lambda word: word.startswith("-"), args)))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """A command of two words, such as ``evaluate show``, goes before one of its first word."""
+        """Find a command; one of two words, such as ``evaluate show``, takes precedence over its first word.
+
+        A sub-application of typer cannot do this: the required options of ``evaluate`` would be required here, too.
+        """
         two = " ".join(args[:2])
         return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
 
@@ -100,7 +103,7 @@ class Command(TyperCommand):
     """A command whose help shows its options in groups, in the same words whatever the version of typer."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """What follows the command's name in its usage line."""
+        """Give the words after the command's name in its usage line."""
         return [
             "[OPTIONS]",
             *(p.metavar or p.name for p in self.get_params(ctx) if p.param_type_name == "argument"),
@@ -119,7 +122,7 @@ class Command(TyperCommand):
 
 
 def _row(param: Any) -> tuple[str, str]:
-    """An option as it is typed, and what it means with its default."""
+    """Give an option as it is typed, and its help with its default."""
     typed, text = param.metavar or param.name, param.help or ""
     if param.param_type_name == "option":
         names = [", ".join(sorted(part, key=len)) for part in (param.opts, param.secondary_opts) if part]
@@ -142,7 +145,7 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error arose.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print a traceback with any error.")] = False,
 ) -> None:
     pass
 
@@ -153,7 +156,7 @@ def build() -> typer.Typer:
         cls=Group,
         help=HELP,
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

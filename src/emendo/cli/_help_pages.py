@@ -13,12 +13,13 @@ WIDTH = 100
 
 
 def page() -> str:
-    """The page."""
+    """Return the page as Markdown."""
     command = typer.main.get_command(build())
     parts = [
         "# The command line",
-        "What `--help` says. A test compares; renew with `python -m emendo.cli._help_pages > docs/cli.md`.",
-        "Exit codes: 0 done, 2 a wrong option or an error that is explained, 130 interrupted.",
+        "The output of `--help` for every command, written by `python -m emendo.cli._help_pages > docs/cli.md`.",
+        "Exit codes: 0 done, 2 an error, 130 stopped by Ctrl-C, SIGTERM or a closed terminal. "
+        "`emendo --debug COMMAND ...` prints a traceback with the error.",
     ]
     for name in ([], *([name] for name, sub in command.commands.items() if not sub.hidden)):  # type: ignore[attr-defined]
         with redirect_stdout(io.StringIO()) as shown:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 MODEL = "smollm2-135m"
-"""The model that is built in: it comes with a Python package, so that nothing needs a hub."""
+"""The built-in model: it comes with a Python package, so no hub is needed."""
 
 _MODEL_HELP = (
     f"The language model: {MODEL} (built in), a folder in the Hugging Face layout, or an id on the hub."
@@ -17,7 +17,7 @@ Model = Annotated[str, typer.Option("--model", metavar="NAME", help=_MODEL_HELP)
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
 SameModel = Annotated[
     str | None,
-    typer.Option("--model", metavar="NAME", help=f"{_MODEL_HELP}  [default: the one it was made for]"),
+    typer.Option("--model", metavar="NAME", help=f"{_MODEL_HELP}  [default: the model of the edit]"),
 ]
 Dtype = Annotated[
     str,
@@ -37,7 +37,7 @@ Device = Annotated[
 _CHAT = (
     "Put every prompt into the chat template of the model's tokenizer, as instruction-tuned models expect it"
 )
-_CHAT_OR_NOT = f"{_CHAT}, or take it as it stands."
+_CHAT_OR_NOT = f"{_CHAT}, or leave it as it is."
 Chat = Annotated[bool, typer.Option("--chat", help=f"{_CHAT}.")]
 SameChat = Annotated[
     bool | None,
@@ -48,7 +48,7 @@ AnyChat = Annotated[
     typer.Option("--chat/--no-chat", help=f"{_CHAT_OR_NOT}  [default: as the editor was trained]"),
 ]
 TRAINED = ("mend", "enn", "ke", "meta-curvature", "meta-sgd")
-"""Methods that must be trained; names are written out so that help pages need no import."""
+"""Methods that must be trained; written out, so that help pages import nothing."""
 UNTRAINED = ("ft", "ft-kl", "ft-constrained", "lora", "cache", "in-context")
 """Methods that need no training."""
 
@@ -66,7 +66,7 @@ AnyModel = Annotated[
     typer.Option(
         "--model",
         metavar="NAME",
-        help=f"{_MODEL_HELP}  [default: the one that the editor was trained for, else {MODEL}]",
+        help=f"{_MODEL_HELP}  [default: the model of the editor, else {MODEL}]",
     ),
 ]
 AsJson = Annotated[
