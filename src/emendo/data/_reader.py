@@ -86,18 +86,18 @@ def opened(source: str | Path) -> Iterator[BinaryIO]:
         return
     try:
         mode = Path(source).stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise DataError(f"{source} cannot be read: it is a folder; give the path of a record file")
-        if not stat.S_ISREG(mode):
-            raise DataError(
-                f"{source} is not a regular file but a pipe, a socket or a device; give the path of a file, or - for "
-                "standard input"
-            )
-        file = Path(source).open("rb")  # noqa: SIM115 - closed below
+        file = Path(source).open("rb") if stat.S_ISREG(mode) else None  # noqa: SIM115 - closed below
     except FileNotFoundError as error:
         raise DataError(f"{source} does not exist; give the path of a record file, or 'atlas'") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         raise DataError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if stat.S_ISDIR(mode):
+        raise DataError(f"{source} cannot be read: it is a folder; give the path of a record file")
+    if file is None:
+        raise DataError(
+            f"{source} is not a regular file but a pipe, a socket or a device; give the path of a file, or - for "
+            "standard input"
+        )
     with file:
         try:
             yield file
