@@ -159,7 +159,6 @@ OPERATIONS: dict[str, Callable[[LM], Callable[[], Any]]] = {
     "open a workspace, generate": generate,
     "`emendo log`": command("log"),
     "`emendo log --json`": command("log", "--json"),
-    "`emendo generate`": command("generate", PROMPT),
 }
 
 if __name__ == "__main__":

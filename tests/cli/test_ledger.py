@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pytest
 from cli.samples import Emendo
 from emendo import Edit, load
 from emendo.edits.edit import compose
+from emendo.ledger import Ledger, NewEntry
+from emendo.ledger.place import create_ledger
 
 PROMPT = "The capital of Bada is"
 LOOSE = (
@@ -96,6 +100,94 @@ def test_an_edit_made_upon_the_others(emendo_command: Emendo, own: Path) -> None
     assert "P(Rome)" in said and "applied edit 2" in said and "made upon" not in said
     assert "edits 1" in emendo_command("show", 2, "--model", own).out
     assert "Made while it was active: edits 2." in emendo_command("revert", 1, "--model", own).out
+
+
+def hostile(own: Path) -> Ledger:
+    """A ledger whose texts would control a terminal or read as markup, and whose figures are no JSON."""
+    ledger = create_ledger(own, load(own).fingerprint)
+    request = {"prompt": "The \x1b[2Jcapital [/red]", "target": "\x9b31mOslo"}
+    health = {"kl": math.nan, "reached": 1.0, "limits": {"kl": math.inf, "norm": "x"}, "problems": 5}
+    about = NewEntry("[bold]ft", "0", (request,), "2025", card={"x": math.nan})
+    for data in (b"x", b"y"):
+        ledger.apply(data, about, by="\x1b]0;title\x07", note="\x1b[31m[/]", health=health)
+    ledger.add_check({"drift": {"kl": "x"}, "retention": math.inf})
+    ledger.tag("\x1b[1mtag")
+    return ledger
+
+
+@pytest.mark.parametrize(
+    "command", [("log",), ("show", 1), ("tag", "--list"), ("diff", 0), ("undo",), ("checkout", 1)], ids=str
+)
+def test_texts_and_figures_of_a_ledger_are_shown_and_not_obeyed(
+    emendo_command: Emendo, own: Path, command: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile(own)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then writes as to a terminal
+    said = emendo_command(*command, "--model", own).out
+    assert not {"\x9b", "\x07"} & {*said} and "\x1b]" not in said and "\x1b[2J" not in said
+    if command[0] in ("show", "log"):
+        assert "[/red]" in said
+    values = emendo_command(*command, "--model", own, "--json").out
+    assert "\x1b" not in values and "\x9b" not in values
+    json.loads(values, parse_constant=pytest.fail)
+
+
+def test_the_log_shows_the_latest_steps(emendo_command: Emendo, own: Path) -> None:
+    ledger = create_ledger(own, load(own).fingerprint)
+    for n in range(24):
+        ledger.apply(f"{n}".encode(), NewEntry("ft", "0", (), ""))
+    assert "The latest 20 of 25 steps; --all shows every step" in emendo_command("log", "--model", own).out
+    found = emendo_command("log", "--model", own, "--json").json
+    assert found["steps"] == 25 and [step["id"] for step in found["operations"]] == [*range(24, 4, -1)]
+    assert found["operations"][0]["active"] == [*range(1, 25)]
+    assert len(emendo_command("log", "--model", own, "--all", "--json").json["operations"]) == 25
+    assert len(emendo_command("log", "--model", own, "--limit", 3, "--json").json["operations"]) == 3
+
+
+def test_a_fact_edited_twice_is_said(emendo_command: Emendo, own: Path, edits: list[Path]) -> None:
+    emendo_command("apply", edits[0], *LOOSE)
+    second = emendo_command("apply", edits[1], *LOOSE)
+    assert "edit 1 is active and has the same prompt" in second.err and "emendo revert 1" in second.err
+    emendo_command("undo", 2, "--model", own)
+    found = emendo_command("apply", *edits, *LOOSE, "--json").json["operations"]
+    assert [step["same_prompt_as"] for step in found] == [[], [1]]
+
+
+def test_old_names_of_limits_work_with_a_warning(
+    emendo_command: Emendo, own: Path, edits: list[Path]
+) -> None:
+    said = emendo_command("apply", edits[0], *LOOSE).err
+    assert "--limit reached is now called edit_success" in said
+    emendo_command("undo", "--model", own)
+    refused = emendo_command("apply", edits[0], "--limit", "edit_success=2", code=2)
+    assert "at least 2" in refused.err and "now called" not in refused.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("log",),
+        ("show", 1),
+        ("undo",),
+        ("tag", "x"),
+        ("tag", "--list"),
+        ("checkout", 0),
+        ("diff", 0),
+        ("revert", 1),
+    ],
+    ids=str,
+)
+def test_another_models_ledger_is_refused(
+    emendo_command: Emendo, own: Path, other_model: Path, tmp_path: Path, command: tuple[object, ...]
+) -> None:
+    ledger = create_ledger(own, load(own).fingerprint)
+    ledger.apply(b"x", NewEntry("ft", "0", (), ""))
+    where = ("--ledger", own / "emendo-ledger")
+    other = shutil.copytree(other_model, tmp_path / "other")
+    refused = emendo_command(*command, "--model", other, *where, code=2).err
+    assert "belongs to" in refused and "fingerprint" in refused
+    assert "nosuch" in emendo_command(*command, "--model", tmp_path / "nosuch", *where, code=2).err
+    assert ledger.head.id == 1 and ledger.tags() == []
 
 
 @pytest.mark.parametrize(
