@@ -1,7 +1,7 @@
-"""What good edits and bad ones do to everything else: where the guard's limits come from.
+"""The guard's figures for good and for bad edits: the measurement behind its limits.
 
-Single edits, each from the clean model, by several methods, some of them bad on purpose: for each of its figures
-the 10% quantile, the median and the 90% quantile, and how many edits it refuses. Then edits one upon the other.
+First single edits of several methods, each from the base model, some of them bad on purpose: the 10% quantile, the
+median and the 90% quantile of each figure, and the number of refused edits. Then edits applied one after the other.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Make = Callable[[Record], Edit]
 def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__, rounds=1)
     made.add_argument("--editor", help="a trained editor's folder")
-    made.add_argument("--edits", type=int, default=30, help="single edits of each method")
-    made.add_argument("--sequence", type=int, default=40, help="edits one upon the other")
+    made.add_argument("--edits", type=int, default=30, help="number of single edits of each method")
+    made.add_argument("--sequence", type=int, default=40, help="number of edits applied one after the other")
     options = made.parse_args(arguments)
     machine(options)
     lm = load(options)
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def methods(lm: LM, editor: str | None) -> Iterator[tuple[str, Make]]:
-    """Good methods first."""
+    """The methods, the good ones first."""
     sites = find_sites(lm.model)
     if editor is not None:
         trained = Editor.from_pretrained(editor)
@@ -59,7 +59,7 @@ def methods(lm: LM, editor: str | None) -> Iterator[tuple[str, Make]]:
 
 
 def by(lm: LM, editor: Editor) -> Make:
-    """What an editor makes of a record."""
+    """A function that makes an editor's edit of a record."""
 
     def make(record: Record) -> Edit:
         edit = editor.edit(lm, record.prompt, record.target)
@@ -70,7 +70,7 @@ def by(lm: LM, editor: Editor) -> Make:
 
 
 def noise(lm: LM, size: float) -> Make:
-    """Random changes of rank 16, of a share of each matrix's size."""
+    """A function that makes random changes of rank 16, each with a given share of its matrix's norm."""
     like = by(lm, FineTuning(find_sites(lm.model), FineTuningConfig(steps=1)))
 
     def change(weight: Tensor) -> LowRank:
@@ -83,8 +83,8 @@ def noise(lm: LM, size: float) -> Make:
 
 
 def singles(work: Workspace, makers: dict[str, Make], records: Sequence[Record]) -> None:
-    """A row for each method."""
-    head(f"{len(records)} single edits, each from the clean model: 10% / median / 90%", "refused")
+    """Print a row for each method."""
+    head(f"{len(records)} single edits, each from the base model: 10% / median / 90%", "refused")
     for name, make in makers.items():
         found = [work.check(make(record), record.paraphrases[:1]) for record in records]
         cells = []
@@ -97,9 +97,12 @@ def singles(work: Workspace, makers: dict[str, Make], records: Sequence[Record])
 
 
 def sequences(work: Workspace, makers: dict[str, Make], records: Sequence[Record]) -> None:
-    """One edit upon the other, whatever the guard says."""
+    """Apply edits one after the other, by force."""
     for name, make in makers.items():
-        head(f"{name}, one edit upon the other; what the guard finds after so many", "still the answer")
+        head(
+            f"{name}, edits applied one after the other; the guard's figures by their number",
+            "still the answer",
+        )
         for count, record in enumerate(records, 1):
             done = work.apply(make(record), paraphrases=record.paraphrases[:1], force=True)
             if count in (1, 2, 5, 10, 20, 40, 80, 160) or count == len(records):

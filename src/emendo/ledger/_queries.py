@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any, TypeAlias, TypeVar
 
 from sqlalchemy import (
@@ -92,19 +93,33 @@ def places(connection: Connection, operation: int) -> list[tuple[int, int]]:
     Raises:
         StorageError: an edit or a position is there twice.
     """
-    c = schema.periods.c
-    edit, position = (
-        type_coerce(c.edit, Integer),
-        type_coerce(c.position, Integer),
-    )  # checked below, all at once
-    asked = select(edit, position).where(active_after(operation)).order_by(c.position)
-    found = [(edit, position) for edit, position in connection.execute(asked).all()]
-    columns = [*zip(*found, strict=True)]
-    if any(len(set(column)) < len(found) or {*map(type, column)} != {int} for column in columns):
+    found = [row[:2] for row in _period_rows(connection, operation, operation)]
+    if any(len(set(column)) < len(found) for column in zip(*found, strict=True)):
         raise StorageError(
             f"The ledger is damaged: the active edits of operation {operation} overlap. Restore a copy of it."
         )
     return found
+
+
+def periods_between(connection: Connection, first: int, last: int) -> list[Period]:
+    """The times of edits that were active after any operation from the first to the last, by position.
+
+    Raises:
+        StorageError: a value is not a number.
+    """
+    return [Period(*row) for row in _period_rows(connection, first, last)]
+
+
+def _period_rows(connection: Connection, first: int, last: int) -> list[Any]:
+    """The same as plain rows: a state may have many, so that they are read and checked all at once."""
+    c = schema.periods.c
+    asked = select(*(type_coerce(column, Integer) for column in c)).order_by(c.position)
+    asked = asked.where(c.since <= last, or_(c.until.is_(None), c.until > first))
+    rows: list[Any] = [*connection.execute(asked).all()]
+    edits, positions, starts, ends = zip(*rows, strict=True) if rows else ((), (), (), ())
+    if {*map(type, chain(edits, positions, starts))} - {int} or {*map(type, ends)} - {int, type(None)}:
+        raise StorageError("The ledger is damaged: a time of an edit is not a number. Restore a copy of it.")
+    return rows
 
 
 # -------------------------------------------------------------------------------------------------- edits
@@ -329,7 +344,7 @@ def _position(connection: Connection, id: int) -> int | None:
     return found
 
 
-def period_rows(connection: Connection, id: int) -> list[Period]:
+def periods_of(connection: Connection, id: int) -> list[Period]:
     """All times during which an edit was active."""
     asked = select(schema.periods).where(schema.periods.c.edit == id)
     return [Period(*row) for row in connection.execute(asked)]

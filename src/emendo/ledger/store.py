@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from typing import Any, Self, TypedDict, Unpack
 
 from sqlalchemy import Connection, select
@@ -21,7 +22,7 @@ from emendo.ledger import _queries as queries
 from emendo.ledger import _schema as schema
 from emendo.ledger._database import Database, Where
 from emendo.ledger._queries import Plan
-from emendo.ledger._schema import About, Check, Entry, NewEntry, Operation, State, Tag
+from emendo.ledger._schema import About, Check, Entry, NewEntry, Operation, Period, State, Tag
 
 _OPTIMISTIC = 3  # times that a step is checked without holding up other writers
 _PAYLOADS = 64  # edits whose bytes are read at once
@@ -170,7 +171,17 @@ class Ledger:
         if limit is not None:
             newest = newest.limit(max(0, min(limit, 2**31 - 1)))
         with self._database.reading() as connection:
-            return [self._attached(Operation(*row)) for row in connection.execute(newest)]
+            found = [Operation(*row) for row in connection.execute(newest)]
+
+        @cache
+        def periods() -> list[Period]:
+            with self._database.reading() as connection:
+                return queries.periods_between(connection, found[-1].id, found[0].id)
+
+        def active(operation: int) -> tuple[int, ...]:
+            return tuple(period.edit for period in periods() if period.covers(operation))
+
+        return [replace(operation, read_active=active) for operation in found]
 
     def operations_of(self, id: int) -> list[Operation]:
         """The operations that activated or deactivated an edit, the earliest first.
@@ -180,7 +191,7 @@ class Ledger:
         """
         with self._database.reading() as connection:
             queries.entry(connection, id)
-            periods = queries.period_rows(connection, id)
+            periods = queries.periods_of(connection, id)
             numbers = {n for period in periods for n in (period.since, period.until) if n is not None}
             found = [self._attached(queries.operation(connection, n)) for n in sorted(numbers)]
         return [step for step in found if id in step.edits]
@@ -276,7 +287,7 @@ class Ledger:
         """
         with self._database.reading() as connection:
             digest = queries.entry(connection, id).digest
-            periods = queries.period_rows(connection, id)
+            periods = queries.periods_of(connection, id)
 
         def is_upon(reference: str) -> bool:
             operation = self._operation_of(reference)
