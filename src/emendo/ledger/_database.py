@@ -52,6 +52,7 @@ _MESSAGES = (  # part of a database's error message, in lower case -> the messag
     ("not a database", "The file is not a ledger, or it is damaged"),
     ("unable to open", "The file cannot be opened: check the permissions of its folder"),
     ("password", "The database asks for a password, which ledger.json does not store: give the URL with it"),
+    ("connect", "The server cannot be reached: check that it is running and that the URL is right"),
 )
 
 
