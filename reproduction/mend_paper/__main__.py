@@ -142,7 +142,7 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 def _command(ctx: typer.Context) -> str:
-    """The command that makes these tables, with what is not a default."""
+    """The command that makes these tables, with the options that differ from their defaults."""
     parts = ["emendo compare"]
     for param in ctx.command.params:
         value = ctx.params.get(param.name or "")

@@ -45,7 +45,7 @@ class Cell:
         task: the task's name.
         editor: the method's name.
         settings: of the method, where they are not its defaults.
-        sites: which matrices: what :func:`emendo.models.sites.find_sites` takes.
+        sites: which matrices, as for :func:`emendo.models.sites.find_sites`.
         last: how many blocks; None takes the default.
         k: how many facts make one edit.
         trained_for: how many make one in training; None takes ``k``.
@@ -76,7 +76,7 @@ class Cell:
         return kind(**{**drawn, **self.settings})
 
     def train_config(self) -> TrainConfig:
-        """The settings of its training, defaults included; as in the paper only the task says what must stay."""
+        """The settings of its training, defaults included; as in the paper, locality texts come from the task alone."""
         own = {"together": self.trained_for or self.k, "seed": self.seed}
         return TrainConfig(**{"text": 0, **self.training, **own})
 
@@ -86,7 +86,7 @@ class Cell:
         return editor_class(self.editor).needs_training
 
     def plan(self) -> dict[str, Any]:
-        """All its settings, as JSON values: what is known of a cell before its model is there."""
+        """All its settings, known before the model is loaded, as JSON values."""
         return {
             "task": self.task,
             "editor": self.editor,
@@ -119,13 +119,13 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of a cell.
+    """The outcome of a cell.
 
     Attributes:
         figures: see :data:`reproduction.mend_paper.figures.PROTOCOL`.
         training: seconds, steps, parameters and how it ended; empty where nothing was trained.
         seconds: that measuring took.
-        note: what else to know, such as the radius that was found.
+        note: a remark, such as the radius that was found.
     """
 
     figures: Figures
@@ -195,7 +195,7 @@ class Folder:
 
 
 def with_seed(cell: Cell, seed: int) -> Cell:
-    """The same cell of another seed, and what it is matched with too."""
+    """The same cell with another seed, and the cell it is matched with too."""
     match = cell.match and replace(cell.match, cell=with_seed(cell.match.cell, seed))
     return replace(cell, seed=seed, match=match)
 
@@ -213,7 +213,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Result]:
 
 
 def finite(result: Result) -> dict[str, dict[str, float | None]]:
-    """Figures in JSON, which has no word for what is no finite number."""
+    """Figures as JSON values; JSON has no infinity and no NaN, so those become null."""
     return {
         name: {part: x if math.isfinite(x) else None for part, x in value.as_dict().items()}
         for name, value in result.figures.items()

@@ -130,5 +130,5 @@ def _than(one: str, other: str, high: Interval, low: Interval) -> str:
 
 
 def _no_more(one: Interval, other: Interval) -> bool:
-    """Whether a drawdown is no more than another one; what is no finite number is more than anything."""
+    """Whether a drawdown is at most another one; a value that is not finite exceeds every other."""
     return math.isfinite(one.mean) and not one.mean > other.mean

@@ -31,7 +31,7 @@ from reproduction.mend_paper.runner import View
 
 
 class Shown(View):
-    """Says on standard error which cell is running and what came of it, with bars while it works."""
+    """Prints each cell and its result on standard error, with progress bars in between."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -44,7 +44,7 @@ class Shown(View):
         note(Text.assemble((f"{place} of {total}", "bold"), f"  {describe(cell)}"))
 
     def done(self, cell: Cell | Memory, result: Result) -> None:
-        """Say what came of it."""
+        """Print the result."""
         self.close()
         names = ("edit_success", "accuracy_drawdown", "perplexity_drawdown", "memory")
         found = [
@@ -93,7 +93,7 @@ def describe(cell: Cell | Memory) -> str:
 
 
 def listing(cells: Sequence[Cell | Memory], latest: Mapping[str, Result], *, as_json: bool) -> None:
-    """Print the cells, which of them are done, and about how long the rest takes."""
+    """Print the cells, those that are done, and the estimated time for the rest."""
     plans = {digest(cell.plan()): cell for cell in cells}
     left = sum(seconds(cell) for plan, cell in plans.items() if plan not in latest)
     if as_json:
@@ -109,7 +109,7 @@ def listing(cells: Sequence[Cell | Memory], latest: Mapping[str, Result], *, as_
 
 
 def write(folder: Folder, choice: Choice, latest: Mapping[str, Result], seeds: int, command: str) -> None:
-    """Write the pages: every table of which any cell is there, whole, whatever part of it was asked for this time.
+    """Write the pages: every table with at least one finished cell, in full, whatever part was requested this time.
 
     Raises:
         StorageError: a page cannot be written.

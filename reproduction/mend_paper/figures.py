@@ -1,4 +1,4 @@
-"""From what was seen to the figures of a cell, each with its 95% interval, and how each is defined."""
+"""The figures of a cell, each with its definition and 95% interval."""
 
 from __future__ import annotations
 

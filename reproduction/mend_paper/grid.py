@@ -1,4 +1,4 @@
-"""A table of the paper as data: its rows and columns, the cell behind each place, and what came of it."""
+"""A table of the paper as data: its rows and columns, the cell behind each place, and its result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Column:
     """One column, of one task or of the paper alone.
 
     Attributes:
-        name: what it is called here, and in the paper's table.
+        name: its name here and in the paper's table.
         here: model and data that stand here; empty where nothing does.
         paper: model and data in the paper; empty where the paper has no such column.
         drawdown: of what.
@@ -36,7 +36,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """An ordering that a reader of the paper looks for, and whether it is seen here; None where figures are missing."""
+    """An ordering that the paper reports, and whether it holds here; None where figures are missing."""
 
     holds: bool | None
     text: str
@@ -52,14 +52,14 @@ class Preset:
 
     Attributes:
         name: on the command line.
-        title: what it shows.
-        text: what to know when reading it.
+        title: its subject.
+        text: remarks for the reader.
         columns: from left to right.
         rows: names, from top to bottom.
-        cells: what to run for each place; a place may have nothing.
+        cells: the cell of each place; a place may be empty.
         paper: the paper's figures by row and column name.
         claims: orderings to look for.
-        along: what the rows count, where they are numbers to draw along an axis.
+        along: the name of the horizontal axis, where the rows are numbers.
     """
 
     name: str
@@ -84,7 +84,7 @@ def seeded(cell: Cell | Memory, seeds: int) -> Sequence[Cell | Memory]:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A preset with what came of its cells: a result for each seed, none where a cell has not been run.
+    """A preset with the results of its cells: one for each seed, none where a cell has not been run.
 
     Attributes:
         preset: the table.
@@ -96,7 +96,7 @@ class Grid:
 
     @classmethod
     def of(cls, preset: Preset, found: Mapping[str, Result], seeds: int = 1) -> Grid:
-        """A preset filled with what has been found.
+        """A preset filled with results.
 
         Args:
             preset: the table.
@@ -138,5 +138,5 @@ class Grid:
         return [place for place in self.preset.cells if not self.results.get(place)]
 
     def statements(self) -> list[Statement]:
-        """Every ordering that is looked for, and whether it is seen."""
+        """Every expected ordering, and whether it holds."""
         return [statement for claim in self.preset.claims for statement in claim(self)]

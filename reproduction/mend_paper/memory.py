@@ -60,11 +60,11 @@ class Memory:
 
 
 def peak(memory: Memory, model: str | Path, records: Sequence[Record]) -> Result:
-    """Train in a new process and say what memory that took.
+    """Train in a new process and return the memory it took.
 
     Args:
-        memory: what to train.
-        model: what ``memory.model`` is loaded by.
+        memory: the training.
+        model: the name or folder to load ``memory.model`` from.
         records: to train on.
     """
     context = multiprocessing.get_context("spawn")

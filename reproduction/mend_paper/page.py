@@ -62,7 +62,7 @@ def _table(grid: Grid) -> dict[str, Any]:
 
 
 def _plots(grid: Grid) -> Iterator[tuple[str, Any]]:
-    """Headings and plots of what has been run."""
+    """Headings and plots of the cells that have been run."""
     if any(grid.figure(*place, "memory") for place in grid.results):
         found = {"Memory against the size of the model": plots.memory(grid)}
     elif grid.preset.along:

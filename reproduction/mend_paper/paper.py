@@ -109,4 +109,4 @@ MEMORY = (
     "within one GPU, while the memory that ENN needs to train grows far faster with the model, so that it could not "
     "be run for GPT-J and T5-XXL."
 )
-"""What the paper says of memory."""
+"""The paper's figures of memory."""

@@ -86,7 +86,7 @@ def continuations(
         count: how many records to make.
         load: loads the model, where it has to be asked.
         key: names the model and anything else that made the prompts.
-        progress: receives how far it is.
+        progress: receives how far the work has come.
 
     Raises:
         DataError: there are not enough prompts.

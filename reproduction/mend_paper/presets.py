@@ -108,7 +108,7 @@ def _table5(choice: Choice) -> Preset:
 
 
 def _together(choice: Choice, editor: str, k: int) -> Cell:
-    """At least one whole edit in each step and two to measure, and fewer steps the more facts a step has."""
+    """A cell with at least one edit in each step and two to measure; the more facts a step has, the fewer the steps."""
     if k == 1:
         return choice.cell("atlas-bart", editor)
     training = choice.known["atlas-bart"].training

@@ -33,7 +33,7 @@ def matching_radius(
         other: the editor to match.
         records: validation facts, of which the first ``FACTS`` are edited.
         passages: plain texts, where the drawdown is of perplexity.
-        progress: told how far the work has come.
+        progress: receives how far the work has come.
     """
     tries = 0
 

@@ -30,7 +30,7 @@ from reproduction.mend_paper.sources import Bench, Source, probes
 
 
 class View(Silent):
-    """Hears what is being done and says nothing; the interface of every view."""
+    """A silent view, and the interface of every other."""
 
     def cell(self, cell: Cell | Memory, place: int, total: int) -> None:
         """A cell begins."""
@@ -49,7 +49,7 @@ class Runner:
     Args:
         folder: where everything is kept.
         source: loads a task and its model.
-        view: hears how it goes.
+        view: receives each cell and its result.
     """
 
     def __init__(self, folder: Folder, source: Source, view: View | None = None) -> None:
@@ -57,7 +57,7 @@ class Runner:
         self._bench: Bench | None = None
 
     def run(self, cells: Sequence[Cell | Memory]) -> None:
-        """See that every cell has its figures in the folder, task by task; what is there already is not done again.
+        """Run every cell whose figures are not yet in the folder, task by task.
 
         Ctrl-C loses nothing: what is finished is kept, and a training goes on from its last step.
 
@@ -76,7 +76,7 @@ class Runner:
                 self.view.done(cell, result)
 
     def _plan(self, cell: Cell | Memory) -> tuple[dict[str, Any], Callable[[], Result]]:
-        """All that a cell's figures depend on, and what takes them."""
+        """Everything that a cell's figures depend on, and the function that measures them."""
         if isinstance(cell, Memory):
             return cell.plan(), lambda: peak(cell, *self.source.material(cell.model))
         bench = self._load(cell.task)
@@ -100,7 +100,7 @@ class Runner:
         return Result(figures(scores), training_of(editor), round(time.monotonic() - begin, 1), note)
 
     def editor(self, bench: Bench, cell: Cell) -> Editor:
-        """A cell's editor: as it is where it needs no training, else trained here or earlier.
+        """A cell's editor, trained here or earlier if the method needs training.
 
         Raises:
             KeyboardInterrupt: by Ctrl-C; the training's checkpoint is kept.

@@ -78,7 +78,7 @@ class Stored:
 
 
 def probes(task: Task) -> list[Probe]:
-    """What an editor may hear of that shall stay as it is: the training records' locality prompts and passages.
+    """Prompts whose answers an edit must not change: the training records' locality prompts, and passages.
 
     A passage is cut in two: its second half is the answer to its first.
     """

@@ -20,12 +20,12 @@ ABOUT = (
 )
 
 NOTHING, NOT_RUN, NO_NUMBER = "-", "not run", "no number"
-"""Where a table has no such figure, where its cell has not been run, and where it is not finite."""
+"""Shown where a table has no such figure, where its cell has not been run, and where the figure is not finite."""
 
 DETAILS = {
     "edit_success": "edit success (ES)",
     "success": "on the edit prompt",
-    "generalisation": "on rewordings",
+    "generalisation": "on paraphrases",
     "accuracy_drawdown": "accuracy drawdown",
     "accuracy_drawdown_near": "on neighbours",
     "accuracy_drawdown_far": "on unrelated prompts",
@@ -36,11 +36,11 @@ DETAILS = {
     "rank": "rank",
     "relative_norm": "size of an edit",
 }
-"""The figures of the second table and what they are called there."""
+"""The figures of the second table and their headings."""
 
 
 def number(value: float) -> str:
-    """A figure in three digits after the point as the paper writes them, or fewer where it is large."""
+    """A figure with three decimals, as in the paper, or fewer where it is large."""
     if not math.isfinite(value):
         return NO_NUMBER
     if 0 < value < 0.001:
@@ -109,7 +109,7 @@ def mark(statement: Statement) -> str:
 
 
 def markdown(grids: Sequence[Grid]) -> str:
-    """All tables, what they show, and how each figure is defined."""
+    """All tables, with their remarks and the definition of each figure."""
     parts = [f"# {TITLE}", ABOUT]
     for grid in grids:
         parts += _markdown(grid)
@@ -142,7 +142,7 @@ def _markdown(grid: Grid) -> Iterator[str]:
 
 
 def details(grid: Grid) -> Iterator[list[str]]:
-    """The second table: every place that has been run with all its figures and what its training took."""
+    """The second table: every cell that has been run, with all its figures and the cost of its training."""
     for column in grid.preset.columns:
         for row in grid.preset.rows:
             results = grid.results.get((row, column.name), ())

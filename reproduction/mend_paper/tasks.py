@@ -33,9 +33,9 @@ class Task:
     """A model and the edits that methods are compared on.
 
     Attributes:
-        name: what the task is called.
+        name: of the task.
         model: a name for `emendo.models.loading.load`, or one for `reproduction.mend_paper.zoo.make`.
-        kind: what the model does.
+        kind: the model's job.
         train: records to train an editor on.
         validation: records to choose by.
         test: records to measure on.

@@ -20,7 +20,7 @@ _CLIP = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids to read, and what to answer: token ids, or the number of a class alone."""
+    """Input token ids and the answer: token ids, or the number of a class."""
 
     source: tuple[int, ...]
     label: tuple[int, ...]
@@ -79,7 +79,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: Any, examples: Sequence[Example], size: int = 128) -> float:
-    """The share of examples whose whole answer is the most likely one, each token after the true ones before it."""
+    """The share of examples whose answer is the argmax at every token, teacher forced."""
     hits = 0
     for batch in _by_length(examples, size):
         inputs, labels = _tensors(model, batch)
@@ -99,7 +99,7 @@ def _share(step: int, steps: int) -> float:
 def _by_length(
     examples: Sequence[Example], size: int, random: Random | None = None
 ) -> Iterator[Sequence[Example]]:
-    """Batches of examples of about one length; which of the same length come together is drawn."""
+    """Batches of examples of similar length, shuffled among equal lengths."""
     order = list(examples)
     if random:
         random.shuffle(order)

@@ -50,7 +50,7 @@ class Recipe:
 
     Attributes:
         build: facts to an untrained model and its tokenizer.
-        examples: a fact and the number of one of its wordings to what is trained and measured.
+        examples: maps a fact and the number of one of its wordings to training examples.
         epochs: passes over the facts, each in a wording drawn anew.
         rate: the highest learning rate.
         size: examples in a batch.
