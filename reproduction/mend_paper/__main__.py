@@ -143,7 +143,7 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 def _command(ctx: typer.Context) -> str:
     """The command that makes these tables, with the options that differ from their defaults."""
-    parts = ["emendo compare"]
+    parts = ["python -m reproduction.mend_paper"]
     for param in ctx.command.params:
         value = ctx.params.get(param.name or "")
         if value != param.default and param.name not in ("listed", "as_json"):

@@ -140,7 +140,7 @@ SECONDS: Mapping[str, tuple[float, float, float]] = {
     "counterfact": (0.05, 0.3, 1.5),
 }
 """For a training fact, for a test fact, and for an edit that is a loop of steps, on two processor cores; seen on single
-cells, to within a factor of about two; the time to test counterfact, and the loops there and on atlas-t5, are guesses."""
+cells, to within a factor of about two; testing counterfact, and the loops there and on atlas-t5, are guesses."""
 
 SLOWER = {"enn": 4.0}
 """How many times as long a training fact takes for a method."""
