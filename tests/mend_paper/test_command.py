@@ -1,4 +1,4 @@
-"""`emendo compare` on a tiny task: tables, pages, lists, and going on."""
+"""The reproduction's command on a tiny task: tables, pages, lists, and going on."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def out(emendo_command: Emendo, tiny_preset: None, tmp_path_factory: pytest.Temp
 def test_pages_are_written(out: Path) -> None:
     html, text, table = ((out / f"compare.{kind}").read_text() for kind in ("html", "md", "csv"))
     assert "<svg" in html
-    assert f"emendo compare --preset table4 --out {out}" in html
+    assert f"python -m reproduction.mend_paper --preset table4 --out {out}" in html
     assert "| MEND | **" in text
     assert "not run" not in text
     assert table.startswith(
@@ -127,7 +127,7 @@ def test_ctrl_c_keeps_what_is_done(
     asked = ("compare", "--preset", "table4", "--out", tmp_path / "c", "--scale", "0.5")
     answer = emendo_command(*asked, code=130)
     assert "not run" in answer.out
-    assert f"Go on with: emendo compare --preset table4 --out {tmp_path / 'c'} --scale 0.5" in answer.err
+    assert f"Go on with: python -m reproduction.mend_paper --preset table4 --out {tmp_path / 'c'} --scale 0.5" in answer.err
     assert "not run" in (tmp_path / "c" / "compare.md").read_text()
     monkeypatch.setattr(runner, "measure", measure)
     answer = emendo_command(*asked)
