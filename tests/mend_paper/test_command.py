@@ -127,7 +127,8 @@ def test_ctrl_c_keeps_what_is_done(
     asked = ("compare", "--preset", "table4", "--out", tmp_path / "c", "--scale", "0.5")
     answer = emendo_command(*asked, code=130)
     assert "not run" in answer.out
-    assert f"Go on with: python -m reproduction.mend_paper --preset table4 --out {tmp_path / 'c'} --scale 0.5" in answer.err
+    again = f"python -m reproduction.mend_paper --preset table4 --out {tmp_path / 'c'} --scale 0.5"
+    assert f"Go on with: {again}" in answer.err
     assert "not run" in (tmp_path / "c" / "compare.md").read_text()
     monkeypatch.setattr(runner, "measure", measure)
     answer = emendo_command(*asked)
