@@ -18,8 +18,10 @@ def page() -> str:
     parts = [
         "# The command line",
         "The output of `--help` for every command, written by `python -m emendo.cli._help_pages > docs/cli.md`.",
-        "Exit codes: 0 done, 2 an error, 130 stopped by Ctrl-C, SIGTERM or a closed terminal. "
-        "`emendo --debug COMMAND ...` prints a traceback with the error.",
+        (
+            "Exit codes: 0 done, 2 an error, 130 stopped by Ctrl-C, SIGTERM or a closed terminal. "
+            "`emendo --debug COMMAND ...` prints a traceback with the error."
+        ),
     ]
     for name in ([], *([name] for name, sub in command.commands.items() if not sub.hidden)):  # type: ignore[attr-defined]
         with redirect_stdout(io.StringIO()) as shown:
