@@ -172,13 +172,19 @@ def applied(model: nn.Module, changes: Mapping[str, LowRank | Change]) -> Iterat
     with ExitStack() as stack:
         for name, change in changes.items():
             module = model.get_submodule(name)
-            stack.callback(module.register_forward_hook(_hook(_on_rows(change))).remove)
+            by_row = isinstance(change, LowRank) and not change.batched
+            stack.callback(module.register_forward_hook(_hook(_on_rows(change), by_row=by_row)).remove)
         yield
 
 
-def _hook(change: Change) -> Callable[..., Tensor]:
+def _hook(change: Change, *, by_row: bool) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + change(args[0]).view(output.shape)
+        routed = getattr(module, "rows", None)  # an expert sees some rows of the batch only
+        if routed is None or by_row:
+            return output + change(args[0]).view(output.shape)
+        index, count = routed
+        x = args[0].new_zeros(count, args[0].shape[-1]).index_copy(0, index, args[0])
+        return output + change(x).view(count, -1).index_select(0, index)
 
     return hook
 
@@ -227,6 +233,7 @@ class RowGroups:
         self.size = size
         self.changes = [_on_rows(change) for _, change in groups]
         self.counts = [len(rows) for rows, _ in groups]
+        self.single = all(count == 1 for count in self.counts)
         self.order = torch.tensor([row for rows, _ in groups for row in rows])
         self.complete = self.order.equal(torch.arange(size))
 
@@ -244,8 +251,9 @@ class RowGroups:
             )
         self.order = self.order.to(x.device)
         rows = x if self.complete else x.index_select(0, self.order)
-        parts = zip(self.changes, rows.split(self.counts), strict=True)
-        added = torch.cat([change(part) for change, part in parts])
+        parts = zip(self.changes, rows.unbind() if self.single else rows.split(self.counts), strict=True)
+        changed = [change(part) for change, part in parts]
+        added = torch.stack(changed) if self.single else torch.cat(changed)
         if self.complete:
             return added
         nothing = added.new_full(

@@ -5,6 +5,7 @@ On a processor, the differentiated passes of a half-precision model compute atte
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -38,7 +39,8 @@ def model_inputs(model: nn.Module, batch: TokenBatch, *, positions: bool = False
     kind = kind_of(model)
     ids, mask = tokens(batch.input_ids, batch.attention_mask), batch.attention_mask.to(device)
     if kind == "classifier":
-        return {"input_ids": ids, "attention_mask": mask}
+        cache = "use_cache" in inspect.signature(model.forward).parameters
+        return {"input_ids": ids, "attention_mask": mask, **({"use_cache": False} if cache else {})}
     if kind == "seq2seq":
         assert batch.source_ids is not None and batch.source_mask is not None
         source = {

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from emendo.low_rank import Deltas, LowRank, applied
+from emendo.models._experts import ExpertMatrix
 from emendo.models.sites import Site, is_matrix
 
 _PLAIN = ("torch.nn.modules.activation", "torch.nn.modules.dropout", "transformers.activations")
@@ -57,6 +58,8 @@ def packable(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
     found = {}
     for site in sites:
         parent = site.name.rpartition(".")[0]
+        if isinstance(site.module(model), ExpertMatrix):  # sees the rows that are routed to it
+            continue
         below = not site.attention and parent != f"{site.stack}.{site.block}"
         if below and _works_by_row(model.get_submodule(parent)):
             found[site.name] = parent
@@ -86,7 +89,7 @@ def packed(model: nn.Module, packing: Packing) -> Iterator[None]:
         for name, rows in packing.modules.items():
             hooks = _Hooks(rows.index)
             module = model.get_submodule(name)
-            stack.callback(module.register_forward_pre_hook(hooks.gather).remove)
+            stack.callback(module.register_forward_pre_hook(hooks.gather, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(hooks.scatter).remove)
         yield
 
@@ -98,10 +101,18 @@ class _Hooks:
         self.index = index
         self.shape = torch.Size()
 
-    def gather(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        self.index = self.index.to(args[0].device)
-        self.shape = args[0].shape[:-1]
-        return (take(args[0].flatten(0, -2), self.index).unsqueeze(0), *args[1:])
+    def gather(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self.index = self.index.to(first.device)
+        self.shape = first.shape[:-1]
+        return tuple(map(self._rows, args)), {name: self._rows(value) for name, value in kwargs.items()}
+
+    def _rows(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape[:-1] != self.shape:
+            return value
+        return take(value.flatten(0, -2), self.index).unsqueeze(0)
 
     def scatter(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return put(output.squeeze(0), self.index, self.shape.numel()).view(*self.shape, -1)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from emendo.errors import ModelError
 from emendo.low_rank import LowRank
+from emendo.models._experts import ExpertMatrix
 from emendo.models._packing import put
 from emendo.models.sites import Site
 
@@ -93,17 +94,16 @@ def capture(
         zero carry no gradient and are dropped.
 
     Raises:
-        ModelError: the pass did not run one of the sites.
+        ModelError: the pass did not run one of the sites, or its loss does not depend on it.
     """
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    calls: list[_Call] = []
 
     def keep(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            inputs[name] = args[0] if create_graph else args[0].detach()
             if not output.requires_grad or not torch.is_grad_enabled():
                 output = output.detach().requires_grad_()
-            outputs[name] = output
+            u = args[0] if create_graph else args[0].detach()
+            calls.append(_Call(name, u, output, getattr(module, "rows", None)))
             return output
 
         return hook
@@ -112,24 +112,61 @@ def capture(
     try:
         with torch.enable_grad():
             losses = loss()
-            if idle := [site.name for site in sites if site.name not in outputs]:
-                raise ModelError(f"The model never ran {idle[0]}, so it cannot be edited; leave it out.")
-            ends = [outputs[site.name] for site in sites]
-            gradients = torch.autograd.grad(losses.sum(), ends, create_graph=create_graph)
+            ran = {call.name for call in calls}
+            idle = [site for site in sites if site.name not in ran]
+            if never := [site.name for site in idle if not isinstance(site.module(model), ExpertMatrix)]:
+                raise ModelError(f"The model never ran {never[0]}, so it cannot be edited; leave it out.")
+            ends = [call.output for call in calls]
+            gradients = torch.autograd.grad(losses.sum(), ends, create_graph=create_graph, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
     examples = len(losses)
-    factors = {
-        site.name: _rows(inputs[site.name], gradient, examples, (owners or {}).get(site.name))
-        for site, gradient in zip(sites, gradients, strict=True)
-    }
-    return losses.detach(), factors
+    found: dict[str, list[Factors]] = {site.name: [] for site in sites}
+    for call, gradient in zip(calls, gradients, strict=True):
+        if gradient is None:  # this call is not differentiated, or its output is not used
+            continue
+        owner = (owners or {}).get(call.name)
+        if call.routed is not None:
+            token, tokens = call.routed
+            owner = token // (tokens // examples)
+        found[call.name].append(_rows(call.u, gradient, examples, owner))
+    for site in idle:  # an expert that no token was routed to
+        weight = site.weight(model)
+        found[site.name].append(
+            _rows(weight.new_zeros(0, site.d_in), weight.new_zeros(0, site.d_out), examples, None)
+        )
+    if unused := [name for name, own in found.items() if not own]:
+        raise ModelError(f"{unused[0]} does not influence the answer, so it cannot be edited; leave it out.")
+    return losses.detach(), {name: _joined(own) for name, own in found.items()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """One call of a site's module: its input and output, and for an expert the tokens routed to it, of how many."""
+
+    name: str
+    u: Tensor
+    output: Tensor
+    routed: tuple[Tensor, int] | None
+
+
+def _joined(calls: list[Factors]) -> Factors:
+    """The rows of all calls of one site; a block that is shared runs several times in a pass."""
+    if len(calls) == 1:
+        return calls[0]
+    owner, order = torch.cat([f.owner for f in calls]).sort(stable=True)
+    u, delta = torch.cat([f.u for f in calls])[order], torch.cat([f.delta for f in calls])[order]
+    return Factors(u, delta, owner, calls[0].examples)
 
 
 def _rows(u: Tensor, delta: Tensor, examples: int, owner: Tensor | None) -> Factors:
     """The rows ``[..., d]`` that carry gradient, in float32 at least; without ``owner``, examples have equal shares."""
     u, delta = u.reshape(-1, u.shape[-1]), delta.reshape(-1, delta.shape[-1])
+    if owner is None and len(u) % examples:
+        raise ModelError(
+            f"A matrix saw {len(u)} rows in a pass over {examples} texts, so their texts are unknown; leave it out."
+        )
     used = u.ne(0).any(-1) & delta.ne(0).any(-1)
     if owner is None:
         owner = torch.arange(len(u), device=u.device) // max(1, len(u) // examples)

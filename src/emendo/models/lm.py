@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emendo.errors import ModelError, RequestError
+from emendo.models._experts import open_experts
 from emendo.models._fingerprint import ModelFiles, fingerprint
 from emendo.models._forward import label_logits, model_inputs
 from emendo.models.framing import PLAIN, Framing, chat_framing, check_prompts, encode_prompts, refuse_too_long
@@ -54,6 +55,7 @@ class LM:
     files: ModelFiles | None = field(default=None, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        open_experts(self.model)
         if self.chat and self.kind != "causal":
             raise ModelError(
                 f"Only decoders use a chat template, and {self.name} is not one: leave chat out."
@@ -107,7 +109,8 @@ class LM:
                 (m for n, m in self.model.named_modules() if n.endswith("position_embeddings")), None
             )
             padding = getattr(table, "padding_idx", None)  # RoBERTa's positions start after its padding index
-            limits.append(positions - (0 if padding is None else padding + 1))
+            if positions > 0:  # XLNet's -1 stands for no limit
+                limits.append(positions - (0 if padding is None else padding + 1))
         shortest = min(limits)
         return shortest if shortest < 10**9 else None
 

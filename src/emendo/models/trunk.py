@@ -6,6 +6,7 @@ a forward pre-hook on the first edited block records its hidden state and stops 
 modules replace the blocks below, and a pre-hook feeds the recorded hidden state to the first edited block. The list of
 blocks keeps its length, so layer indices, masks and rotary tables stay right. A pass can also stop before the
 vocabulary projection and return that module's input (:meth:`Trunk.projection_input`).
+A model whose passes cannot resume runs in full each time.
 
 The extent of the trunk depends on the kind of model:
 
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,9 @@ from emendo.models._forward import label_logits, model_inputs, wide_attention
 from emendo.models._packing import Packing, Rows, packable, packed, padded_count, take
 from emendo.models.sites import Site, find_stacks, kind_of
 from emendo.models.text import Text, TokenBatch, collate
+
+_resumable: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
+"""Model -> first edited block -> whether passes can resume there."""
 
 
 class Trunk:
@@ -52,10 +57,6 @@ class Trunk:
         self.model = model
         self.kind = kind_of(model)
         depths = {stack.name: stack.depth for stack in find_stacks(model)}
-        if len(depths) > 1 + (self.kind == "seq2seq"):
-            raise ModelError(
-                f"{type(model).__name__} has {len(depths)} stacks of blocks: {', '.join(depths)}."
-            )
         if unknown := {site.stack for site in sites} - depths.keys():
             raise ModelError(f"The model has no blocks {', '.join(unknown)}; it has {', '.join(depths)}.")
         self.stack = next(iter(depths))
@@ -69,6 +70,10 @@ class Trunk:
         self._packable: dict[str, str] | None = None
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = self.kind == "causal" and "position_ids" in parameters
+        self._whole = False
+        self._whole = not self._resumes()
+        if self._whole:
+            self._packable = None
 
     @torch.no_grad()
     def run(self, batch: TokenBatch) -> Tensor:
@@ -80,15 +85,29 @@ class Trunk:
         Returns:
             The hidden state ``[texts, tokens, width]`` that enters the first edited block. For an encoder-decoder the
             tokens are those of the source, and without edits in its encoder it is the output of the whole encoder.
+            Zeros ``[texts, tokens, 1]`` for a model that cannot resume; then every pass runs the whole model.
         """
+        if self._whole:
+            return torch.zeros(*batch.trunk_mask.shape, 1)
         if self.kind != "seq2seq":
-            return _input_of(self._first, lambda: self.model(**self._inputs(batch)))
+            return self._checked(_input_of(self._first, lambda: self.model(**self._inputs(batch))), batch)
         encoder = self.model.get_encoder()  # type: ignore[operator]
         inputs = {name: self._inputs(batch)[name] for name in ("input_ids", "attention_mask")}
         if self._edits_stack:
-            return _input_of(self._first, lambda: encoder(**inputs))
-        hidden: Tensor = encoder(**inputs).last_hidden_state
-        return hidden
+            return self._checked(_input_of(self._first, lambda: encoder(**inputs)), batch)
+        return self._checked(encoder(**inputs).last_hidden_state, batch)
+
+    def _checked(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
+        """The hidden state of a batch's own tokens; some models pad further, to whole windows of attention."""
+        texts, tokens = batch.trunk_mask.shape
+        if hidden.shape[:2] == (tokens, texts) != (texts, tokens):
+            raise ModelError(
+                f"{type(self.model).__name__} keeps its hidden states as [tokens, texts, width] instead of "
+                "[texts, tokens, width], so it cannot be edited."
+            )
+        if len(hidden) != texts or hidden.shape[1] < tokens:
+            raise ValueError(f"{texts} texts of {tokens} tokens have hidden states {list(hidden.shape)}")
+        return hidden[:, :tokens].flatten(2)
 
     def logits(
         self,
@@ -113,7 +132,7 @@ class Trunk:
             with packed(self.model, packing), wide_attention(self.model):
                 return self.logits(batch, hidden, extra=extra)
         inputs = self._inputs(batch)
-        if hidden is None:
+        if hidden is None or self._whole:
             return label_logits(self.model, inputs, batch.positions, extra)
         if not self._edits_stack:
             rest = {name: value for name, value in inputs.items() if name != "input_ids"}
@@ -163,7 +182,12 @@ class Trunk:
         rows: dict[str, Rows] = {}
         found = {}
         for site in self._sites:
-            last = self.kind == "causal" and site.block == self._depths[site.stack] - 1 and not site.attention
+            last = (
+                self.kind == "causal"
+                and not self._whole
+                and site.block == self._depths[site.stack] - 1
+                and not site.attention
+            )
             reads_source = self.kind == "seq2seq" and site.stack == self.stack
             part = "labels" if last else "source" if reads_source else "texts"
             if part not in rows:
@@ -176,7 +200,7 @@ class Trunk:
     def packing(self, batch: TokenBatch) -> Packing:
         """The rows of a batch that the MLPs of the edited blocks need to compute."""
         if self._packable is None:
-            self._packable = packable(self.model, self._sites)
+            self._packable = {} if self._whole else packable(self.model, self._sites)
         relevant = self.relevant_rows(batch, padded=True)
         found = {name: own for name, own in relevant.items() if name in self._packable}
         return Packing({self._packable[name]: own for name, own in found.items()}, found)
@@ -200,22 +224,59 @@ class Trunk:
 
     @property
     def _first(self) -> nn.Module:
+        """The block from which passes resume."""
         return self.model.get_submodule(f"{self.stack}.{self.block}")
+
+    @torch.no_grad()
+    def _resumes(self) -> bool:
+        """Whether a resumed and packed pass gives the logits of the whole model; tested once per model on two texts.
+
+        It does not where more than the hidden state goes from block to block (Pegasus-X, ZAYA), where blocks run in a
+        loop (Dory, HRM) or several stacks read the text (XLM).
+        """
+        if len(self._depths) > 1 + (self.kind == "seq2seq"):
+            return False
+        if not self._edits_stack or self.model.training:
+            return True
+        known = _resumable.setdefault(self.model, {})
+        if self.block not in known:
+            known[self.block] = self._test()
+        return known[self.block]
+
+    def _test(self) -> bool:
+        source = (5, 6, 7, 8) if self.kind == "seq2seq" else ()
+        answers = 1 if self.kind == "classifier" else 2
+        texts = [Text((1, 2, 3, 4, 5, 6), 6 - answers, source), Text((3, 4, 5, 0), 4 - answers, source[:2])]
+        batch = collate(texts)
+        try:
+            expected = label_logits(self.model, self._inputs(batch), batch.positions)
+        except Exception:  # noqa: BLE001 - the pass that edits the model states the reason
+            return True
+        try:
+            found = self.logits(batch, self.run(batch), self.packing(batch))
+        except ModelError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever it is, the model cannot resume
+            return False
+        near = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
+        return bool((found - expected).abs().max() <= near * expected.abs().max())
 
     @cached_property
     @torch.no_grad()
-    def _tuple_size(self) -> int:
-        """Length of the tuple that a block returns, 0 where it returns the hidden state alone; tested on one token."""
+    def _output(self) -> Any:
+        """The output of a block for one token: the hidden state, or a tuple that begins with it."""
         batch = collate([Text((0, 0), 1, (0,) if self.kind == "seq2seq" else ())])
         block = self.model.get_submodule(f"{self.stack}.0")
-        return _tuple_size(block, lambda: self.model(**self._inputs(batch)))
+        return _output_of(block, lambda: self.model(**self._inputs(batch)))
 
     @contextmanager
     def _resuming(self, hidden: Tensor) -> Iterator[None]:
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            if args:
-                return (hidden.to(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden.to(kwargs["hidden_states"])}
+            given = args[0] if args else kwargs["hidden_states"]
+            resumed = hidden.to(given).unflatten(2, given.shape[2:])
+            if given.shape[1] > hidden.shape[1]:
+                resumed = torch.cat([resumed, given[:, hidden.shape[1] :]], 1)
+            return ((resumed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": resumed})
 
         blocks = self.model.get_submodule(self.stack)
         below = {str(i): blocks.get_submodule(str(i)) for i in range(self.block)}
@@ -225,7 +286,7 @@ class Trunk:
             stack.callback(blocks._modules.update, below)
             if below:
                 stack.enter_context(_lent_bias(blocks.get_submodule("0"), first))
-                size = self._tuple_size
+                size = len(self._output) if isinstance(self._output, tuple | list) else 0
                 blocks._modules |= {key: _PassThrough(block, size) for key, block in below.items()}
             yield
 
@@ -254,14 +315,14 @@ def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
         return _stopped(module, run)  # type: ignore[no-any-return]
 
 
-def _tuple_size(module: nn.Module, run: Callable[[], object]) -> int:
-    """Length of the tuple that a module returns, 0 where it returns no tuple, in a pass, which stops there."""
+def _output_of(module: nn.Module, run: Callable[[], object]) -> Any:
+    """What a module returns in a pass, which stops there."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        raise _Stop(len(output) if isinstance(output, tuple) else 0)
+        raise _Stop(output)
 
     with module.register_forward_hook(stop):
-        return _stopped(module, run)  # type: ignore[no-any-return]
+        return _stopped(module, run)
 
 
 def _stopped(module: nn.Module, run: Callable[[], object]) -> Any:
