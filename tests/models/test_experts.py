@@ -207,3 +207,63 @@ def test_a_hybrid_is_one_stack_whatever_its_blocks_are() -> None:
     )  # its weight is used, its module never runs
     assert any(".experts." in name for name in names)
     Trunk(model, find_sites(model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "router"), [("llama4_text", "router"), ("qwen2_moe", "gate"), ("zaya", "gate")]
+)
+def test_no_router_and_no_gate_is_a_site(kind: str, router: str) -> None:
+    sizes = {
+        **SIZES,
+        "intermediate_size_mlp": INNER,
+        "moe_intermediate_size": INNER,
+        "num_experts_per_tok": 1,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    assert any(router in name for name, _ in model.named_modules())
+    open_experts(model)
+    parts = {part for site in all_sites(model) for part in site.name.split(".")}
+    assert "down_proj" in parts
+    assert not parts & {"router", "gate", "shared_expert_gate"}
+
+
+def test_the_language_part_of_a_multimodal_model_is_edited() -> None:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": 4,
+    }
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={**SIZES, "sliding_window": 8},
+        vision_config={**vision, "image_size": 28, "patch_size": 7},
+        image_token_index=300,
+        boi_token_index=301,
+        eoi_token_index=302,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    assert [stack.name for stack in find_stacks(model)] == ["model.language_model.layers"]
+    assert all(site.name.startswith("model.language_model.") for site in find_sites(model))
+
+
+class Twice(nn.Module):
+    """A matrix that runs twice in a pass, as in models with shared blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4).double()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](self.layers[0](x).sin())  # type: ignore[no-any-return]
+
+
+def test_a_matrix_that_runs_twice_has_the_rows_of_both_calls() -> None:
+    model, x = Twice(), torch.randn(3, 2, 4, dtype=torch.float64)
+    _, factors = capture(model, tuple(all_sites(model)), lambda: model(x).square().sum((1, 2)))
+    (own,) = factors.values()
+    assert own.owner.tolist() == sorted([0, 1, 2] * 4)
+    for example in range(3):
+        (expected,) = torch.autograd.grad(model(x[example]).square().sum(), [model.layers[0].weight])
+        rows = own.owner == example
+        torch.testing.assert_close(own.delta[rows].T @ own.u[rows], expected)

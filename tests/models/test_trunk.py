@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from cases import (
     ARCHITECTURES,
@@ -240,11 +240,26 @@ def test_models_that_cannot_be_split_or_scored_are_refused(tiny_llama: LM) -> No
         two = AutoModelForSequenceClassification.from_config(build_model(kind).config)
         with pytest.raises(ModelError, match="one stack of blocks"):
             Trunk(two, find_sites(two))
-    blocks = {name: nn.ModuleList([nn.Linear(4, 4)]) for name in ("eyes", "ears")}
-    several = nn.ModuleDict(blocks)
-    several.num_labels = 2
-    with pytest.raises(ModelError, match="2 stacks of blocks: eyes, ears"):
-        Trunk(several, find_sites(several))
+    first = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("xlnet", vocab_size=VOCABULARY, d_model=32, n_layer=3, n_head=4, d_inner=48)
+    )
+    with pytest.raises(ModelError, match=r"\[tokens, texts, width\] instead of"):
+        Trunk(first.eval(), find_sites(first))
+
+
+def test_a_model_that_cannot_resume_runs_in_full() -> None:
+    """XLM keeps its attention and its MLPs in two lists; a trunk would skip the one and run the other."""
+    sizes = {"n_words": VOCABULARY, "vocab_size": VOCABULARY, "emb_dim": 32, "n_layers": 4, "n_heads": 4}
+    config = AutoConfig.for_model("xlm", **sizes, init_std=0.2, pad_index=1, pad_token_id=1)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    batch = collate(random_texts("llama", 9, 6))
+    trunk = Trunk(model, find_sites(model))
+    with unchanged(model):
+        hidden = trunk.run(batch)
+        found = logits(trunk, batch, hidden)
+    assert hidden.shape == (2, 8, 1)
+    assert trunk.packing(batch).modules == {}
+    assert torch.equal(found, logits(trunk, batch))
 
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "gpt2", "t5", "llama"])

@@ -225,10 +225,15 @@ def all_sites(model: nn.Module) -> list[Site]:
 def _routers(block: nn.Module) -> set[str]:
     """Names of the matrices in a block that choose experts, or gate with a single output.
 
-    A router stands beside its experts and has one output for each of them; if it has several layers, all belong to it.
+    A router stands beside its experts and has one output for each of them, or its class is a router class; if it has
+    several layers, all belong to it.
     """
     found = {name for name, m in block.named_modules() if (_matrix_shape(m) or (0, 0))[1] == 1}
     for name, experts in block.named_modules():
+        if "router" in type(experts).__name__.lower():
+            found |= {
+                f"{name}.{inner}".rstrip(".") for inner, m in experts.named_modules() if _matrix_shape(m)
+            }
         if not (count := _experts(experts)):
             continue
         mixture = name.rpartition(".")[0]
