@@ -182,6 +182,9 @@ def test_fuse_puts_edits_into_one(
     expected = fuse(load(model), parts, keep=5.0)
     for name, delta in Edit.from_pretrained(out).deltas.items():
         torch.testing.assert_close(delta.left, expected.deltas[name].left)
+    assert "times" not in said.err
+    twice = emendo_command("fuse", edit_folder, edit_folder, "--out", tmp_path / "twice")
+    assert "'The capital of Bada is' is edited 2 times, to 'Oslo', 'Oslo'" in twice.err
     again = emendo_command("fuse", edit_folder, other, "--out", out, "--overwrite", "--json").json
     assert again["facts"] == 2 and 0 <= again["reached"] <= 2 and 0 <= again["added_up"] <= 2
 
