@@ -16,7 +16,7 @@ from typing import Any
 from emendo._storage import digest, new_file, read_json, write_json
 from emendo.editors import editor_class
 from emendo.errors import StorageError
-from emendo.evaluate.metrics import Interval
+from emendo.evaluate.intervals import Interval
 from emendo.train import TrainConfig
 from reproduction.mend_paper.figures import Figures
 

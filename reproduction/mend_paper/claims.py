@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from emendo.evaluate.metrics import Interval
+from emendo.evaluate.intervals import Interval
 from reproduction.mend_paper.grid import Claim, Column, Grid, Statement
 from reproduction.mend_paper.tables import number
 

@@ -7,7 +7,8 @@ from statistics import fmean
 
 from torch import Tensor
 
-from emendo.evaluate.metrics import Interval, bootstrap_interval, mean_interval, perplexity
+from emendo.evaluate.intervals import Interval, bootstrap_interval, mean_interval
+from emendo.evaluate.metrics import perplexity
 from reproduction.mend_paper.measure import PASSAGE_TOKENS, PASSAGES, Scores, Sums
 
 Figures = dict[str, Interval]

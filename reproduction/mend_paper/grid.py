@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Literal
 
 from emendo._storage import digest
-from emendo.evaluate.metrics import Interval
+from emendo.evaluate.intervals import Interval
 from reproduction.mend_paper.cells import Cell, Result, with_seed
 from reproduction.mend_paper.memory import Memory
 from reproduction.mend_paper.paper import Quoted, Table

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from emendo.data.schema import Record
 from emendo.editors import GradientEditor, editor_class
-from emendo.evaluate.metrics import Interval
+from emendo.evaluate.intervals import Interval
 from emendo.models.lm import LM
 from emendo.models.loading import load
 from emendo.models.sites import find_sites

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from emendo.evaluate.metrics import Interval
+from emendo.evaluate.intervals import Interval
 from emendo.report.plots import BLUE, GREEN, INK, ORANGE, RED, SKY, axes_of, legend, panels, render
 from reproduction.mend_paper.grid import Column, Grid
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from emendo.evaluate.metrics import Interval
+from emendo.evaluate.intervals import Interval
 from reproduction.mend_paper.cells import finite
 from reproduction.mend_paper.figures import PROTOCOL
 from reproduction.mend_paper.grid import Column, Grid, Statement

@@ -14,7 +14,7 @@ from reproduction.mend_paper.cells import Cell, Folder, Match, Result, with_seed
 
 from emendo._storage import digest
 from emendo.errors import StorageError
-from emendo.evaluate.metrics import Interval
+from emendo.evaluate.intervals import Interval
 
 CELL = Cell("wikitext", "mend", {"rank": 8}, training={"steps": 5, "lr": 1e-4})
 SIZES = {"train": 9, "validation": 3, "test": 4, "test_passages": 2}

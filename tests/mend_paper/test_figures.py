@@ -8,7 +8,7 @@ import pytest
 from reproduction.mend_paper.figures import figures
 from reproduction.mend_paper.measure import Scores, Sums
 
-from emendo.evaluate.metrics import mean_interval
+from emendo.evaluate.intervals import mean_interval
 
 
 def scores(*facts: Sums, apart: bool = False) -> Scores:

@@ -21,7 +21,7 @@ from emendo.editors.enn import Enn, EnnConfig
 from emendo.editors.mend import Mend, MendConfig
 from emendo.edits.edit import Request
 from emendo.errors import RequestError
-from emendo.evaluate.metrics import mean_interval
+from emendo.evaluate.intervals import mean_interval
 from emendo.models.lm import LM
 from emendo.models.sites import find_sites
 from emendo.models.text import Text, collate

@@ -21,7 +21,7 @@ from reproduction.mend_paper.sources import probes
 from emendo._storage import digest
 from emendo.data import Record
 from emendo.editors import Editor
-from emendo.evaluate.metrics import Interval
+from emendo.evaluate.intervals import Interval
 from emendo.progress import Progress
 from emendo.train import train
 from mend_paper.tiny import SETTINGS, Tiny, mend, task

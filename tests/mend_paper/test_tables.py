@@ -16,7 +16,7 @@ from reproduction.mend_paper.grid import Column, Grid, Preset, Statement
 from reproduction.mend_paper.memory import Memory
 from reproduction.mend_paper.page import page
 
-from emendo.evaluate.metrics import Interval
+from emendo.evaluate.intervals import Interval
 from mend_paper.tiny import mend
 
 HERE = Column("made up", "tiny llama", "BERT-base, FEVER")

@@ -29,12 +29,12 @@ from emendo.models.lm import LM
 from emendo.report.html import write_report
 
 EXAMPLE = "country_capital/Australia"
-"""The built-in fact that the demo sets right (the model says Sydney), from the split that nothing is learnt from."""
+"""The built-in fact that the demo corrects (the model says Sydney); it is in the test split."""
 NEIGHBOURS = ("country_capital/Germany", "country_capital/Thailand", "country_capital/Ireland")
-"""Facts of the same kind and split that must stay."""
+"""Facts of the same relation and split that must not change."""
 
 _PASSAGES = 2  # plain texts whose perplexity is taken after every edit
-_EACH = 2  # rewordings, near neighbours and unrelated prompts of each fact that is measured
+_EACH = 2  # paraphrases, near neighbours and unrelated prompts of each fact that is measured
 
 
 def show_edit(run: Run, lm: LM, editor: Editor, unseen: Sequence[Record]) -> tuple[BaseEdit, list[Row]]:

@@ -13,12 +13,12 @@ from emendo.cli._console import Interrupted, note, output
 if TYPE_CHECKING:
     from emendo.cli._runs import Run
 
-HELP = """See all of it work: train an editor, make an edit, measure it, and write a report.
+HELP = """Show the whole workflow: train an editor, make an edit, measure it, and write a report.
 
 Trains a MEND editor on the built-in facts with a live view, changes one fact that it has not seen, shows the
 answers before and after, measures the editor on other unseen facts, and writes the editor, the edit and
-report.html. Takes less than ten minutes on two processor cores, and less than one when repeated, for the editor is
-kept. May be stopped with Ctrl-C at any time and started again: it goes on where it was.
+report.html. Takes less than ten minutes on two processor cores, and less than one when repeated, since the editor is
+kept. Ctrl-C stops it at any time; the same command resumes it.
 
 \b
 Examples:

@@ -16,18 +16,18 @@ from emendo.models.text import Text, greedy
 from emendo.models.tokenization import to_texts
 
 _WORD_TOKENS = 4  # tokens in which a word that began is completed
-_NO_ANSWER = 1e-6  # what is less likely is not shown, such as all but one token of what was looked up
+_NO_ANSWER = 1e-6  # less likely tokens are not shown, such as all but one where the answer is looked up
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt to look at before and after an edit.
+    """A prompt to ask before and after an edit.
 
     Attributes:
         kind: the edit prompt itself, a paraphrase of it, a near neighbour or an unrelated prompt.
         prompt: the prompt.
         target: the edit's target; None takes it from the edit.
-        answer: the right answer, where it is known and not the target.
+        answer: the correct answer, where it is known and not the target.
     """
 
     kind: Kind
@@ -38,7 +38,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One of the most likely next tokens, written out to the end of its word (or of the target or right answer).
+    """One of the most likely next tokens, continued to the end of its word (or of the target or known answer).
 
     Attributes:
         text: the word.
@@ -57,13 +57,13 @@ class Row:
         kind: as in :class:`Question`.
         prompt: the prompt.
         target: the edit's target.
-        answer: the right answer, where it is known and not the target.
-        before: the clean model's likeliest answers, best first, no two alike.
+        answer: the correct answer, where it is known and not the target.
+        before: the clean model's most likely answers, most likely first, all different.
         after: the edited model's.
         target_before: probability of the whole target in the clean model, the product over its tokens.
         target_after: the same in the edited model.
         reached: whether all target tokens are the edited model's argmax.
-        changed: whether the likeliest next token is another one than before.
+        changed: whether the most likely next token differs from before.
     """
 
     kind: Kind
@@ -110,8 +110,8 @@ def before_after(
         lm: the model, of any kind; it is not changed.
         edit: the edit, of any kind.
         asked: the questions, for example from :func:`questions`.
-        k: how many next tokens (or classes) to look at for each; answers that read alike are given once.
-        host: the model that the edit is of, where that is another one (see :meth:`emendo.editors.Editor.host`).
+        k: the number of next tokens (or classes) for each; answers with the same text are given once.
+        host: the model that the edit belongs to, where it is another one (see :meth:`emendo.editors.Editor.host`).
 
     Raises:
         MismatchError: the edit was made for another model.
@@ -147,11 +147,11 @@ def before_after(
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """The answers of the model as it stands, one of each for each prompt.
+    """The answers of a model, one of each for each prompt.
 
     Attributes:
-        top: the likeliest next token.
-        answers: the ``k`` likeliest answers.
+        top: the most likely next token.
+        answers: the ``k`` most likely answers.
         target: the probability of the target.
         reached: whether all of the target's tokens are the argmax.
     """
@@ -180,7 +180,7 @@ def _ask(lm: LM, pairs: Sequence[tuple[str, str]], known: list[list[str]], k: in
 
 
 def _distinct(answers: list[Answer]) -> tuple[Answer, ...]:
-    """Without answers that read like a likelier one, such as the same word without its leading blank, or are none."""
+    """The answers without those that read like a more likely one, such as the same word without its leading space."""
     first: dict[str, Answer] = {}
     for answer in answers:
         if not first or answer.probability >= _NO_ANSWER:
@@ -191,7 +191,7 @@ def _distinct(answers: list[Answer]) -> tuple[Answer, ...]:
 def _words(
     lm: LM, texts: Sequence[Text], likeliest: list[list[int]], known: Sequence[Sequence[str]]
 ) -> list[str]:
-    """The word that each likely next token begins, greedily continued; in full where it is a known phrase."""
+    """The word that each likely next token begins, by greedy decoding; a known phrase is given in full."""
     if lm.kind == "classifier":
         return [lm.labels[number] for numbers in likeliest for number in numbers]
     begun = [
@@ -220,14 +220,14 @@ def _words(
 
 
 def _is_whole(text: str, known: Sequence[str]) -> bool:
-    """Whether :func:`_word` is what it will be, however the text goes on."""
+    """Whether :func:`_word` no longer depends on how the text continues."""
     said = text.lstrip()
     ended = text.lstrip(" ").startswith("\n") or any(map(str.isspace, said))
     return ended and not any(phrase.startswith(said.rstrip()) for phrase in known)
 
 
 def _word(text: str, known: Sequence[str]) -> str:
-    """The first word of a continuation, or the known phrase with which it begins; a line break is shown as one."""
+    """The first word of a continuation, or the known phrase it begins with; a line break is shown as a symbol."""
     for phrase in known:
         if text.lstrip().startswith(phrase) and answer_match(text, phrase):
             return phrase

@@ -1,9 +1,9 @@
-"""Tasks of the evaluation harness (EleutherAI's lm-eval), asked of the clean model and of the model with its edits.
+"""Tasks of the evaluation harness (EleutherAI's lm-eval), run on the clean model and on the model with its edits.
 
-A task takes as long as a model takes to answer all of its questions, so it is asked of one edited model only: the one
-with all edits of a sequence, or the one with the first edit of several facts. Edits one at a time are as many models as
-there are facts, and are not measured. The harness reads the model itself, with the change of weights attached beside
-them, so that its figures are those which it gives for an exported edit. The only place with lm_eval.
+A run asks all questions of a task, so only one edited model is measured: the one with all edits of a sequence, or the
+one with the first edit of several facts. Edits made one at a time give as many models as facts, and are not measured.
+The harness runs the model itself, with the change attached beside its weights, so that its figures are those of an
+exported edit. The only module with lm_eval.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from emendo.low_rank import LowRank, applied
 from emendo.models.lm import LM
 
 BATCH = 8
-"""Questions that the harness asks at once."""
+"""The number of questions that the harness asks at once."""
 
 
 @dataclass(eq=False)
 class Harness:
-    """What to ask.
+    """Tasks to run.
 
     Attributes:
         tasks: names of the harness's tasks, groups of tasks or tags.
-        limit: the first so many questions of each task; None takes all.
-        folder: a folder with task files (YAML) of one's own, beside the harness's.
-        rows: after :meth:`compare`, what was answered to every question, before and after.
+        limit: the number of questions of each task, the first ones; None runs all.
+        folder: a folder with additional task files (YAML).
+        rows: after :meth:`compare`, the answers to every question, before and after.
 
     Raises:
-        RequestError: no task, a limit or a folder that makes no sense, or the harness is not installed.
+        RequestError: no task, a limit below 1, a folder that does not exist, or the harness is not installed.
     """
 
     tasks: Sequence[str]
@@ -51,38 +51,42 @@ class Harness:
 
     def __post_init__(self) -> None:
         if not self.tasks or not all(self.tasks):
-            raise RequestError(f"lm-eval: {','.join(self.tasks)!r} names no task; give one or several: a,b.")
+            raise RequestError(
+                f"lm-eval: {','.join(self.tasks)!r} names no task; give one or several: task1,task2."
+            )
         if self.limit is not None and self.limit < 1:
             raise RequestError(f"lm-eval: limit={self.limit}: give a whole number from 1 up.")
         if self.folder is not None and not self.folder.is_dir():
-            raise RequestError(f"lm-eval: {self.folder} is no folder of task files.")
+            raise RequestError(f"lm-eval: {self.folder} is no folder; give a folder with task files (YAML).")
         if find_spec("lm_eval") is None:
             raise RequestError(
                 "Tasks of the evaluation harness need lm-eval: pip install 'emendo[lm-eval]', or leave --lm-eval out."
             )
 
     def begin(self, lm: LM) -> None:
-        """Find the tasks and ask them of the clean model.
+        """Find the tasks and run them on the clean model.
 
         Args:
             lm: the clean model, a decoder or an encoder-decoder.
 
         Raises:
-            RequestError: there is no such task, its questions cannot be had, or the model is a classifier.
+            RequestError: there is no such task, its questions cannot be loaded, or the model is a classifier.
         """
         if lm.kind == "classifier":
-            raise RequestError(f"lm-eval: {lm.name} is a classifier, of which the harness can ask nothing.")
+            raise RequestError(
+                f"lm-eval: {lm.name} is a classifier, which the harness cannot run; leave --lm-eval out."
+            )
         self.rows = []
         self._manager = self._found()
         self._before = self._ask(lm, "before")
 
     def compare(self, host: LM, changes: Mapping[str, LowRank], edits: str) -> dict[str, Any]:
-        """Ask the same of the model with its edits.
+        """Run the same tasks on the model with its edits.
 
         Args:
             host: the model that the changes belong to.
             changes: by site name, ``[d_out, r]`` and ``[r, d_in]``.
-            edits: which edits these are, in words.
+            edits: a description of the edits.
 
         Returns:
             ``edits``, ``harness`` (its version and settings), and of each task and metric in ``scores`` the values
@@ -106,13 +110,13 @@ class Harness:
         return {"edits": edits, "harness": self._before["harness"], "scores": scores}
 
     def asked(self) -> dict[str, Any]:
-        """What the figures depend on, as JSON values."""
+        """Everything the figures depend on, as JSON values."""
         files = sorted(self.folder.rglob("*.yaml")) if self.folder is not None else []
         own = [file.read_text(encoding="utf-8") for file in files]
         return {"tasks": list(self.tasks), "limit": self.limit, "own": own}
 
     def _found(self) -> Any:
-        """The harness's list of tasks; its own thousands are only read where the user's folder has not all.
+        """The harness's list of tasks; its thousands of own tasks are read only if the user's folder lacks one.
 
         Raises:
             RequestError: there is no such task.
@@ -127,21 +131,21 @@ class Harness:
         missing = [name for name in self.tasks if name not in found.all_tasks]
         if missing:
             raise RequestError(
-                f"lm-eval has no task {', '.join(missing)}; lm-eval ls tasks lists what it has, and --lm-eval-tasks "
-                "names a folder of your own."
+                f"lm-eval has no task {', '.join(missing)}; `lm-eval ls tasks` lists its tasks, and --lm-eval-tasks "
+                "names a folder with your own."
             )
         return found
 
     def _ask(self, lm: LM, side: str) -> dict[str, Any]:
-        """One model's figures, and its answers into the rows.
+        """Run the tasks on one model; its answers are added to the rows.
 
         Raises:
-            RequestError: the questions of a task cannot be had.
+            RequestError: the questions of a task cannot be loaded.
         """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        with _same_dice(), torch.no_grad():
+        with _random_state_restored(), torch.no_grad():
             reader = HFLM(pretrained=lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=BATCH)
             try:
                 found = lm_eval.simple_evaluate(
@@ -151,7 +155,7 @@ class Harness:
                     limit=self.limit,
                     bootstrap_iters=1000,
                 )
-            except OSError as error:  # what it is that a hub or a disk does not give
+            except OSError as error:  # a data set that a hub or a disk does not have
                 raise RequestError(f"lm-eval cannot read the questions of its tasks: {error}") from error
         for task, samples in found["samples"].items():
             self.rows += [_row(task, side, sample) for sample in samples]
@@ -165,7 +169,7 @@ class Harness:
 
 
 def unmeasured(editor: Editor, single: bool) -> str | None:
-    """Why the harness is not asked; None where it is.
+    """The reason why the harness is not run; None where it is.
 
     Args:
         editor: makes the edits.
@@ -174,7 +178,7 @@ def unmeasured(editor: Editor, single: bool) -> str | None:
     if single:
         return "not measured: edits one at a time are as many models as facts; use --together or --sequential"
     if not editor.makes.changes_weights:
-        return f"not measured: {editor.name} changes no weights, and the harness reads the model itself"
+        return f"not measured: {editor.name} changes no weights, and the harness runs the model itself"
     return None
 
 
@@ -210,9 +214,9 @@ def _row(task: str, side: str, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _same_dice() -> Iterator[None]:
-    """The harness seeds every generator of random numbers; they go on afterwards as if it had not."""
-    plain, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - the one that the harness seeds
+def _random_state_restored() -> Iterator[None]:
+    """Restore the state of every random generator afterwards, since the harness seeds them."""
+    plain, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002 - the harness seeds this one
     with torch.random.fork_rng():
         try:
             yield

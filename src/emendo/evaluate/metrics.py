@@ -1,4 +1,4 @@
-"""Scores as pure functions: of token predictions, of generated text, and of lists of values.
+"""Scores as pure functions of token predictions and of generated text.
 
 Token predictions are laid out as in :mod:`emendo.models.losses`: ``predicted [n]`` and ``labels [n]`` are the label
 positions of all examples one after the other, ``owner [n]`` says whose each is.
@@ -15,29 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from emendo.evaluate.intervals import Interval, bootstrap_interval, mean_interval
 from emendo.models.losses import per_example, token_nll
-
-__all__ = [
-    "Interval",
-    "all_match",
-    "answer_match",
-    "answer_probability",
-    "answer_rank",
-    "bootstrap_interval",
-    "first_answer",
-    "first_line",
-    "full_match",
-    "mean_interval",
-    "mean_nll",
-    "ngram_entropy",
-    "normalise",
-    "perplexity",
-    "repetition",
-    "same_answer",
-    "token_match",
-    "unchanged",
-]
 
 _QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "«": '"', "»": '"', "‐": "-", "‑": "-"})
 _OPENING = " \"'`*_([{<:-–—"
@@ -76,7 +54,7 @@ def mean_nll(logits: Tensor, labels: Tensor, owner: Tensor, examples: int) -> Te
 def answer_rank(logits: Tensor, labels: Tensor, owner: Tensor, examples: int) -> Tensor:
     """The rank of each example's answer: that of its worst token, 1 for the argmax, ``[examples]``.
 
-    Only what is strictly likelier stands before a token. Logits that are no numbers give the last rank.
+    Only strictly more likely tokens come before a token. NaN logits give the last rank.
     """
     own = logits.gather(-1, labels[:, None])
     ranks = 1 + (logits > own).sum(-1)

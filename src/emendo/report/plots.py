@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from emendo.evaluate.before_after import Row
 from emendo.evaluate.evaluation import Evaluation
-from emendo.evaluate.metrics import Interval
+from emendo.evaluate.intervals import Interval
 from emendo.evaluate.results import Kind, Outcome
 from emendo.report.figures import NAMES
 
