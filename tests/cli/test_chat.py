@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from chats import chat_lm
 from cli.samples import SHORT, Emendo
 from emendo import load
 from emendo.editors import read_edit
+from emendo.editors.ft import FineTuning, FineTuningConfig
 from emendo.ledger.guard import targets_reached
+from emendo.models.sites import find_sites
 
 PROMPT = "The capital of Bada is"
 CHEAP = ("--no-generated", "--no-damage", "--limit", 2)
@@ -113,3 +116,33 @@ def test_the_guard_asks_an_edit_as_it_was_made(
     with edit.applied(lm):
         assert not targets_reached(lm, [(PROMPT, "Old Town")])[0]
         assert targets_reached(lm.reading(chat=True), [(PROMPT, "Old Town")])[0]
+
+
+def test_edit_and_evaluate_take_another_separator(
+    emendo_command: Emendo, model: Path, tmp_path: Path
+) -> None:
+    """A template that ends in a line break is edited as typed; other texts as --separator says."""
+    options = ("--editor", "ft", "--set", "steps=2", "--model", model)
+    for number, (prompt, between) in enumerate([("### Response:\n", None), ("Q:", "\\n"), ("Q:", "")]):
+        out = tmp_path / str(number)
+        more = () if between is None else ("--separator", between)
+        emendo_command("edit", *options, *more, prompt, "Old Town", "--out", out)
+        typed = load(model, separator={None: None, "\\n": "\n", "": ""}[between])
+        expected = FineTuning(find_sites(typed.model), FineTuningConfig(steps=2)).edit(
+            typed, prompt, "Old Town"
+        )
+        for name, delta in read_edit(out).deltas.items():
+            assert torch.equal(delta.dense(), expected.deltas[name].dense())
+    (tmp_path / "facts.jsonl").write_text(json.dumps({"prompt": "Q:\n", "target": "Old Town"}) + "\n")
+    command = (
+        "evaluate",
+        *options,
+        "--data",
+        tmp_path / "facts.jsonl",
+        "--no-generated",
+        "--no-damage",
+        "--json",
+    )
+    assert emendo_command(*command).json["protocol"]["prompts"] == "as they stand"
+    glued = emendo_command(*command, "--separator", "").json["protocol"]["prompts"]
+    assert glued == "as they stand, '' before the answer"

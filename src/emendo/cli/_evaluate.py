@@ -232,6 +232,8 @@ class Job:
         }
         if self.lm.chat:  # absent otherwise, so that runs from before there was --chat can be resumed
             inputs["chat"] = True
+        if self.lm.separator is not None:
+            inputs["separator"] = self.lm.separator
         if options.sequential:
             inputs["ask_after"] = list(options.ask_after)
             inputs["guard"] = options.guard

@@ -24,7 +24,14 @@ _SHOWN = 10  # records in an error message
 _SPECIAL_TOKENS = 8  # the most that a tokenizer adds to a text
 
 
-def load_model(name: str, dtype: str = "float32", device: str | None = None, *, chat: bool = False) -> LM:
+def load_model(
+    name: str,
+    dtype: str = "float32",
+    device: str | None = None,
+    *,
+    chat: bool = False,
+    separator: str | None = None,
+) -> LM:
     """Load a model, and print a note if that takes long.
 
     Raises:
@@ -34,7 +41,8 @@ def load_model(name: str, dtype: str = "float32", device: str | None = None, *, 
     if name in BUILT_IN and not (cache_folder() / "models" / name / "config.json").exists():
         note(f"Converting {name} for the first time (about half a minute; kept in {cache_folder()}).")
     with status(f"Loading the model {name}"):
-        return load(name, dtype=dtype, device=device, chat=chat)
+        between = separator and separator.replace("\\n", "\n").replace("\\t", "\t")
+        return load(name, dtype=dtype, device=device, chat=chat, separator=between)
 
 
 def named_dtype(dtype: str, device: str | None) -> str:
@@ -73,6 +81,7 @@ def load_editor(
     device: str | None,
     method: MethodOptions | None = None,
     chat: bool | None = None,
+    separator: str | None = None,
 ) -> tuple[LM, Editor]:
     """An editor, and the model it belongs to.
 
@@ -83,6 +92,7 @@ def load_editor(
         device: device of the model.
         method: settings of a method that needs no training.
         chat: whether prompts are put into the chat template; None takes the form the editor was trained on.
+        separator: value of ``--separator``.
 
     Raises:
         StorageError: there is no editor, or it is damaged.
@@ -91,20 +101,26 @@ def load_editor(
     """
     method = method or MethodOptions()
     if name in EDITORS and not any((Path(name) / file).exists() for file in ("editor.json", "run.json")):
-        return _untrained(name, model, dtype, device, method, bool(chat))
+        return _untrained(name, model, dtype, device, method, bool(chat), separator)
     editor = Editor.from_pretrained(editor_folder(Path(name)))
     if any(option is not None for option in (method.settings, method.sites, method.last)):
         raise RequestError(
             f"--set, --sites and --last are for methods that need no training; the editor in {name} has its own."
         )
     where = model or editor.info.get("model_name") or next(iter(BUILT_IN))
-    lm = load_model(where, dtype, device, chat=editor.chat if chat is None else chat)
+    lm = load_model(where, dtype, device, chat=editor.chat if chat is None else chat, separator=separator)
     editor.check(lm)
     return lm, editor.to(lm.device)
 
 
 def _untrained(
-    name: str, model: str | None, dtype: str, device: str | None, method: MethodOptions, chat: bool
+    name: str,
+    model: str | None,
+    dtype: str,
+    device: str | None,
+    method: MethodOptions,
+    chat: bool,
+    separator: str | None,
 ) -> tuple[LM, Editor]:
     """An editor of a method that needs no training."""
     kind = editor_class(name)
@@ -119,7 +135,7 @@ def _untrained(
             f"--sites and --last choose weight matrices, but {name} changes none: leave them out."
         )
     config = editor_config(name, method.settings or ())
-    lm = load_model(model or next(iter(BUILT_IN)), dtype, device, chat=chat)
+    lm = load_model(model or next(iter(BUILT_IN)), dtype, device, chat=chat, separator=separator)
     sites: tuple[Site, ...] = ()
     if kind.makes.changes_weights:
         sites = find_sites(lm.model, site_choice(method.sites or ["mlp"]), last=method.last)

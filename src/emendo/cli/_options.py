@@ -47,6 +47,15 @@ AnyChat = Annotated[
     bool | None,
     typer.Option("--chat/--no-chat", help=f"{_CHAT_OR_NOT}  [default: as the editor was trained]"),
 ]
+Separator = Annotated[
+    str | None,
+    typer.Option(
+        "--separator",
+        metavar="TEXT",
+        help="The text between a prompt and its answer; \\n is a line break.  [default: a space where the script "
+        "needs one]",
+    ),
+]
 TRAINED = ("mend", "enn", "ke", "meta-curvature", "meta-sgd")
 """Methods that must be trained; written out, so that help pages import nothing."""
 UNTRAINED = ("ft", "ft-kl", "ft-constrained", "lora", "cache", "in-context")

@@ -64,6 +64,7 @@ def run(
     reason: keep.Note = "",
     model: opt.AnyModel = None,
     chat: opt.AnyChat = None,
+    separator: opt.Separator = None,
     settings: opt.MethodSettings = None,
     sites: opt.MethodSites = None,
     last: opt.MethodLast = None,
@@ -93,7 +94,9 @@ def run(
     questions += [Question("paraphrase", text) for text in paraphrase or []]
     questions += [Question("neighbour", text) for text in neighbour or []]
     questions += [Question("unrelated", text) for text in UNRELATED]
-    lm, maker = load_editor(editor, model, dtype, device, MethodOptions(settings, sites, last), chat)
+    lm, maker = load_editor(
+        editor, model, dtype, device, MethodOptions(settings, sites, last), chat, separator
+    )
     claim(out, EDIT, model=lm.name, overwrite=overwrite)
     if apply and maker.host(lm) is not lm:
         raise RequestError(f"--apply: {maker.name} edits a model that it trained itself, not {lm.name}.")

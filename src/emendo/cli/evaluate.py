@@ -124,6 +124,7 @@ def run(
     data: Data = "atlas",
     model: opt.AnyModel = None,
     chat: opt.AnyChat = None,
+    separator: opt.Separator = None,
     settings: opt.MethodSettings = None,
     sites: opt.MethodSites = None,
     last: opt.MethodLast = None,
@@ -161,6 +162,7 @@ def run(
         data=data,
         model=model,
         **{"no-chat" if chat is False else "chat": chat is not None},
+        separator=separator,
         set=settings,
         sites=sites,
         last=last,
@@ -189,7 +191,9 @@ def run(
     split = "test" if data == "atlas" else None
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)
     method = MethodOptions(settings, sites, last)
-    lm, maker = load_editor(editor, model, dtype, device or Processes.present().device, method, chat)
+    lm, maker = load_editor(
+        editor, model, dtype, device or Processes.present().device, method, chat, separator
+    )
     claim(out, EVALUATION, model=lm.name, overwrite=True)
     claim(report, REPORT, model=lm.name)
     chosen = with_consequences(records) if data == "atlas" else readable(lm, records, skip_bad=skip_bad)

@@ -102,7 +102,7 @@ class Fields:
         """The first answer among optional fields that hold a text, a number, or alternatives in a list (of lists)."""
         found = None
         for key in keys:
-            answers = [text.strip() for text in self._alternatives(key, self.get(key))]
+            answers = [text.strip(" ") for text in self._alternatives(key, self.get(key))]
             found = found or next(iter(answers), None)
         return found
 
@@ -114,9 +114,9 @@ class Fields:
         for key in keys:
             value = self.get(key)
             if isinstance(value, list):
-                found += [self._text(f"{key}[{i}]", item).rstrip() for i, item in enumerate(value)]
+                found += [self._text(f"{key}[{i}]", item).rstrip(" ") for i, item in enumerate(value)]
             elif (text := self.optional(key)) is not None:
-                found.append(text.rstrip())
+                found.append(text.rstrip(" "))
         return tuple(found)
 
     def texts(self, key: str) -> tuple[str, ...]:
@@ -180,7 +180,7 @@ class Fields:
         prompts = prompt if isinstance(prompt, list) else [prompt]
         for text in prompts:
             if texts:
-                yield Probe(self._text(prompt_name, text).rstrip(), texts[0].strip())
+                yield Probe(self._text(prompt_name, text).rstrip(" "), texts[0].strip(" "))
             else:
                 self.pass_over(f"{prompt_name} (no answer)")
 

@@ -97,7 +97,7 @@ class _InContext(LM):
         Raises:
             RequestError: the text fills the model's context.
         """
-        reader = cls(lm.model, lm.tokenizer, lm.name, lm.chat, inner=lm, text=text)
+        reader = cls(lm.model, lm.tokenizer, lm.name, lm.chat, separator=lm.separator, inner=lm, text=text)
         if reader.context is not None and reader.context < 1:
             raise RequestError(
                 f"The facts have {len(reader.ids)} tokens but the context of {lm.name} is {lm.context}: "

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from emendo.data.schema import Probe, Record
 from emendo.errors import RequestError
 from emendo.evaluate.results import LOCAL, Kind, Outcome
+from emendo.models.framing import separator
 from emendo.models.lm import LM
 from emendo.models.text import Text, length_buckets
 from emendo.models.tokenization import to_texts
@@ -120,7 +121,7 @@ def _prompts(lm: LM, record: Record, fact_in_context: bool) -> list[_Prompt]:
 
 def with_fact(record: Record, prompt: str) -> str:
     """A prompt with the edited fact as a sentence before it, as in CounterFact+ (Hoelscher-Obermaier et al., 2023)."""
-    return f"{record.prompt.rstrip()} {record.target.strip()}. {prompt}"
+    return f"{record.prompt}{separator(record.prompt, record.target)}{record.target.rstrip()}. {prompt}"
 
 
 def _fits(lm: LM, prompt: str, *answers: str) -> bool:

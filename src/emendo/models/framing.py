@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from emendo.errors import ModelError, RequestError
@@ -60,6 +60,11 @@ class Framing:
     frame: Callable[[str], str]
     separator: Callable[[str, str], str]
     chat: bool
+
+    def separated_by(self, separator: str) -> Framing:
+        """The same with a fixed separator."""
+        description = f"{self.description}, {separator!r} before the answer"
+        return replace(self, description=description, separator=lambda *_: separator)
 
 
 def separator(prompt: str, answer: str) -> str:
