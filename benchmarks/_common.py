@@ -138,7 +138,7 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Run with so many threads."""
+    """Run with this number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -67,7 +67,7 @@ def batches(vocabulary: int, batch: int) -> list[list[Episode]]:
 
 
 class Run:
-    """A random model with an untrained editor, and what is measured of it."""
+    """A random model with an untrained editor, and the measurements on it."""
 
     def __init__(self, config: Any, options: argparse.Namespace) -> None:
         self.device, self.batch = torch.device(options.device), options.batch

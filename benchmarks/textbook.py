@@ -1,10 +1,10 @@
-"""MEND as the textbook has it: what emendo is compared with, and checked against.
+"""A textbook implementation of MEND: the baseline of the benchmarks and the reference of the tests.
 
-Nothing is saved here. Every pass runs the whole model and forms all its logits, an edit is a dense matrix that is put
-in through ``torch.func.functional_call``, edits are made one after the other, autograd goes through everything, and the
+Nothing is optimised. Every pass runs the whole model and computes all logits, an edit is a dense matrix that is applied
+through ``torch.func.functional_call``, edits are made one after the other, autograd goes through everything, and the
 networks have the official rank, 1920. Only torch and a Hugging Face model are needed; emendo is not imported.
 
-The state has the names and shapes of emendo's own MEND, so that one can be loaded into the other.
+The state has the names and shapes of emendo's MEND, so that one can be loaded into the other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Text(Protocol):
 
 
 class Episode(Protocol):
-    """One edit and what it is judged by."""
+    """One edit and the texts of its losses."""
 
     edit: Text
     paraphrase: Text
@@ -44,7 +44,7 @@ class Losses:
 
 
 class Statistics(nn.Module):
-    """Mean and standard deviation of all rows seen, moved only in training mode."""
+    """Mean and standard deviation of all rows seen, updated only in training mode."""
 
     count: Tensor
     mean: Tensor

@@ -1,6 +1,6 @@
 """How long until held-out facts are edited well: emendo for ``--minutes``, the textbook for as long or shorter.
 
-Both learn from the same records and are judged on the same held-out ones, teacher forced; the time for judging does
+Both train on the same records and are scored on the same held-out ones, teacher forced; the time for scoring does
 not count, the trunk's does. What a run did not reach within its minutes is given as "not reached". Where emendo did and
 the textbook did not, the last column says how long the textbook would take at its measured pace for the episodes that
 emendo needed: an estimate, that holds if it learns as much from an episode, and no measurement.
@@ -41,7 +41,7 @@ BARS = ((0.5, 0.0, 0.85), (0.8, 0.0, 0.85), (0.9, 0.0, 0.85), (0.7, 0.65, 0.8))
 
 @dataclass(frozen=True)
 class Point:
-    """Scores on the held-out facts after so many seconds and episodes."""
+    """Scores on the held-out facts after a number of seconds and episodes."""
 
     seconds: float
     episodes: int
@@ -50,7 +50,7 @@ class Point:
     locality: float
 
 
-def judged(editor: Mend, store: TrunkCache, held_out: Sequence[Any], point: tuple[float, int]) -> Point:
+def scored(editor: Mend, store: TrunkCache, held_out: Sequence[Any], point: tuple[float, int]) -> Point:
     """The scores of an editor."""
     store.ensure(text for batch in held_out for episode in batch for text in episode.texts())
     outcomes = [validation_step(editor, store, batch, Weights(0.3)) for batch in held_out]
@@ -89,7 +89,7 @@ class Race:
         lm: LM,
         minutes: float,
     ) -> list[Point]:
-        """Train for so many minutes, judging on the model that is trained on now and then."""
+        """Train for a number of minutes, with scores on the training model now and then."""
         optimizer = torch.optim.Adam(groups, fused=True)
         peaks = [group["lr"] for group in optimizer.param_groups]
         store = TrunkCache(Trunk(lm.model, self.sites))
@@ -106,10 +106,10 @@ class Race:
             if elapsed >= due:
                 if mend is not editor:
                     mend.load_state_dict(editor.state_dict())
-                points.append(judged(mend, store, self.held_out, (elapsed, step * self.options.batch)))
+                points.append(scored(mend, store, self.held_out, (elapsed, step * self.options.batch)))
                 due = elapsed + seconds / self.options.points
         mend.load_state_dict(editor.state_dict())
-        points.append(judged(mend, store, self.held_out, (elapsed, step * self.options.batch)))
+        points.append(scored(mend, store, self.held_out, (elapsed, step * self.options.batch)))
         return points
 
     def ours(self) -> list[Point]:
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--textbook-minutes", type=float, default=None, help="the textbook's, where they differ"
     )
     made.add_argument("--records", type=int, default=9900)
-    made.add_argument("--variety", type=int, default=TrainConfig().variety, help="rewordings of a record")
+    made.add_argument("--variety", type=int, default=TrainConfig().variety, help="paraphrases of a record")
     made.add_argument("--held-out", type=int, default=200)
     made.add_argument("--points", type=int, default=20, help="of each curve")
     made.add_argument("--batch", type=int, default=8)

@@ -1,6 +1,6 @@
 """Seconds per episode and peak memory of training: emendo against the textbook.
 
-An episode is one edit with a rewording and ``--locality`` locality texts, their losses, the gradient and its share of
+An episode is one edit with a paraphrase and ``--locality`` locality texts, their losses, the gradient and its share of
 an optimiser step. Warm: the outputs of the trunk are there already; cold: they are computed in the time measured.
 """
 

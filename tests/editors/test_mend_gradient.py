@@ -22,7 +22,7 @@ from emendo.models.trunk import Trunk
 
 
 def outer_loss(lm: LM, editor: Mend, factors: Mapping[str, Factors]) -> Callable[[], Tensor]:
-    """NLL of the target on a rewording plus KL on a neighbour, each example under its own edit."""
+    """NLL of the target on a paraphrase plus KL on a neighbour, each example under its own edit."""
     facts = records(2)
     judged = [(r.paraphrases[0], r.target) for r in facts] + [
         (r.neighbours[0].prompt, r.neighbours[0].answer) for r in facts

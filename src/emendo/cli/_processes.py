@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` started, where it did."""
+"""The processes of `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """Several processes that do one piece of work.
+    """The processes that share one piece of work.
 
     Attributes:
-        place: of this process, from 0 up.
-        size: how many there are.
-        state: Accelerate's, where there are several.
+        place: index of this process.
+        size: number of processes.
+        state: that of Accelerate; None for a single process.
     """
 
     place: int = 0
@@ -23,7 +23,7 @@ class Processes:
 
     @classmethod
     def present(cls) -> Processes:
-        """The team that this process is in: that of ``accelerate launch`` or ``torchrun``, else itself alone."""
+        """The processes started by ``accelerate launch`` or ``torchrun``; otherwise this one alone."""
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return cls()
         from accelerate import PartialState
@@ -33,15 +33,15 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process speaks for all."""
+        """Whether this process reports for all."""
         return self.place == 0
 
     @property
     def device(self) -> str | None:
-        """Where this process's model belongs; None for one process alone."""
+        """The device of this process's model; None for a single process."""
         return None if self.state is None else str(self.state.device)
 
     def wait(self) -> None:
-        """Go on when all have come here."""
+        """Wait until every process has reached this point."""
         if self.state is not None:
             self.state.wait_for_everyone()
