@@ -207,7 +207,12 @@ def markdown(found: Sequence[Row]) -> str:
         if not built:
             continue
         whole = sum(not row.reason for row in built)
-        lines += [f"## {title}: {whole} of {len(built)} without a cross ({whole / len(built):.1%})", ""]
+        every = len(built) + len(absent)
+        crosses = len(built) - whole
+        lines += [
+            f"## {title}: {whole} of {every} pass, {crosses} have a cross, {len(absent)} were not built",
+            "",
+        ]
         lines += [
             "| model type | class | sites | edit | undo | train | export | edited matrices |",
             "|" + " --- |" * 8,
@@ -216,7 +221,7 @@ def markdown(found: Sequence[Row]) -> str:
             marks = [("yes" if c != "export" else row.export) if c in row.passed else "✗" for c in CHECKS]
             lines.append(f"| {row.type} | `{row.cls}` | " + " | ".join(marks) + f" | {row.matrices} |")
         lines += _reasons("The crosses:", [row for row in built if row.reason])
-        lines += _reasons("Not built as a text model here, so not counted:", absent)
+        lines += _reasons("Not built here, or no text model:", absent)
         lines.append("")
     return "\n".join(lines).rstrip()
 
