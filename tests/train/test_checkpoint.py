@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(lab: Lab) -> None:
 
     with lab.monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", save)
-        with pytest.raises(StorageError, match=r"No space left.*previous file survives"):
+        with pytest.raises(StorageError, match=r"No space left.*previous file is unchanged"):
             lab.train("full", config)
     assert [path.name for path in (lab.root / "full").iterdir()] == [checkpoint.FILE]
     alike(whole, lab.train("full", config, resume=True))
