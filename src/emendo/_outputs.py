@@ -27,11 +27,13 @@ class Kind:
         name: as messages call it.
         is_own: whether an existing path carries the marker of this kind; may raise OSError or ValueError.
         files: patterns of the names that emendo writes into a folder of this kind; empty for a single file.
+        or_else: what a user can do with an existing output instead of replacing it.
     """
 
     name: str
     is_own: Callable[[Path], bool]
     files: tuple[str, ...] = ()
+    or_else: str = ""
 
     def owns(self, name: str) -> bool:
         """Whether an entry of the folder is emendo's."""
@@ -75,7 +77,8 @@ def claim(
             )
         if kind.files and not overwrite:
             raise StorageError(
-                f"{path} already holds something ({kind.name}); choose another path, or replace it with --overwrite."
+                f"{path} already holds something ({kind.name}); choose another path, or replace it with --overwrite"
+                f"{kind.or_else}."
             )
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, StorageError):
@@ -183,7 +186,9 @@ CHECKPOINT = Kind(
     ),
 )
 _RUN = ("run.json", "checkpoint.safetensors", "history.json", "editor")
-TRAINING = Kind("a training run", lambda folder: _is_run(folder, "train"), _RUN)
+TRAINING = Kind(
+    "a training run", lambda folder: _is_run(folder, "train"), _RUN, ", or resume it with --resume"
+)
 DEMO = Kind(
     "a run of the demo",
     lambda folder: _is_run(folder, "demo"),

@@ -113,6 +113,8 @@ class Setting:
             return f"must be {self.allowed}, not {value!r}"
         if isinstance(value, bool | str):
             return None
+        if math.isnan(value):
+            return "must be a number, not nan"
         if self.least is not None and self.most is not None and not self.least <= value <= self.most:
             return f"must be between {self.least} and {self.most}, not {value}"
         if self.least is not None and not value >= self.least:

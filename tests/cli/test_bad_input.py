@@ -94,7 +94,7 @@ TRAIN: list[tuple[list[str], str]] = [
         ["--sites", "*.nothing"],
         "No weight matrix matches ['*.nothing']. The last block has: model.layers.3.mlp.down",
     ),
-    (["--sites", "mlp", "--sites", "*.q_proj"], "--sites mlp stands alone"),
+    (["--sites", "mlp", "--sites", "*.q_proj"], "--sites mlp cannot be combined"),
     (["--last", "0"], "must be at least 1"),
     (["--lr", "0"], "--lr must be above 0"),
     (["--steps", "0"], "--steps must be at least 1"),

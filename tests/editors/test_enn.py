@@ -41,7 +41,8 @@ def moved(lm: LM, **config: Any) -> Enn:
 def test_an_edit_belongs_to_the_host(tiny_gpt2: LM, tiny_llama: LM) -> None:
     editor = moved(tiny_gpt2)
     host, edit = editor.host(tiny_gpt2), editor.edit(tiny_gpt2, "The capital of Fosoba is", "Oslo")
-    assert host.fingerprint == fingerprint(host.model) != tiny_gpt2.fingerprint
+    assert host.fingerprint.startswith(fingerprint(host.model))
+    assert host.fingerprint != tiny_gpt2.fingerprint
     assert edit.origin.fingerprint == host.fingerprint
     with pytest.raises(MismatchError):
         edit.attach(tiny_gpt2)
@@ -61,7 +62,7 @@ def test_the_host_follows_the_training(tiny_gpt2: LM) -> None:
 
     def see() -> None:
         host = editor.host(tiny_gpt2)
-        assert host.fingerprint == fingerprint(host.model)
+        assert host.fingerprint.startswith(fingerprint(host.model))
         assert editor.training or editor.host(tiny_gpt2) is host
         seen.append(host.fingerprint)
 
@@ -208,7 +209,7 @@ def test_learning_rates(tiny_llama: LM) -> None:
         ({"trains": "some"}, "trains must be one of all, suffix, not 'some'"),
         ({"edit_loss": "l2"}, "edit_loss must be one of nll, hinge, not 'l2'"),
         ({"c_base": -1.0}, "c_base must be at least 0, not -1.0"),
-        ({"lr_scale": float("nan")}, "lr_scale must be at least 0, not nan"),
+        ({"lr_scale": float("nan")}, "lr_scale must be a number, not nan"),
     ],
 )
 def test_settings_that_make_no_sense(config: dict[str, Any], message: str) -> None:

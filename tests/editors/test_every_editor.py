@@ -220,7 +220,7 @@ def test_what_kind_of_model_it_cannot_edit_is_said(name: str, kind: str, models:
 @pytest.mark.parametrize("name", [name for name, kind in CELLS if kind == "bert"])
 def test_a_classifier_is_asked_for_its_classes(name: str, editors: Callable[[str, str], Ready]) -> None:
     ready = editors(name, "bert")
-    with pytest.raises(RequestError, match="'Paris' is no class of tiny-bert"):
+    with pytest.raises(RequestError, match="'Paris' is not a class of tiny-bert"):
         ready.editor.edit(ready.lm, ready.facts[0].prompt, "Paris")
 
 

@@ -35,7 +35,9 @@ TEXTS = ("The old town by the long river.", "A")
 
 def mend(lm: LM, alpha: float = 0.3) -> Mend:
     torch.manual_seed(0)
-    return Mend(find_sites(lm.model, last=2), MendConfig(rank=4, alpha=alpha, norm=False)).eval()
+    editor = Mend(find_sites(lm.model, last=2), MendConfig(rank=4, norm=False)).eval()
+    editor.alpha.data.fill_(alpha)  # NaN is no setting, but what a broken training leaves
+    return editor
 
 
 def damage(**more: object) -> Damage:

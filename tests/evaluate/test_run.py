@@ -31,7 +31,9 @@ from evaluate.reference import edited, forced, greedy
 
 def mend(lm: LM, alpha: float) -> Mend:
     torch.manual_seed(0)
-    return Mend(find_sites(lm.model, last=2), MendConfig(rank=4, alpha=alpha, norm=False)).eval()
+    editor = Mend(find_sites(lm.model, last=2), MendConfig(rank=4, norm=False)).eval()
+    editor.alpha.data.fill_(alpha)  # NaN is no setting, but what a broken training leaves
+    return editor
 
 
 def mixed(n: int) -> list[Record]:

@@ -209,6 +209,8 @@ def test_editors_of_before_chat_are_plain(tmp_path: Path) -> None:
     trained(lm).save_pretrained(tmp_path / "editor")
     head = json.loads((tmp_path / "editor" / "editor.json").read_text())
     assert head.pop("chat") is False
+    del head["checksum"]  # there was none, either
+    head["format"] = 1
     (tmp_path / "editor" / "editor.json").write_text(json.dumps(head))
     Editor.from_pretrained(tmp_path / "editor").check(lm)
 

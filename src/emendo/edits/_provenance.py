@@ -28,7 +28,7 @@ class Request:
             if not _is_unicode(text):
                 raise RequestError(
                     f"The {name} {text!r} is not valid Unicode: it holds half of a surrogate pair, as text that was "
-                    "decoded with the wrong encoding does. Give it as UTF-8."
+                    "decoded with the wrong encoding does. Give it as UTF-8; in an ASCII locale set PYTHONUTF8=1."
                 )
 
 

@@ -287,7 +287,7 @@ def _check_unicode(what: str, text: str) -> None:
     except UnicodeEncodeError as error:
         raise RequestError(
             f"The {what} is not valid Unicode: character {error.start + 1} is half of a surrogate pair "
-            f"(U+{ord(text[error.start]):04X}). Give it as UTF-8."
+            f"(U+{ord(text[error.start]):04X}). Give it as UTF-8; in an ASCII locale set PYTHONUTF8=1."
         ) from error
 
 
