@@ -34,7 +34,7 @@ class Example(Settings):
         ({"count": True}, "count must be a whole number, not True."),
         ({"count": 2**63}, "count must be at most 9223372036854775807"),
         ({"share": 1.5}, "share must be between 0 and 1, not 1.5."),
-        ({"share": float("nan")}, "share must be between 0 and 1, not nan."),
+        ({"share": float("nan")}, "share must be a number, not nan."),
         ({"share": None}, "share must be a number, not None."),
         ({"rate": 0}, "rate must be above 0, not 0."),
         ({"rate": float("inf")}, "rate must be at most"),

@@ -180,7 +180,7 @@ def test_token_by_token_is_for_decoders(kind: str) -> None:
     ("setting", "words"),
     [
         ({"radius": -1}, "radius must be at least 0, not -1"),
-        ({"radius": math.nan}, "radius must be at least 0"),
+        ({"radius": math.nan}, "radius must be a number, not nan"),
         ({"lookup": "word"}, "lookup must be one of prompt, token, not 'word'"),
         ({"logit": 0}, "logit must be above 0"),
         ({"layer": 5}, "layer=5: tiny-llama has the hidden states 0 to 4"),

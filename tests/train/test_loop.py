@@ -255,7 +255,7 @@ def test_an_editor_of_another_model_is_refused(lm: LM) -> None:
         ({"steps": 0}, "--steps must be at least 1"),
         ({"batch": -1}, "--batch must be at least 1"),
         ({"lr": 0.0}, "--lr must be above 0"),
-        ({"lr": float("nan")}, "--lr must be above 0"),
+        ({"lr": float("nan")}, "--lr must be a number, not nan"),
         ({"c_edit": -1.0}, "--c-edit must be above 0"),
         ({"minutes": 0.0}, "--minutes must be above 0"),
         ({"warmup": -1}, "--warmup must be at least 0, not -1"),
