@@ -122,6 +122,7 @@ def test_a_reader_that_went_away() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["evaluate", "show", "nowhere"], 2)])
 def test_closed_standard_streams(closed: str, words: list[str], code: int, tmp_path: Path) -> None:
@@ -142,6 +143,7 @@ def test_closed_standard_streams(closed: str, words: list[str], code: int, tmp_p
 ASCII = {"LC_ALL": "C", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 
+@pytest.mark.slow
 def test_an_ascii_locale(edit_folder: Path, tmp_path: Path) -> None:
     done = call(["evaluate", "show", tmp_path / "北京"], env=ASCII)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "holds no evaluation" in done.stderr
@@ -149,6 +151,7 @@ def test_an_ascii_locale(edit_folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "PYTHONUTF8=1" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_no_home_and_a_cache_that_cannot_be_written(model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     env = {"HOME": str(tmp_path / "none"), "EMENDO_CACHE": str(tmp_path / "file" / "cache")}
@@ -156,6 +159,7 @@ def test_no_home_and_a_cache_that_cannot_be_written(model: Path, tmp_path: Path)
     assert done.returncode in (0, 2) and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "seconds"),
     [

@@ -265,6 +265,7 @@ def test_interrupted_is_no_error_of_emendo() -> None:
     assert not issubclass(Interrupted, (OSError, ValueError, RuntimeError))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_a_real_process(
     emendo_command, model: Path, facts: Path, tmp_path: Path, sent: signal.Signals

@@ -133,6 +133,7 @@ def test_somebody_elses_tables(url: str, server: str) -> None:
         Ledger.create(url, FINGERPRINT, "tiny")
 
 
+@pytest.mark.slow
 def test_eight_processes_at_once_lose_nothing(url: str) -> None:
     assert run("crowd", url, 4) == {"steps": 40, "active": 24}
 

@@ -30,6 +30,7 @@ def run(task: str, where: Path | str, *numbers: int) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_eight_processes_at_once_lose_nothing(tmp_path: Path) -> None:
     assert run("crowd", tmp_path) == {"steps": 80, "active": 48}
 

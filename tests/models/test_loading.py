@@ -315,6 +315,7 @@ def test_an_adapter_in_the_folder_cannot_bring_another_model(tmp_path: Path, no_
     assert not no_network
 
 
+@pytest.mark.slow
 def test_the_hub_is_only_asked_for_ids(tmp_path: Path, no_network: list[str]) -> None:
     for name in (
         "a/b/c",
