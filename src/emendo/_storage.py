@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -33,6 +34,20 @@ def digest(value: Any) -> str:
     """16 hex digits that identify a JSON value; the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def finite_values(value: Any) -> Any:
+    """A JSON value with None instead of the numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_values(item) for item in value]
+    return finite(value) if isinstance(value, float) else value
+
+
+def finite(value: float | None) -> float | None:
+    """The value; None, which becomes JSON's null, where it is infinite or NaN."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def local_path(path: str | Path) -> Path:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+from emendo._storage import finite
 from emendo.cli._tables import rows_as_dicts
 from emendo.editors import Editor
 from emendo.edits import BaseEdit, Request
 from emendo.evaluate import Question, Row, before_after
-from emendo.evaluate.results import finite
 from emendo.models.lm import LM
 
 UNRELATED = (

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -20,6 +19,7 @@ from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
+from emendo._storage import finite_values
 from emendo.report.tables import CONTROLS, printable
 
 WIDTH = 110
@@ -86,23 +86,14 @@ def emit(value: Any) -> None:
     Numbers that JSON does not have (NaN and the infinities) become null. Characters that could control a terminal and
     those that the output's encoding lacks are written as JSON escapes, so that the value is the same for every reader.
     """
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    plain = finite_values(value)
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
     text = CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(_finite(value), indent=2, allow_nan=False)
+        text = json.dumps(plain, indent=2, allow_nan=False)
     print(text, flush=True)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value
 
 
 class _Notes(logging.Handler):

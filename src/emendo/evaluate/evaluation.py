@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any, get_args
 
+from emendo._storage import finite
 from emendo.errors import RequestError
 from emendo.evaluate.intervals import Interval, mean_interval
 from emendo.evaluate.metrics import unchanged
-from emendo.evaluate.results import LOCALITY_PARTS, MAIN, Kind, Measure, Result, finite, plain
+from emendo.evaluate.results import LOCALITY_PARTS, MAIN, Kind, Measure, Result, plain
 from emendo.evaluate.scores import scores_as_dict
 
 _ALWAYS: tuple[Kind, ...] = ("edit", "paraphrase", "neighbour", "unrelated")

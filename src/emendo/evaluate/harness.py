@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from emendo._storage import finite
 from emendo.editors.base import Editor
 from emendo.errors import RequestError
-from emendo.evaluate.results import finite
 from emendo.low_rank import LowRank, applied
 from emendo.models.lm import LM
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
+from emendo._storage import finite
 from emendo.data.schema import Record
 from emendo.evaluate.intervals import Interval
 
@@ -154,17 +154,3 @@ def plain(scores: Mapping[str, Interval | None]) -> dict[str, dict[str, float | 
         name: {**nothing, **({k: finite(v) for k, v in score.as_dict().items()} if score else {})}
         for name, score in scores.items()
     }
-
-
-def finite_values(value: Any) -> Any:
-    """A JSON value with None instead of the numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: finite_values(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite_values(item) for item in value]
-    return finite(value) if isinstance(value, float) else value
-
-
-def finite(value: float | None) -> float | None:
-    """The value; None, which becomes JSON's null, where it is infinite or NaN."""
-    return value if value is not None and math.isfinite(value) else None

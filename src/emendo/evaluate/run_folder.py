@@ -30,7 +30,7 @@ import torch
 
 from emendo._outputs import EVALUATION, claim, clear
 from emendo._runs import has_run, read_run, write_run
-from emendo._storage import digest, new_file
+from emendo._storage import digest, finite_values, new_file
 from emendo._version import __version__
 from emendo.data.records import read_records, write_records
 from emendo.data.schema import Record
@@ -38,7 +38,7 @@ from emendo.editors.base import Editor
 from emendo.errors import StorageError
 from emendo.evaluate.answers import read_answers, write_answers
 from emendo.evaluate.evaluation import Checkpoint, Evaluation, SequentialEvaluation
-from emendo.evaluate.results import Result, finite_values
+from emendo.evaluate.results import Result
 
 _RESULT = (
     "protocol",
