@@ -148,6 +148,13 @@ def test_another_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     assert not RunFolder.begin(folder, some(3), {"batch": 1}, overwrite=True).finished
 
 
+def test_a_run_killed_before_its_records_were_written_is_resumed(tmp_path: Path) -> None:
+    run = RunFolder.begin(tmp_path / "run", some(2), {})
+    (run.folder / "records.jsonl").unlink()
+    assert RunFolder.begin(run.folder, some(2), {}).records == tuple(some(2))
+    assert RunFolder.open(run.folder).records == tuple(some(2))
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     for overwrite in (False, True):

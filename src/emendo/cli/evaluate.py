@@ -180,10 +180,11 @@ def run(
         **{"no-generated": not generated, "no-damage": not damage},
     )
     read_too = [data, text, lm_eval_tasks]
-    claim(
-        out, EVALUATION, model=model, editor=editor, inputs=read_too, overwrite=True
-    )  # or it is gone on with
-    claim(report, REPORT, model=model, editor=editor, inputs=read_too)
+    team = Processes.present()
+    if team.first:  # the others may find the folder that the first one is about to fill
+        # an older evaluation is resumed, or replaced later on
+        claim(out, EVALUATION, model=model, editor=editor, inputs=read_too, overwrite=True)
+        claim(report, REPORT, model=model, editor=editor, inputs=read_too)
     tasks = harness(lm_eval, lm_eval_limit, lm_eval_tasks)
     asked = EvaluateOptions(
         generated, batch, together, sequential, ask_after or RETENTION, damage, guard, text, tasks, command
@@ -191,16 +192,15 @@ def run(
     split = "test" if data == "atlas" else None
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)
     method = MethodOptions(settings, sites, last)
-    lm, maker = load_editor(
-        editor, model, dtype, device or Processes.present().device, method, chat, separator
-    )
-    claim(out, EVALUATION, model=lm.name, overwrite=True)
-    claim(report, REPORT, model=lm.name)
+    lm, maker = load_editor(editor, model, dtype, device or team.device, method, chat, separator)
+    if team.first:
+        claim(out, EVALUATION, model=lm.name, overwrite=True)
+        claim(report, REPORT, model=lm.name)
     chosen = with_consequences(records) if data == "atlas" else readable(lm, records, skip_bad=skip_bad)
     unused = {"fields": dict(records.unused), "records": dict(records.reasons)}
     job = Job(lm, maker, chosen, asked, {name: counts for name, counts in unused.items() if counts})
     found = job.run(out, overwrite=overwrite)
-    if not Processes.present().first:
+    if not team.first:
         return
     if report is not None:
         write_page(report, found, {"command": command, "asked": {"data": data, "editor": editor}})

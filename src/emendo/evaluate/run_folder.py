@@ -40,6 +40,7 @@ from emendo.evaluate.answers import read_answers, write_answers
 from emendo.evaluate.evaluation import Checkpoint, Evaluation, SequentialEvaluation
 from emendo.evaluate.results import Result
 
+RECORDS = "records.jsonl"
 _RESULT = (
     "protocol",
     "clean",
@@ -86,20 +87,25 @@ class RunFolder:
         """
         key = digest({"asked": dict(asked), "records": [asdict(record) for record in records]})
         if has_run(folder) and not overwrite:
-            run = cls.open(folder)
-            if run.head["key"] != key:
+            head = cls._head(folder)
+            if head["key"] != key:
                 raise StorageError(
-                    f"{folder} holds another evaluation ({run.head.get('command') or 'unknown'}); choose another "
+                    f"{folder} holds another evaluation ({head.get('command') or 'unknown'}); choose another "
                     "--out, or replace it with --overwrite."
                 )
-            return run
-        clear(claim(folder, EVALUATION, overwrite=overwrite), EVALUATION)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_records(records, folder / "records.jsonl")
-        head = {"key": key, "command": command, "asked": dict(asked), "versions": versions(), "result": None}
-        run = cls(folder, tuple(records), head)
-        write_run(folder, head)
-        return run
+        else:
+            clear(claim(folder, EVALUATION, overwrite=overwrite), EVALUATION)
+            head = {
+                "key": key,
+                "command": command,
+                "asked": dict(asked),
+                "versions": versions(),
+                "result": None,
+            }
+            write_run(folder, head)  # the marker first: killed from here on, the run can be resumed
+        if not (folder / RECORDS).exists():
+            write_records(records, folder / RECORDS)
+        return cls(folder, tuple(records), head)
 
     @classmethod
     def open(cls, folder: Path) -> RunFolder:
@@ -108,8 +114,12 @@ class RunFolder:
         Raises:
             StorageError: there is none, or it is damaged.
         """
-        head = read_run(folder, EVALUATION, f"to read; make one with: emendo evaluate --out {folder}")
-        return cls(folder, read_records(folder / "records.jsonl").records, head)
+        head = cls._head(folder)
+        return cls(folder, read_records(folder / RECORDS).records, head)
+
+    @staticmethod
+    def _head(folder: Path) -> dict[str, Any]:
+        return read_run(folder, EVALUATION, f"to read; make one with: emendo evaluate --out {folder}")
 
     @property
     def finished(self) -> bool:
