@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -43,6 +44,25 @@ def test_a_room_names_what_is_public(room: str) -> None:
     for name in module.__all__:
         assert not name.startswith("_")
         assert getattr(module, name) is not None
+
+
+def test_nobody_asks_an_editor_what_kind_it_is() -> None:
+    """Callers outside the room use what an editor hands out, such as ``no_changes``."""
+    root = PACKAGE.parents[1]
+    question = re.compile(
+        r"(isinstance|issubclass)\([^)]*(Editor|FineTuning|Mend|Enn|Lora|Cache|InContext|Meta\w+)\b|"
+        r"\.makes\b|changes_weights|\bhost is (not )?lm\b|\.host\([^)]*\) is |\beditor\.name [!=]="
+    )
+    assert question.search("if isinstance(editor, GradientEditor):") and question.search("if host is lm:")
+    asked = [
+        f"{path.relative_to(root)}:{number}: {line.strip()}"
+        for folder in ("src/emendo", "reproduction", "scripts", "benchmarks", "examples")
+        for path in sorted((root / folder).rglob("*.py"))
+        if path.parent != PACKAGE / "editors"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if question.search(line)
+    ]
+    assert asked == []
 
 
 def test_import_does_not_load_torch() -> None:

@@ -19,7 +19,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from emendo.data.schema import Record
-from emendo.editors import GradientEditor, editor_class
+from emendo.editors import editor_class, trained_class
 from emendo.evaluate.intervals import Interval
 from emendo.models.lm import LM
 from emendo.models.loading import load
@@ -80,9 +80,8 @@ def _measure(memory: Memory, model: str | Path, records: Sequence[Record], threa
         lm = random_lm(lm, memory.width)
     lm.logits(to_texts(lm, [(r.prompt, r.target) for r in records[: memory.batch]]))
     bare = highest_resident()
-    kind = editor_class(memory.editor)
+    kind = trained_class(memory.editor)
     editor = kind(find_sites(lm.model), kind.Config(**memory.settings))
-    assert isinstance(editor, GradientEditor)
     train(lm, editor, records, (), TrainConfig(steps=memory.steps, batch=memory.batch, text=0))
     return {
         "memory": highest_resident() - bare,

@@ -15,7 +15,7 @@ import torch
 
 from emendo._storage import digest, new_file, read_json, write_json
 from emendo._version import __version__
-from emendo.editors import Editor, GradientEditor, editor_class
+from emendo.editors import Editor, editor_class, trained_class
 from emendo.editors.ft_kl import FineTuningKl
 from emendo.models.sites import Site, find_sites
 from emendo.progress import Progress, Silent
@@ -106,16 +106,16 @@ class Runner:
             KeyboardInterrupt: by Ctrl-C; the training's checkpoint is kept.
         """
         sites = find_sites(bench.lm.model, cell.sites, last=cell.last)
-        editor = self._trained(bench, cell, sites) if cell.trained else _untrained(bench, cell, sites)
-        if isinstance(editor, FineTuningKl):
+        editor: Any = self._trained(bench, cell, sites) if cell.trained else _untrained(bench, cell, sites)
+        if cell.editor == FineTuningKl.name:
             editor.set_locality(probes(bench.task))
-        return editor
+        return editor  # type: ignore[no-any-return]
 
     def _trained(self, bench: Bench, cell: Cell, sites: tuple[Site, ...]) -> Editor:
         place = self.folder.editor(cell.editor_key(bench.lm.fingerprint, bench.sizes))
         if not place.exists():
-            editor = _untrained(bench, cell, sites)
-            assert isinstance(editor, GradientEditor)
+            torch.manual_seed(cell.seed)
+            editor = trained_class(cell.editor)(sites, cell.config())
             working = place.with_name(f"{place.name}.training")
             working.mkdir(parents=True, exist_ok=True)
             result = train(

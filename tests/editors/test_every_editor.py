@@ -132,7 +132,7 @@ def test_it_makes_an_edit_that_says_where_it_comes_from(ready: Ready) -> None:
     assert origin.settings == asdict(editor.config)
     assert origin.requests == (ready.facts[0],)
     assert datetime.fromisoformat(origin.date).tzinfo is not None
-    if editor.makes.changes_weights:
+    if not editor.no_changes:
         assert isinstance(edit, Edit)
         assert list(edit.deltas) == [site.name for site in editor.sites]
         assert all(d.left.isfinite().all() and d.right.isfinite().all() for d in edit.deltas.values())
@@ -166,7 +166,7 @@ def test_several_facts_make_one_edit(ready: Ready) -> None:
 
 
 def test_separate_edits_in_one_batch_are_those_made_alone(ready: Ready) -> None:
-    if not ready.editor.makes.changes_weights:
+    if ready.editor.no_changes:
         with pytest.raises(RequestError, match="changes no weights"):
             ready.editor.each(ready.lm, ready.facts)
         return

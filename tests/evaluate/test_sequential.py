@@ -173,7 +173,7 @@ def test_what_the_gate_refuses_is_taken_off_and_asked_for_all_the_same(tiny_llam
         again = found.checkpoints[-1].results[kept].outcomes
         plain = without.checkpoints[-1].results[expected].outcomes
         assert [o.nll_after for o in again] == pytest.approx([o.nll_after for o in plain], rel=1e-4)
-    with pytest.raises(RequestError, match="makes none"):
+    with pytest.raises(RequestError, match="changes no weights"):
         evaluate_sequence(tiny_llama, Cache((), CacheConfig()), chosen, gate=gate)
 
 

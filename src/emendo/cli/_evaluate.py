@@ -287,14 +287,12 @@ class GuardGate:
         limits: of the guard.
 
     Raises:
-        RequestError: the editor trains a copy of the model, which the guard cannot watch.
+        RequestError: the editor does not change the model's own weights, which the guard watches.
     """
 
     def __init__(self, lm: LM, editor: Editor, limits: Limits | None = None) -> None:
-        if editor.host(lm) is not lm:
-            raise RequestError(
-                f"{editor.name} trains a copy of the model, which --guard cannot watch: leave --guard out."
-            )
+        if why := editor.no_changes_of(lm):
+            raise RequestError(f"--guard watches changes of the model's weights; {why}: leave --guard out.")
         self.lm, self.limits = lm, limits or Limits()
         self.size = {site.name: float(site.weight(lm.model).double().norm()) for site in editor.sites}
         self.probes = ProbeRunner(lm, Probes())

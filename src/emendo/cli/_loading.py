@@ -130,14 +130,14 @@ def _untrained(
             f"The {name} editor must be trained first: emendo train --editor {name}{where} --out runs/{name}. Then "
             f"give its folder: --editor runs/{name}."
         )
-    if not kind.makes.changes_weights and (method.sites or method.last is not None):
+    if kind.no_changes and (method.sites or method.last is not None):
         raise RequestError(
-            f"--sites and --last choose weight matrices, but {name} changes none: leave them out."
+            f"--sites and --last choose weight matrices, but {kind.no_changes}: leave them out."
         )
     config = editor_config(name, method.settings or ())
     lm = load_model(model or next(iter(BUILT_IN)), dtype, device, chat=chat, separator=separator)
     sites: tuple[Site, ...] = ()
-    if kind.makes.changes_weights:
+    if not kind.no_changes:
         sites = find_sites(lm.model, site_choice(method.sites or ["mlp"]), last=method.last)
     return lm, kind(sites, config).eval()
 

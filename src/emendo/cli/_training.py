@@ -14,8 +14,8 @@ from emendo.cli._progress import show_progress
 from emendo.cli._runs import Run
 from emendo.cli._settings import site_choice
 from emendo.data import Record
-from emendo.editors import GradientEditor, editor_class
-from emendo.errors import EmendoError, RequestError
+from emendo.editors import GradientEditor, trained_class
+from emendo.errors import EmendoError
 from emendo.models.loading import LM
 from emendo.models.sites import find_sites
 from emendo.train import TrainResult, train
@@ -74,12 +74,7 @@ def new_editor(run: Run, lm: LM) -> GradientEditor:
         RequestError: the method is not one to train.
     """
     settings = run.settings
-    kind = editor_class(settings.editor)
-    if not issubclass(kind, GradientEditor):
-        raise RequestError(
-            f"{settings.editor} needs no training. Use it at once: emendo edit --editor {settings.editor} "
-            f"--model {settings.model} PROMPT TARGET"
-        )
+    kind = trained_class(settings.editor)
     sites = find_sites(lm.model, site_choice(settings.sites), last=settings.last)
     torch.manual_seed(settings.config.seed)
     return kind(sites, kind.Config(**settings.editor_settings)).to(lm.device)

@@ -98,8 +98,8 @@ def run(
         editor, model, dtype, device, MethodOptions(settings, sites, last), chat, separator
     )
     claim(out, EDIT, model=lm.name, overwrite=overwrite)
-    if apply and maker.host(lm) is not lm:
-        raise RequestError(f"--apply: {maker.name} edits a model that it trained itself, not {lm.name}.")
+    if apply and (why := maker.no_changes_of(lm)):
+        raise RequestError(f"--apply: {why}.")
     work = keep.open_workspace(lm, ledger, create=True) if apply else None
     head = work.ledger.head if work else None
     with work.applied(head.id) if work and head else nullcontext():

@@ -41,6 +41,20 @@ def editor_class(name: str) -> type[Editor]:
     return kind
 
 
+def trained_class(name: str) -> type[GradientEditor]:
+    """The class of a method that must be trained.
+
+    Raises:
+        RequestError: there is no such method, or it needs no training.
+    """
+    kind = editor_class(name)
+    if not issubclass(kind, GradientEditor):
+        raise RequestError(
+            f"{name} needs no training. Use it at once: emendo edit --editor {name} PROMPT TARGET"
+        )
+    return kind
+
+
 def read_edit(folder: str | Path) -> BaseEdit:
     """Read an edit of any kind from its folder or from the hub (``"user/name"``).
 
@@ -60,4 +74,4 @@ def read_edit(folder: str | Path) -> BaseEdit:
     return editor_class(name).makes.from_pretrained(where)
 
 
-__all__ = ["EDITORS", "Editor", "GradientEditor", "editor_class", "read_edit"]
+__all__ = ["EDITORS", "Editor", "GradientEditor", "editor_class", "read_edit", "trained_class"]

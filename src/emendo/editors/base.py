@@ -65,7 +65,9 @@ class Editor(nn.Module):
     needs_training: ClassVar[bool] = True
     """Whether it must be trained before it can edit."""
     makes: ClassVar[type[BaseEdit]] = Edit
-    """The class of its edits; where they change no weights, :meth:`each` and :meth:`together` raise."""
+    """The class of its edits."""
+    no_changes: ClassVar[str] = ""
+    """Why it gives no changes of weights, as a clause: :meth:`each` and :meth:`together` raise. Empty where it does."""
 
     def __init__(self, sites: tuple[Site, ...], config: Any = None, fingerprint: str = "") -> None:
         super().__init__()
@@ -87,7 +89,7 @@ class Editor(nn.Module):
             MismatchError: the editor was trained for another model.
             RequestError: no request, one that does not fit the model, or a method that changes no weights.
         """
-        raise RequestError(f"{self.name} changes no weights; call its edit method instead.")
+        raise RequestError(f"{self.no_changes}; call its edit method instead.")
 
     def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """Compute one change for all requests: by default the sum of their separate changes (MEND, section 3.2)."""
@@ -96,6 +98,10 @@ class Editor(nn.Module):
     def host(self, lm: LM) -> LM:
         """The model whose weights the edits change: ``lm`` itself, or a copy of it that the method has trained."""
         return lm
+
+    def no_changes_of(self, lm: LM) -> str:
+        """Why it gives no changes of the weights of ``lm`` itself, as a clause; empty where it does."""
+        return self.no_changes
 
     def host_cache(self, lm: LM, store: TrunkCache) -> TrunkCache | None:
         """The kept trunk outputs of ``lm`` for passes through :meth:`host`; None where they do not hold for it."""

@@ -172,6 +172,7 @@ class Cache(Editor):
     config: CacheConfig
     needs_training = False
     makes = CacheEdit
+    no_changes = "cache changes no weights"
 
     def edit(
         self, lm: LM, prompt: str | Sequence[Request | tuple[str, str]], target: str | None = None

@@ -118,6 +118,10 @@ class Enn(GradientEditor):
         self.bind(lm)
         return self.twin.lm(lm)
 
+    def no_changes_of(self, lm: LM) -> str:
+        """It edits its own copy of the model."""
+        return f"{self.name} edits a model that it trained itself, not {lm.name}"
+
     def host_cache(self, lm: LM, store: TrunkCache) -> TrunkCache | None:
         """The kept trunk outputs, if training has left the blocks below the first edited one unchanged."""
         return self._cache(store, self.twin.trunk(lm.model))

@@ -161,6 +161,7 @@ class InContext(Editor):
     config: InContextConfig
     needs_training = False
     makes = ContextEdit
+    no_changes = "in-context changes no weights"
 
     def edit(
         self, lm: LM, prompt: str | Sequence[Request | tuple[str, str]], target: str | None = None

@@ -42,13 +42,11 @@ class BaseEdit(ABC):
 
     Attributes:
         kind: the name of this kind in ``edit.json``.
-        changes_weights: whether edits of this kind are changes of weight matrices.
         origin: the method, the model and the requests.
         card: figures about the edit, as JSON values.
     """
 
     kind: ClassVar[str]
-    changes_weights: ClassVar[bool] = False
     origin: Origin
     card: Mapping[str, Any]
 

@@ -73,7 +73,6 @@ class Edit(BaseEdit):
     """
 
     kind: ClassVar[str] = WEIGHTS
-    changes_weights: ClassVar[bool] = True
     deltas: Mapping[str, LowRank]
     origin: Origin
     card: Mapping[str, Any] = field(default_factory=dict)

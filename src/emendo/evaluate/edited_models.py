@@ -91,7 +91,7 @@ def make_edits(
     """
     start = _now(lm)
     with torch.enable_grad():
-        if not editor.makes.changes_weights:
+        if editor.no_changes:
             edits = [editor.edit(lm, list(group)) for group in groups]
             return _BesideWeights(_now(lm) - start, None, lm, edits)
         deltas = _deltas(lm, editor, groups)
@@ -101,20 +101,18 @@ def make_edits(
     return _InWeights(seconds, deltas, host, _passes(lm, host, editor, store), changes_of)
 
 
-def existing_edit(
-    lm: LM, editor: Editor, state: Mapping[str, Tensor] | BaseEdit, seconds: float, store: TrunkCache
+def existing_change(
+    lm: LM, editor: Editor, state: Mapping[str, Tensor], seconds: float, store: TrunkCache
 ) -> EditedModels:
-    """One edit that has been made already: the sum of the edits of a sequence.
+    """One change that has been made already: the sum of the edits of a sequence.
 
     Args:
         lm: the clean model.
-        editor: made the edit.
-        state: the dense change ``[d_out, d_in]`` of each site, or an edit that changes no weights.
+        editor: made the edits.
+        state: the dense change ``[d_out, d_in]`` of each site.
         seconds: time to make the last edit.
         store: as for :func:`make_edits`.
     """
-    if isinstance(state, BaseEdit):
-        return _BesideWeights(seconds, None, lm, [state])
     host = editor.host(lm)
     change = {name: LowRank.from_dense(dense) for name, dense in state.items()}
     deltas = {name: LowRank(d.left[None], d.right[None]) for name, d in change.items()}
@@ -166,11 +164,7 @@ def _dense(deltas: Deltas, dtype: torch.dtype) -> Callable[[Sequence[int]], _Cha
 
 def _passes(lm: LM, host: LM, editor: Editor, store: TrunkCache) -> _Passes:
     """Passes through the model that the changes belong to, from cached trunk outputs where it shares the trunk."""
-    if host is lm:
-        kept: TrunkCache | None = store
-    else:
-        trunk = Trunk(host.model, editor.sites)
-        kept = editor.host_cache(lm, store)
+    kept, trunk = editor.host_cache(lm, store), Trunk(host.model, editor.sites)
 
     def passes(texts: Sequence[Text]) -> list[Tensor]:
         if kept is None:

@@ -177,8 +177,8 @@ def unmeasured(editor: Editor, single: bool) -> str | None:
     """
     if single:
         return "not measured: edits one at a time are as many models as facts; use --together or --sequential"
-    if not editor.makes.changes_weights:
-        return f"not measured: {editor.name} changes no weights, and the harness runs the model itself"
+    if editor.no_changes:
+        return f"not measured: {editor.no_changes}, and the harness runs the model itself"
     return None
 
 

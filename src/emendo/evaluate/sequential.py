@@ -19,12 +19,12 @@ from torch import Tensor
 
 from emendo.data.schema import Record
 from emendo.editors.base import Editor
-from emendo.edits import BaseEdit, Request, weight_norm
+from emendo.edits import Request, weight_norm
 from emendo.errors import RequestError
 from emendo.evaluate._prompts import PromptCase, tokenise
 from emendo.evaluate._scoring import Continuations, score_forced, score_generated, trunk_batches
 from emendo.evaluate.damage import Damage
-from emendo.evaluate.edited_models import EditedModels, existing_edit
+from emendo.evaluate.edited_models import EditedModels, existing_change, make_edits
 from emendo.evaluate.evaluation import Checkpoint, SequentialEvaluation
 from emendo.evaluate.harness import Harness, unmeasured
 from emendo.evaluate.results import Result
@@ -76,8 +76,8 @@ def evaluate_sequence(
     """
     if not records:
         raise RequestError("There are no records to evaluate on.")
-    if gate is not None and not editor.makes.changes_weights:
-        raise RequestError(f"The guard watches changes of weights, and {editor.name} makes none.")
+    if gate is not None and editor.no_changes:
+        raise RequestError(f"The guard watches changes of weights, and {editor.no_changes}.")
     if any(count < 1 for count in at):
         raise RequestError(f"at={tuple(at)}: give whole numbers from 1 up.")
     editor.check(lm)
@@ -109,7 +109,7 @@ class _Run:
         progress: Progress,
     ) -> None:
         self.lm, self.editor, self.records, self.generated = lm, editor, records, generated
-        self.damage, self.gate, self.parts, self.progress = damage, gate, parts, progress
+        self.damage, self.guarded, self.parts, self.progress = damage, gate is not None, parts, progress
         self.store = TrunkCache(Trunk(lm.model, editor.sites or find_sites(lm.model)), dtype=torch.float32)
         if damage is not None:
             damage.begin(lm, self.store, 1)
@@ -117,9 +117,9 @@ class _Run:
         texts = [text for cases in self.cases for case in cases for text in case.texts()]
         self.trunk = trunk_batches(self.store, texts)
         self.clean = Continuations(lm, [case for cases in self.cases for case in cases] if generated else ())
-        self.state: dict[str, Tensor] | BaseEdit = {}
-        host = editor.host(lm).model
-        self.size = {site.name: weight_norm(site.module(host), site.shape) for site in editor.sites}
+        self.edits = (
+            _AllFacts(lm, editor, self.store) if editor.no_changes else _Sum(lm, editor, gate, self.store)
+        )
 
     def measure(self, at: Sequence[int]) -> SequentialEvaluation:
         right_after: list[Result] = []
@@ -145,9 +145,7 @@ class _Run:
             "fingerprint": self.lm.fingerprint,
             "prompts": self.lm.framing.description,
             "editor": self.editor.name,
-            "guard": "none"
-            if self.gate is None
-            else "an edit that it refuses is removed, and counts as failed",
+            "guard": "an edit that it refuses is removed, and counts as failed" if self.guarded else "none",
         }
         clean = self.damage.clean() if self.damage is not None else {}
         return SequentialEvaluation(tuple(right_after), tuple(points), protocol, clean)
@@ -157,13 +155,8 @@ class _Run:
         if (why := unmeasured(self.editor, single=False)) is not None:
             return {"edits": why, "scores": {}}
         edits = f"the clean model, and the one with all {len(self.records):,} edits one after the other"
-        edits += "" if self.gate is None else ", except those that the guard refused"
-        return harness.compare(self.editor.host(self.lm), self._changes(), edits)
-
-    def _changes(self) -> dict[str, LowRank]:
-        """The sum of the edits so far."""
-        assert isinstance(self.state, dict)
-        return {name: LowRank.from_dense(change) for name, change in self.state.items()}
+        edits += ", except those that the guard refused" if self.guarded else ""
+        return harness.compare(self.editor.host(self.lm), self.edits.changes(), edits)
 
     def _kept(self, number: int, records: Sequence[Record]) -> list[Result] | None:
         found = self.parts.read(number, records) if self.parts is not None else None
@@ -176,53 +169,26 @@ class _Run:
 
     def _edit(self, index: int, *, score: bool) -> Result:
         """Make one more edit, and score it."""
-        start = time.perf_counter()
-        seen: dict[str, float] = {}
-        if not self.editor.makes.changes_weights:
-            if not score:
-                return Result(self.records[index], (), 0, 0.0)  # a later edit has all facts
-            self.state = self.editor.edit(self.lm, [self._request(i) for i in range(index + 1)])
-        else:
-            refused = not self._add(self._request(index))
-            seen = {} if self.gate is None else {"refused": float(refused)}
-        seconds = time.perf_counter() - start
+        record = self.records[index]
+        stays = self.edits.add(Request(record.prompt, record.target))
         self.progress.update("edits", index + 1, len(self.records))
         if not score:
-            return Result(self.records[index], (), 0, 0.0)
-        edited = existing_edit(self.lm, self.editor, self.state, seconds, self.store)
+            return Result(record, (), 0, 0.0)
+        edited = self.edits.made()
         own = [case for case in self.cases[index] if not case.local]
-        return self._result(index, self._score(own, edited), edited, seen)
-
-    def _add(self, request: Request) -> bool:
-        """Make one more edit in the model with all earlier ones; False where the gate refused it."""
-        assert isinstance(self.state, dict)
-        host = self.editor.host(self.lm).model
-        with torch.enable_grad(), applied(host, self._changes()):
-            changes = self.editor.each(self.lm, [request])
-            if self.gate is not None:
-                own = {name: LowRank(c.left[0].detach(), c.right[0].detach()) for name, c in changes.items()}
-                if not self.gate(request, own):
-                    return False
-        for name, change in changes.items():
-            dense = change[0].dense().detach().float()
-            self.state[name] = self.state[name] + dense if name in self.state else dense
-        return True
-
-    def _request(self, index: int) -> Request:
-        return Request(self.records[index].prompt, self.records[index].target)
+        seen = {"refused": float(not stays)} if self.guarded else {}
+        return self._result(index, self._score(own, edited), seen, edited.seconds)
 
     def _all(self, count: int) -> list[Result]:
         """All facts so far, asked again."""
-        if not self.editor.makes.changes_weights:
-            self.state = self.editor.edit(self.lm, [self._request(index) for index in range(count)])
-        edited = existing_edit(self.lm, self.editor, self.state, 0.0, self.store)
+        edited = self.edits.made()
         seen = self.damage.measure(edited, [0])[0] if self.damage is not None else {}
         cases = [case for index in range(count) for case in self.cases[index]]
         self._score(cases, edited)
         if self.generated:
             score_generated([(0, case) for case in cases], edited, self.clean)
         self.progress.update(f"asked again after {count}", count, count)
-        return [self._result(index, self.cases[index], edited, seen) for index in range(count)]
+        return [self._result(index, self.cases[index], seen) for index in range(count)]
 
     def _score(self, cases: Sequence[PromptCase], edited: EditedModels) -> Sequence[PromptCase]:
         self.trunk.ensure([text for case in cases for text in case.texts()])
@@ -230,18 +196,71 @@ class _Run:
         return cases
 
     def _result(
-        self, index: int, cases: Sequence[PromptCase], edited: EditedModels, seen: Mapping[str, float]
+        self, index: int, cases: Sequence[PromptCase], seen: Mapping[str, float], seconds: float = 0.0
     ) -> Result:
-        norms: dict[str, float] = {}
-        if isinstance(self.state, dict):
-            norms = {name: float(d.double().norm()) / self.size[name] for name, d in self.state.items()}
+        norms = self.edits.norms()
         return Result(
             record=self.records[index],
             outcomes=tuple(case.outcome() for case in cases),
             rank=0,
             norm=fmean(norms.values()) if norms else 0.0,
             norms=norms,
-            seconds=edited.seconds,
+            seconds=seconds,
             edit=index,
             damage=seen,
         )
+
+
+class _Sum:
+    """The sum of the edits so far, each made in the model with all earlier ones."""
+
+    def __init__(self, lm: LM, editor: Editor, gate: Gate | None, store: TrunkCache) -> None:
+        self.lm, self.editor, self.gate, self.store = lm, editor, gate, store
+        self.host = editor.host(lm).model
+        self.size = {site.name: weight_norm(site.module(self.host), site.shape) for site in editor.sites}
+        self.dense: dict[str, Tensor] = {}
+        self.seconds = 0.0
+
+    def add(self, request: Request) -> bool:
+        """Make one more edit; False where the gate refused it."""
+        start = time.perf_counter()
+        with torch.enable_grad(), applied(self.host, self.changes()):
+            changes = self.editor.each(self.lm, [request])
+            own = {name: LowRank(c.left[0].detach(), c.right[0].detach()) for name, c in changes.items()}
+            stays = self.gate is None or self.gate(request, own)
+        if stays:
+            for name, change in own.items():
+                dense = change.dense().float()
+                self.dense[name] = self.dense[name] + dense if name in self.dense else dense
+        self.seconds = time.perf_counter() - start
+        return stays
+
+    def made(self) -> EditedModels:
+        return existing_change(self.lm, self.editor, self.dense, self.seconds, self.store)
+
+    def changes(self) -> dict[str, LowRank]:
+        return {name: LowRank.from_dense(change) for name, change in self.dense.items()}
+
+    def norms(self) -> dict[str, float]:
+        return {name: float(d.double().norm()) / self.size[name] for name, d in self.dense.items()}
+
+
+class _AllFacts:
+    """One edit of all facts so far, of an editor that changes no weights; made only where it is asked."""
+
+    def __init__(self, lm: LM, editor: Editor, store: TrunkCache) -> None:
+        self.lm, self.editor, self.store = lm, editor, store
+        self.requests: list[Request] = []
+
+    def add(self, request: Request) -> bool:
+        self.requests.append(request)
+        return True
+
+    def made(self) -> EditedModels:
+        return make_edits(self.lm, self.editor, [self.requests], self.store)
+
+    def changes(self) -> dict[str, LowRank]:
+        return {}
+
+    def norms(self) -> dict[str, float]:
+        return {}

@@ -111,8 +111,8 @@ class Workspace:
         Raises:
             RequestError: the editor's edits change no weights, or a request does not fit the model.
         """
-        if editor.host(self.lm) is not self.lm:
-            raise RequestError(f"{editor.name} edits a model that it trained itself, not {self.lm.name}.")
+        if why := editor.no_changes_of(self.lm):
+            raise RequestError(f"A ledger stores changes of weights; {why}.")
         head = self.ledger.head
         with self._stack.applied(head.active):
             edit = _of_weights(editor.edit(self.lm, requests))
