@@ -13,6 +13,7 @@ from cli.samples import SHORT, Emendo
 from emendo import load
 from emendo.editors import read_edit
 from emendo.editors.ft import FineTuning, FineTuningConfig
+from emendo.edits import Request
 from emendo.ledger.guard import targets_reached
 from emendo.models.sites import find_sites
 
@@ -123,26 +124,23 @@ def test_edit_and_evaluate_take_another_separator(
 ) -> None:
     """A template that ends in a line break is edited as typed; other texts as --separator says."""
     options = ("--editor", "ft", "--set", "steps=2", "--model", model)
+    lm = load(model)
     for number, (prompt, between) in enumerate([("### Response:\n", None), ("Q:", "\\n"), ("Q:", "")]):
         out = tmp_path / str(number)
         more = () if between is None else ("--separator", between)
         emendo_command("edit", *options, *more, prompt, "Old Town", "--out", out)
-        typed = load(model, separator={None: None, "\\n": "\n", "": ""}[between])
-        expected = FineTuning(find_sites(typed.model), FineTuningConfig(steps=2)).edit(
-            typed, prompt, "Old Town"
-        )
-        for name, delta in read_edit(out).deltas.items():
+        request = Request(prompt, "Old Town", {None: None, "\\n": "\n", "": ""}[between])
+        expected = FineTuning(find_sites(lm.model), FineTuningConfig(steps=2)).edit(lm, [request])
+        found = read_edit(out)
+        assert found.origin.requests == (request,)
+        for name, delta in found.deltas.items():
             assert torch.equal(delta.dense(), expected.deltas[name].dense())
+    emendo_command("apply", tmp_path / "1", "--ledger", tmp_path / "ledger", "--force")
+    shown = emendo_command("show", 1, "--model", model, "--ledger", tmp_path / "ledger")
+    assert "separator" in shown.out and repr("\n") in shown.out
     (tmp_path / "facts.jsonl").write_text(json.dumps({"prompt": "Q:\n", "target": "Old Town"}) + "\n")
-    command = (
-        "evaluate",
-        *options,
-        "--data",
-        tmp_path / "facts.jsonl",
-        "--no-generated",
-        "--no-damage",
-        "--json",
-    )
+    data = ("--data", tmp_path / "facts.jsonl", "--no-generated", "--no-damage", "--json")
+    command = ("evaluate", *options, *data)
     assert emendo_command(*command).json["protocol"]["prompts"] == "as they stand"
     glued = emendo_command(*command, "--separator", "").json["protocol"]["prompts"]
     assert glued == "as they stand, '' before the answer"

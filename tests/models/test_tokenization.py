@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from cases import BEGIN, CONTEXT, END, build_lm, build_tokenizer, records
+from cases import BEGIN, CONTEXT, END, build_tokenizer, records
 from emendo.data import read_records
 from emendo.errors import RequestError
 from emendo.models.framing import encode_prompts, separator
 from emendo.models.loading import load
 from emendo.models.text import Text, collate, length_buckets
-from emendo.models.tokenization import encode, to_texts
+from emendo.models.tokenization import encode
 
 PLAIN, WITH_BOS = build_tokenizer(), build_tokenizer(bos=True)
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
@@ -352,14 +352,3 @@ def test_length_buckets(lengths: list[int], tokens: int) -> None:
 def test_made_up_facts_fit_the_tiny_models() -> None:
     facts = encode(PLAIN, [(record.prompt, record.target) for record in records(20)], max_tokens=40)
     assert all(1 <= len(text.labels) < len(text.ids) for text in facts)
-
-
-def test_a_model_may_be_given_another_separator() -> None:
-    lm = build_lm("llama")
-    for between in ("", "\n", " -> "):
-        other = replace(lm, separator=between)
-        assert to_texts(other, [("A", "b")]) == encode(lm.tokenizer, [("A", "b", between)])
-        assert other.tokenizer.decode(to_texts(other, [("A", "b")])[0].ids) == f"A{between}b"
-        assert other.prompt_texts(["A"]) == lm.prompt_texts(["A"])
-        assert repr(between) in other.framing.description
-    assert replace(lm, separator="").reading(chat=False).separator == ""

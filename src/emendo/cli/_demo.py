@@ -48,7 +48,7 @@ def show_edit(run: Run, lm: LM, editor: Editor, unseen: Sequence[Record]) -> tup
     truth = by_id[EXAMPLE].answer or ""
     record = replace(by_id[EXAMPLE], target=truth, answer=None, neighbours=near)
     asked = [*questions(record, unrelated=0), *(Question("unrelated", text) for text in UNRELATED)]
-    edit, rows = make_edit(lm, editor, Request(record.prompt, record.target), asked)
+    edit, rows = make_edit(lm, editor, Request(record.prompt, record.target, record.separator), asked)
     edit.save_pretrained(run.folder / "edit", overwrite=True)
     output().print(Text.assemble(("\nThe edit", "bold"), f': "{record.prompt}" → "{record.target}"\n'))
     before_after(rows)

@@ -232,8 +232,6 @@ class Job:
         }
         if self.lm.chat:  # absent otherwise, so that runs from before there was --chat can be resumed
             inputs["chat"] = True
-        if self.lm.separator is not None:
-            inputs["separator"] = self.lm.separator
         if options.sequential:
             inputs["ask_after"] = list(options.ask_after)
             inputs["guard"] = options.guard
@@ -303,7 +301,7 @@ class GuardGate:
         """Whether the edit stays; the earlier edits are attached to the model."""
         with applied(self.lm.model, change):
             after = self.probes.run()
-            hit = targets_reached(self.lm, [(request.prompt, request.target)])
+            hit = targets_reached(self.lm, [request.pair])
         edited = [*self.prompts, request.prompt]
         health = Health.of(
             edit_success=fmean(map(float, hit)),

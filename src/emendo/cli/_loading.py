@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ def load_model(
     device: str | None = None,
     *,
     chat: bool = False,
-    separator: str | None = None,
 ) -> LM:
     """Load a model, and print a note if that takes long.
 
@@ -41,8 +40,7 @@ def load_model(
     if name in BUILT_IN and not (cache_folder() / "models" / name / "config.json").exists():
         note(f"Converting {name} for the first time (about half a minute; kept in {cache_folder()}).")
     with status(f"Loading the model {name}"):
-        between = separator and separator.replace("\\n", "\n").replace("\\t", "\t")
-        return load(name, dtype=dtype, device=device, chat=chat, separator=between)
+        return load(name, dtype=dtype, device=device, chat=chat)
 
 
 def named_dtype(dtype: str, device: str | None) -> str:
@@ -81,7 +79,6 @@ def load_editor(
     device: str | None,
     method: MethodOptions | None = None,
     chat: bool | None = None,
-    separator: str | None = None,
 ) -> tuple[LM, Editor]:
     """An editor, and the model it belongs to.
 
@@ -92,7 +89,6 @@ def load_editor(
         device: device of the model.
         method: settings of a method that needs no training.
         chat: whether prompts are put into the chat template; None takes the form the editor was trained on.
-        separator: value of ``--separator``.
 
     Raises:
         StorageError: there is no editor, or it is damaged.
@@ -101,14 +97,14 @@ def load_editor(
     """
     method = method or MethodOptions()
     if name in EDITORS and not any((Path(name) / file).exists() for file in ("editor.json", "run.json")):
-        return _untrained(name, model, dtype, device, method, bool(chat), separator)
+        return _untrained(name, model, dtype, device, method, bool(chat))
     editor = Editor.from_pretrained(editor_folder(Path(name)))
     if any(option is not None for option in (method.settings, method.sites, method.last)):
         raise RequestError(
             f"--set, --sites and --last are for methods that need no training; the editor in {name} has its own."
         )
     where = model or editor.info.get("model_name") or next(iter(BUILT_IN))
-    lm = load_model(where, dtype, device, chat=editor.chat if chat is None else chat, separator=separator)
+    lm = load_model(where, dtype, device, chat=editor.chat if chat is None else chat)
     editor.check(lm)
     return lm, editor.to(lm.device)
 
@@ -120,7 +116,6 @@ def _untrained(
     device: str | None,
     method: MethodOptions,
     chat: bool,
-    separator: str | None,
 ) -> tuple[LM, Editor]:
     """An editor of a method that needs no training."""
     kind = editor_class(name)
@@ -135,7 +130,7 @@ def _untrained(
             f"--sites and --last choose weight matrices, but {kind.no_changes}: leave them out."
         )
     config = editor_config(name, method.settings or ())
-    lm = load_model(model or next(iter(BUILT_IN)), dtype, device, chat=chat, separator=separator)
+    lm = load_model(model or next(iter(BUILT_IN)), dtype, device, chat=chat)
     sites: tuple[Site, ...] = ()
     if not kind.no_changes:
         sites = find_sites(lm.model, site_choice(method.sites or ["mlp"]), last=method.last)
@@ -169,6 +164,19 @@ def read(
     return records
 
 
+def separated_by(records: RecordSet, option: str | None) -> RecordSet:
+    """The records with the value of ``--separator`` where they have no separator of their own."""
+    if (between := unescaped(option)) is None:
+        return records
+    held = [r if r.separator is not None else replace(r, separator=between) for r in records]
+    return replace(records, held=held)
+
+
+def unescaped(separator: str | None) -> str | None:
+    """A value of ``--separator`` as text."""
+    return separator and separator.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def readable(lm: LM, records: RecordSet, *, skip_bad: bool | None = None) -> tuple[Record, ...]:
     """The records whose texts all fit the model.
 
@@ -183,8 +191,12 @@ def readable(lm: LM, records: RecordSet, *, skip_bad: bool | None = None) -> tup
     found, problems, room = [], [], _letters(lm)
     for index, record in enumerate(records):
         texts = record.texts()
+        long = any(
+            len(text := f"{prompt}{between or ' '}{answer}") >= room or not text.isascii()
+            for prompt, answer, between in texts
+        )
         try:
-            if not all(len(text := prompt + answer) < room and text.isascii() for prompt, answer in texts):
+            if long:
                 to_texts(lm, texts)
             found.append(record)
         except RequestError as error:

@@ -188,6 +188,5 @@ def editor_folder(path: Path) -> Path:
 
 def digest(records: Iterable[Record]) -> str:
     """16 hex digits that identify records."""
-    return hashlib.blake2b(
-        "\n".join(map(repr, records)).encode("utf-8", "replace"), digest_size=8
-    ).hexdigest()
+    lines = (f"{r!r}{'' if r.separator is None else repr(r.separator)}" for r in records)
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "replace"), digest_size=8).hexdigest()

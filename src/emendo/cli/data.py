@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from itertools import chain, islice, zip_longest
 from typing import Annotated, Any
 
@@ -82,7 +81,7 @@ def _figures(source: str, limit: int | None) -> dict[str, Any]:
         "problems": len(stream.skipped),
         "left_out": count_reasons(stream.skipped),
         "first_problems": [str(problem) for problem in stream.skipped[:_PROBLEMS]],
-        "first_records": [{"line": line, **asdict(record)} for record, line in zip_longest(first, lines)],
+        "first_records": [{"line": line, **record.as_dict()} for record, line in zip_longest(first, lines)],
     }
 
 

@@ -77,7 +77,7 @@ def run(
     from contextlib import nullcontext
 
     from emendo.cli._before_after import UNRELATED, make_edit
-    from emendo.cli._loading import MethodOptions, load_editor
+    from emendo.cli._loading import MethodOptions, load_editor, unescaped
     from emendo.cli._paths import claim
     from emendo.cli._tables import before_after, rows_as_dicts
     from emendo.cli.apply import applied_as_values, print_applied
@@ -89,14 +89,12 @@ def run(
     if (ledger is not None or force or reason) and not apply:
         raise RequestError("--ledger, --force and --note belong to --apply.")
     claim(out, EDIT, model=model, ledger=ledger, editor=editor, overwrite=overwrite)
-    request = Request(prompt, target)
-    questions = [Question("edit", prompt)]
-    questions += [Question("paraphrase", text) for text in paraphrase or []]
-    questions += [Question("neighbour", text) for text in neighbour or []]
+    request = Request(prompt, target, between := unescaped(separator))
+    questions = [Question("edit", prompt, separator=between)]
+    questions += [Question("paraphrase", text, separator=between) for text in paraphrase or []]
+    questions += [Question("neighbour", text, separator=between) for text in neighbour or []]
     questions += [Question("unrelated", text) for text in UNRELATED]
-    lm, maker = load_editor(
-        editor, model, dtype, device, MethodOptions(settings, sites, last), chat, separator
-    )
+    lm, maker = load_editor(editor, model, dtype, device, MethodOptions(settings, sites, last), chat)
     claim(out, EDIT, model=lm.name, overwrite=overwrite)
     if apply and (why := maker.no_changes_of(lm)):
         raise RequestError(f"--apply: {why}.")

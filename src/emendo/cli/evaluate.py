@@ -150,7 +150,7 @@ def run(
 ) -> None:
     """Measure an editor."""
     from emendo.cli._evaluate import EvaluateOptions, Job, harness, write_page
-    from emendo.cli._loading import MethodOptions, load_editor, read, readable
+    from emendo.cli._loading import MethodOptions, load_editor, read, readable, separated_by
     from emendo.cli._paths import claim
     from emendo.cli._processes import Processes
     from emendo.cli._tables import evaluation
@@ -191,8 +191,9 @@ def run(
     )
     split = "test" if data == "atlas" else None
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)
+    records = separated_by(records, separator)
     method = MethodOptions(settings, sites, last)
-    lm, maker = load_editor(editor, model, dtype, device or team.device, method, chat, separator)
+    lm, maker = load_editor(editor, model, dtype, device or team.device, method, chat)
     if team.first:
         claim(out, EVALUATION, model=lm.name, overwrite=True)
         claim(report, REPORT, model=lm.name)

@@ -94,24 +94,25 @@ def run(
         lm, parts, paraphrases=paraphrases, keep=keep, passages=running, folder=cache_folder() / "written"
     )
     fused.save_pretrained(out, overwrite=overwrite)
-    pairs = [(request.prompt, request.target) for request in fused.origin.requests]
     found = []
     for edit in (fused, compose(parts)):
-        with edit.applied(lm.reading(chat=fused.origin.chat)) as edited:
-            found.append(sum(targets_reached(edited, pairs)))
+        with edit.applied(lm):  # each fact is asked as its own edit was made
+            asked = [(lm.reading(chat=part.origin.chat), part.origin.requests) for part in parts]
+            found.append(sum(sum(targets_reached(r, [one.pair for one in own])) for r, own in asked))
+    facts = len(fused.origin.requests)
     if as_json:
         emit(
             {
                 "out": str(out),
                 "rank": fused.rank,
-                "facts": len(pairs),
+                "facts": facts,
                 "reached": found[0],
                 "added_up": found[1],
             }
         )
         return
     output().print(
-        f"Fused {len(parts)} edits into one of rank {fused.rank}, saved in {out}. {found[0]} of {len(pairs)} facts "
+        f"Fused {len(parts)} edits into one of rank {fused.rank}, saved in {out}. {found[0]} of {facts} facts "
         f"have their new answer, against {found[1]} where the edits are added up.",
         soft_wrap=True,
     )
@@ -128,7 +129,7 @@ def _parts(
 ) -> tuple[LM, list[Edit], list[tuple[str, ...]]]:
     """The model, the edits, and the paraphrases of each where a file has them."""
     from emendo.cli._loading import load_editor, load_model, read, readable
-    from emendo.edits import Edit
+    from emendo.edits import Edit, Request
     from emendo.edits.edit import as_weights
     from emendo.errors import RequestError
 
@@ -142,6 +143,6 @@ def _parts(
     records = read(data, split="test" if data == "atlas" else None, limit=limit, need_paraphrase=False)
     lm, maker = load_editor(editor, model, dtype, device)
     facts = readable(lm, records)
-    made = [maker.edit(lm, fact.prompt, fact.target) for fact in facts]
+    made = [maker.edit(lm, [Request(fact.prompt, fact.target, fact.separator)]) for fact in facts]
     parts = [as_weights(edit, "Only changes of weights can be fused") for edit in made]
     return lm, parts, [fact.paraphrases for fact in facts]

@@ -96,4 +96,7 @@ def run(
 
 
 def _line(heading: str, prompt: str, text: str) -> Text:
-    return Text.assemble((heading, "bold"), (prompt.rstrip(), "dim"), f" {' '.join(text.split())}")
+    from emendo.models.framing import joined
+
+    whole = joined(prompt, " ".join(text.split()))
+    return Text.assemble((heading, "bold"), (prompt, "dim"), whole[len(prompt) :])

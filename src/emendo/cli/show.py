@@ -53,6 +53,8 @@ def _facts(book: Ledger, entry: Entry, active: tuple[int, ...]) -> Table:
     rows += [("request", f"{request['prompt']} → {request['target']}") for request in entry.requests]
     if entry.chat:
         rows.append(("framing", "in the tokenizer's chat template"))
+    own = dict.fromkeys(r["separator"] for r in entry.requests if "separator" in r)
+    rows += [("separator", repr(between)) for between in own]
     rank = "" if entry.rank is None else f", rank {entry.rank}"
     rows.append(("made by", f"{entry.editor}, emendo {entry.version}, {entry.made}{rank}"))
     if entry.upon:

@@ -93,6 +93,13 @@ class Fields:
             else self._text(key, value)
         )
 
+    def separator(self, key: str) -> str | None:
+        """A text that may be empty or white space; None where it is absent or null."""
+        value = self.get(key)
+        if value is None or value == "" or (isinstance(value, str) and value.isspace()):
+            return value
+        return self._text(key, value)
+
     def label(self, key: str) -> str | None:
         """A text or a whole number, as text, or None."""
         value = self.get(key)

@@ -145,6 +145,7 @@ def _native(fields: Fields) -> Record:
         unrelated=fields.probes("unrelated"),
         answer=fields.answer("answer"),
         consequences=fields.consequences("consequences"),
+        separator=fields.separator("separator"),
     )
 
 

@@ -308,7 +308,10 @@ def _delimiter(text: str, name: str, prompt_field: PromptField) -> str | None:
     delimiter = max("\t;,|", key=header.count)
     if delimiter not in header:
         return None
-    names = next(csv.reader([header], delimiter=delimiter), [])
+    try:
+        names = next(csv.reader([header], delimiter=delimiter), [])
+    except csv.Error:  # a lone carriage return
+        return None
     if prompt_field(dict.fromkeys(map(str.strip, names), "")) is not None:
         return delimiter
     named = all(cell.strip().isidentifier() for cell in names) and delimiter in second

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 from array import array
@@ -305,7 +304,7 @@ def write_records(records: Iterable[Record], path: str | Path) -> None:
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as file:
             for record in records:
-                filled = {key: value for key, value in dataclasses.asdict(record).items() if value}
+                filled = {k: v for k, v in record.as_dict().items() if v or k == "separator"}
                 file.write(json.dumps(filled, ensure_ascii=False) + "\n")
         partial.replace(path)
     except (OSError, UnicodeEncodeError) as error:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args, overload
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args, overload
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ class Record:
         unrelated: any other prompts that must not change.
         answer: the old or true answer.
         consequences: prompts whose answers follow from the edit.
+        separator: the text between each of the prompts and its answer; None chooses it by the script
+            (:func:`emendo.models.framing.separator`).
     """
 
     prompt: str
@@ -60,15 +62,20 @@ class Record:
     unrelated: tuple[Probe, ...] = ()
     answer: str | None = None
     consequences: tuple[Consequence, ...] = field(default=(), repr=False)
+    separator: str | None = field(default=None, repr=False)
 
-    def texts(self) -> tuple[tuple[str, str], ...]:
-        """Every prompt of the record with the answer that belongs to it."""
+    def texts(self) -> tuple[tuple[str, str, str | None], ...]:
+        """Every prompt of the record with the answer that belongs to it, and the separator."""
         return (
-            (self.prompt, self.target),
-            *((prompt, self.target) for prompt in self.paraphrases),
-            *((probe.prompt, probe.answer) for probe in (*self.neighbours, *self.unrelated)),
-            *((one.prompt, one.answer) for one in self.consequences),
+            (self.prompt, self.target, self.separator),
+            *((prompt, self.target, self.separator) for prompt in self.paraphrases),
+            *((probe.prompt, probe.answer, self.separator) for probe in (*self.neighbours, *self.unrelated)),
+            *((one.prompt, one.answer, self.separator) for one in self.consequences),
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values. Without a separator it is left out, so that older records keep their digests."""
+        return {key: value for key, value in asdict(self).items() if key != "separator" or value is not None}
 
 
 MALFORMED = "malformed"

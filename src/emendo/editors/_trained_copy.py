@@ -51,7 +51,7 @@ class TrainedCopy(nn.Module):
         """The copy as a language model: in eval mode every call returns the same one, with its fingerprint."""
         if self._lm is None or self._lm[0] is not lm or self.training:
             model: Any = self.trunk(lm.model).model
-            self._lm = (lm, LM(model, lm.tokenizer, lm.name, lm.chat, separator=lm.separator))
+            self._lm = (lm, LM(model, lm.tokenizer, lm.name, lm.chat))
         return self._lm[1]
 
     def train(self, mode: bool = True) -> Self:

@@ -117,7 +117,7 @@ class Editor(nn.Module):
         self.check(lm)
         if not requests:
             raise RequestError("There is nothing to edit: give at least one prompt with its target.")
-        return to_texts(lm, [(r.prompt, r.target) for r in requests])
+        return to_texts(lm, [r.pair for r in requests])
 
     def edit(
         self, lm: LM, prompt: str | Sequence[Request | tuple[str, str]], target: str | None = None

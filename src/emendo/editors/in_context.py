@@ -22,6 +22,7 @@ from emendo._settings import Settings, setting
 from emendo.editors.base import Editor, as_requests
 from emendo.edits.edit import BaseEdit, Origin, Request
 from emendo.errors import RequestError
+from emendo.models.framing import joined
 from emendo.models.lm import LM
 from emendo.models.text import Text
 
@@ -30,7 +31,10 @@ from emendo.models.text import Text
 class InContextConfig(Settings):
     """The settings of in-context editing."""
 
-    template: str = setting("{prompt} {target}.", "Text of a fact, with `{prompt}` and `{target}` in it.")
+    template: str = setting(
+        "{prompt} {target}.",
+        "Text of a fact, with `{prompt}` and `{target}` in it; a space between them stands for the separator.",
+    )
 
     def _check(self) -> None:
         try:
@@ -97,7 +101,7 @@ class _InContext(LM):
         Raises:
             RequestError: the text fills the model's context.
         """
-        reader = cls(lm.model, lm.tokenizer, lm.name, lm.chat, separator=lm.separator, inner=lm, text=text)
+        reader = cls(lm.model, lm.tokenizer, lm.name, lm.chat, inner=lm, text=text)
         if reader.context is not None and reader.context < 1:
             raise RequestError(
                 f"The facts have {len(reader.ids)} tokens but the context of {lm.name} is {lm.context}: "
@@ -178,9 +182,13 @@ class InContext(Editor):
                 f"in-context puts facts before the prompt, but {lm.name} is a classifier, which answers with classes; "
                 "use the cache or an editor that changes weights."
             )
-        lines = [
-            self.config.template.format(prompt=r.prompt.strip(), target=r.target.strip()) for r in requests
-        ]
-        edit = ContextEdit("".join(f"{line}\n" for line in lines), self.origin(lm, requests))
+        edit = ContextEdit("".join(f"{self._told(r)}\n" for r in requests), self.origin(lm, requests))
         with edit.applied(lm):
             return edit
+
+    def _told(self, request: Request) -> str:
+        """A fact as a line of text."""
+        before, spaced, after = self.config.template.partition("{prompt} {target}")
+        if not spaced:
+            return self.config.template.format(prompt=request.prompt.strip(), target=request.target.strip())
+        return f"{before.format()}{joined(*request.pair).strip()}{after.format()}"

@@ -84,6 +84,7 @@ def _requests(origin: Origin) -> str:
 def _made(origin: Origin) -> str:
     settings = ", ".join(f"{markdown(key)} = {markdown(value)}" for key, value in origin.settings.items())
     fingerprint = re.sub("[^0-9a-z-]", "", origin.fingerprint)
+    own = dict.fromkeys(repr(r.separator) for r in origin.requests if r.separator is not None)
     upon = f", upon {len(origin.upon)} earlier edit(s)" if origin.upon else ""
     return (
         f"Made by the method {markdown(origin.editor)} of emendo {markdown(origin.version)} on "
@@ -91,6 +92,7 @@ def _made(origin: Origin) -> str:
         "It fits no other weights."
         + (f" Settings: {settings}." if settings else "")
         + (" The prompts were put into the model's chat template." if origin.chat else "")
+        + (f" Between prompt and target: {', '.join(map(markdown, own))}." if own else "")
     )
 
 

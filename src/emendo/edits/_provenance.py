@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 from emendo._version import __version__
 from emendo.errors import RequestError
+from emendo.models.framing import Pair
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """One fact to edit: the model's answer to ``prompt`` becomes ``target``.
+
+    Attributes:
+        prompt: the text before the answer, exactly as typed.
+        target: the new answer, exactly as typed.
+        separator: the text between the two; None chooses it by the script (:func:`emendo.models.framing.separator`).
 
     Raises:
         RequestError: the prompt or the target is empty, or is not valid text.
@@ -20,6 +26,7 @@ class Request:
 
     prompt: str
     target: str
+    separator: str | None = None
 
     def __post_init__(self) -> None:
         for name, text in (("prompt", self.prompt), ("target", self.target)):
@@ -30,6 +37,28 @@ class Request:
                     f"The {name} {text!r} is not valid Unicode: it holds half of a surrogate pair, as text that was "
                     "decoded with the wrong encoding does. Give it as UTF-8; in an ASCII locale set PYTHONUTF8=1."
                 )
+        if self.separator is not None and not (
+            isinstance(self.separator, str) and _is_unicode(self.separator)
+        ):
+            raise RequestError(f"The separator {self.separator!r} is not a text.")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The request in JSON values, such as those of a ledger; other values are not read."""
+        return cls(values["prompt"], values["target"], values.get("separator"))
+
+    @property
+    def pair(self) -> Pair:
+        """Prompt, target and separator, to be tokenised (:func:`emendo.models.tokenization.to_texts`)."""
+        return self.prompt, self.target, self.separator
+
+    def asking(self, prompt: str) -> Self:
+        """A request of the same target after another prompt."""
+        return replace(self, prompt=prompt)
+
+    def as_dict(self) -> dict[str, str]:
+        """As JSON values. Without a separator it is left out, so that edits older than it keep their digests."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +89,8 @@ class Origin:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values. ``chat`` is left out when false, so that edits older than chat keep their digests."""
-        return {key: value for key, value in asdict(self).items() if key != "chat" or value}
+        values = {**asdict(self), "requests": [request.as_dict() for request in self.requests]}
+        return {key: value for key, value in values.items() if key != "chat" or value}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:

@@ -170,10 +170,8 @@ def _default_passages(lm: LM, folder: Path | None) -> list[str]:
 def _own_texts(lm: LM, edit: Edit, paraphrases: Sequence[str]) -> list[Text]:
     """The requests of an edit, and their paraphrases with the target of the first one."""
     requests = edit.origin.requests
-    pairs = [(r.prompt, r.target) for r in requests] + [
-        (prompt, requests[0].target) for prompt in paraphrases
-    ]
-    return to_texts(lm.reading(chat=edit.origin.chat), pairs)
+    asked = [*requests, *(requests[0].asking(prompt) for prompt in paraphrases)]
+    return to_texts(lm.reading(chat=edit.origin.chat), [request.pair for request in asked])
 
 
 def _rows(store: TrunkCache, texts: Sequence[Text]) -> dict[str, Tensor]:

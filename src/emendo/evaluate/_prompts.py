@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
 from emendo.data.schema import Probe, Record
+from emendo.edits import Request
 from emendo.errors import RequestError
 from emendo.evaluate.results import LOCAL, Kind, Outcome
-from emendo.models.framing import separator
+from emendo.models.framing import joined
 from emendo.models.lm import LM
 from emendo.models.text import Text, length_buckets
 from emendo.models.tokenization import to_texts
@@ -75,6 +77,20 @@ class _Prompt(NamedTuple):
     prompt: str
     answer: str
     other: str | None
+    separator: str | None
+
+
+def request_of(record: Record) -> Request:
+    """The edit of a record."""
+    return Request(record.prompt, record.target, record.separator)
+
+
+def describe_framing(lm: LM, records: Iterable[Record]) -> str:
+    """How the model reads the prompts of some records, in words."""
+    counts = Counter(record.separator for record in records)
+    own = [f"{text!r} before the answer" for text in counts if text is not None]
+    some = f" of {counts.total() - counts[None]} of {counts.total()} records" if counts[None] and own else ""
+    return ", ".join([lm.framing.description, *own]) + some
 
 
 def tokenise(
@@ -95,41 +111,45 @@ def tokenise(
     in_context = fact_in_context and lm.kind != "classifier"
     rows = [_prompts(lm, record, in_context) for record in records]
     flat = [prompt for row in rows for prompt in row]
-    texts = iter(to_texts(lm, [(prompt.prompt, prompt.answer) for prompt in flat]))
-    others = iter(to_texts(lm, [(prompt.prompt, prompt.other) for prompt in flat if prompt.other]))
+    texts = iter(to_texts(lm, [(one.prompt, one.answer, one.separator) for one in flat]))
+    others = iter(to_texts(lm, [(one.prompt, one.other, one.separator) for one in flat if one.other]))
     return [[_case(lm, prompt, next(texts), others, new_tokens) for prompt in row] for row in rows]
 
 
 def _prompts(lm: LM, record: Record, fact_in_context: bool) -> list[_Prompt]:
     old = _competing(lm, record.answer, record.target)
-    rows = [_Prompt("edit", record.prompt, record.target, old)]
-    rows += [_Prompt("paraphrase", prompt, record.target, old) for prompt in record.paraphrases]
+    between = record.separator
+    rows = [_Prompt("edit", record.prompt, record.target, old, between)]
+    rows += [_Prompt("paraphrase", prompt, record.target, old, between) for prompt in record.paraphrases]
     kinds: tuple[tuple[Kind, tuple[Probe, ...]], ...] = (
         ("neighbour", record.neighbours),
         ("unrelated", record.unrelated),
     )
     for kind, probes in kinds:
-        rows += [_Prompt(kind, p.prompt, p.answer, _competing(lm, record.target, p.answer)) for p in probes]
-    rows += [_Prompt(c.kind, c.prompt, c.answer, None) for c in record.consequences]
+        rows += [
+            _Prompt(kind, p.prompt, p.answer, _competing(lm, record.target, p.answer), between)
+            for p in probes
+        ]
+    rows += [_Prompt(c.kind, c.prompt, c.answer, None, between) for c in record.consequences]
     for probe in (record.neighbours or record.unrelated) if fact_in_context else ():
         prompt = with_fact(record, probe.prompt)
-        if _fits(lm, prompt, probe.answer, record.target):
+        if _fits(lm, prompt, between, probe.answer, record.target):
             other = _competing(lm, record.target, probe.answer)
-            rows.append(_Prompt("told", prompt, probe.answer, other))
+            rows.append(_Prompt("told", prompt, probe.answer, other, between))
     return rows
 
 
 def with_fact(record: Record, prompt: str) -> str:
     """A prompt with the edited fact as a sentence before it, as in CounterFact+ (Hoelscher-Obermaier et al., 2023)."""
-    return f"{record.prompt}{separator(record.prompt, record.target)}{record.target.rstrip()}. {prompt}"
+    return f"{joined(*request_of(record).pair).rstrip()}. {prompt}"
 
 
-def _fits(lm: LM, prompt: str, *answers: str) -> bool:
+def _fits(lm: LM, prompt: str, between: str | None, *answers: str) -> bool:
     """Whether a prompt with each of the answers fits the context; a prompt with the fact in context may be left out."""
     if lm.context is None:
         return True
     try:
-        to_texts(lm, [(prompt, answer) for answer in answers])
+        to_texts(lm, [(prompt, answer, between) for answer in answers])
     except RequestError:
         return False
     return True

@@ -11,6 +11,7 @@ from emendo.data.schema import Record
 from emendo.edits.edit import BaseEdit
 from emendo.evaluate.metrics import all_match, answer_match, answer_probability
 from emendo.evaluate.results import Kind
+from emendo.models.framing import Pair
 from emendo.models.lm import LM
 from emendo.models.text import Text, greedy
 from emendo.models.tokenization import to_texts
@@ -28,12 +29,14 @@ class Question:
         prompt: the prompt.
         target: the edit's target; None takes it from the edit.
         answer: the correct answer, where it is known and not the target.
+        separator: the text between the prompt and an answer; None chooses it by the script.
     """
 
     kind: Kind
     prompt: str
     target: str | None = None
     answer: str | None = None
+    separator: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +85,19 @@ def questions(
     record: Record, *, paraphrases: int = 3, neighbours: int = 3, unrelated: int = 3
 ) -> list[Question]:
     """A record's edit prompt and some of its other prompts."""
-    target = record.target
+    target, between = record.target, record.separator
     return [
-        Question("edit", record.prompt, target, record.answer),
+        Question("edit", record.prompt, target, record.answer, between),
         *(
-            Question("paraphrase", prompt, target, record.answer)
+            Question("paraphrase", prompt, target, record.answer, between)
             for prompt in record.paraphrases[:paraphrases]
         ),
         *(
-            Question("neighbour", probe.prompt, target, probe.answer)
+            Question("neighbour", probe.prompt, target, probe.answer, between)
             for probe in record.neighbours[:neighbours]
         ),
         *(
-            Question("unrelated", probe.prompt, target, probe.answer)
+            Question("unrelated", probe.prompt, target, probe.answer, between)
             for probe in record.unrelated[:unrelated]
         ),
     ]
@@ -124,7 +127,7 @@ def before_after(
         [target, *([question.answer] if question.answer else [])]
         for question, target in zip(asked, targets, strict=True)
     ]
-    pairs = [(question.prompt, target) for question, target in zip(asked, targets, strict=True)]
+    pairs = [(one.prompt, target, one.separator) for one, target in zip(asked, targets, strict=True)]
     before = _ask(lm, pairs, known, k)
     with edit.applied(host or lm) as edited:
         after = _ask(edited, pairs, known, k)
@@ -162,7 +165,7 @@ class _Side:
     reached: list[bool]
 
 
-def _ask(lm: LM, pairs: Sequence[tuple[str, str]], known: list[list[str]], k: int) -> _Side:
+def _ask(lm: LM, pairs: Sequence[Pair], known: list[list[str]], k: int) -> _Side:
     texts = to_texts(lm, pairs)
     rows = lm.logits(texts)
     logits = torch.cat(rows).float()

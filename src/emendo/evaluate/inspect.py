@@ -97,7 +97,7 @@ def answer(outcome: Outcome, side: str) -> str | None:
 def as_dict(result: Result) -> dict[str, Any]:
     """A record with every answer, as JSON values."""
     return {
-        "record": asdict(result.record),
+        "record": result.record.as_dict(),
         **{name: getattr(result, name) for name in ("edit", "rank", "norm", "seconds")},
         "norms": dict(result.norms),
         "damage": dict(result.damage),

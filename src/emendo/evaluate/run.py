@@ -21,9 +21,9 @@ import torch
 
 from emendo.data.schema import Record
 from emendo.editors.base import Editor
-from emendo.edits import Request, weight_norm
+from emendo.edits import weight_norm
 from emendo.errors import RequestError
-from emendo.evaluate._prompts import EXTRA_TOKENS, TOKEN_STEP, tokenise
+from emendo.evaluate._prompts import EXTRA_TOKENS, TOKEN_STEP, describe_framing, request_of, tokenise
 from emendo.evaluate._scoring import Continuations, score_forced, score_generated, trunk_batches
 from emendo.evaluate.damage import Damage
 from emendo.evaluate.edited_models import EditedModels, make_edits
@@ -148,7 +148,7 @@ def evaluate(
             results = run.measure(parts)
             return Evaluation(
                 results=results,
-                protocol=describe(lm, editor, config, damage),
+                protocol=describe(lm, editor, config, damage, describe_framing(lm, chosen)),
                 seconds_per_edit=run.seconds_alone(),
                 seconds_per_edit_in_batch=fmean(r.seconds for r in results) if results else 0.0,
                 clean=damage.clean() if damage is not None else {},
@@ -236,13 +236,7 @@ class _Run:
         yield from (order[at : at + at_once] for at in range(0, len(order), at_once))
 
     def _made(self, groups: Sequence[int]) -> EditedModels:
-        requests = [
-            [
-                Request(self.records[index].prompt, self.records[index].target)
-                for index in self._members(group)
-            ]
-            for group in groups
-        ]
+        requests = [[request_of(self.records[index]) for index in self._members(group)] for group in groups]
         return make_edits(self.lm, self.editor, requests, self.store)
 
     def _measured(self, groups: Sequence[int]) -> Iterator[Result]:
@@ -286,7 +280,9 @@ class _Run:
                 yield replace(edit, record=self.records[index], outcomes=outcomes)
 
 
-def describe(lm: LM, editor: Editor, config: EvaluateConfig, damage: Damage | None) -> Mapping[str, Any]:
+def describe(
+    lm: LM, editor: Editor, config: EvaluateConfig, damage: Damage | None, prompts: str
+) -> Mapping[str, Any]:
     """How it was measured, as JSON values; :mod:`emendo.evaluate.scores` defines each score."""
     one = config.together == 1
     found = {
@@ -304,7 +300,7 @@ def describe(lm: LM, editor: Editor, config: EvaluateConfig, damage: Damage | No
         "fingerprint": lm.fingerprint,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "device": str(lm.device),
-        "prompts": lm.framing.description,
+        "prompts": prompts,
         "editor": editor.name,
         "batch": config.batch,
         "together": config.together,

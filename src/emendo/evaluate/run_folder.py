@@ -85,7 +85,7 @@ class RunFolder:
         Raises:
             StorageError: the folder holds something else, or cannot be written.
         """
-        key = digest({"asked": dict(asked), "records": [asdict(record) for record in records]})
+        key = digest({"asked": dict(asked), "records": [record.as_dict() for record in records]})
         if has_run(folder) and not overwrite:
             head = cls._head(folder)
             if head["key"] != key:

@@ -21,7 +21,7 @@ from emendo.data.schema import Record
 from emendo.editors.base import Editor
 from emendo.edits import Request, weight_norm
 from emendo.errors import RequestError
-from emendo.evaluate._prompts import PromptCase, tokenise
+from emendo.evaluate._prompts import PromptCase, describe_framing, request_of, tokenise
 from emendo.evaluate._scoring import Continuations, score_forced, score_generated, trunk_batches
 from emendo.evaluate.damage import Damage
 from emendo.evaluate.edited_models import EditedModels, existing_change, make_edits
@@ -143,7 +143,7 @@ class _Run:
             "retained_generated": self.generated,
             "model": self.lm.name,
             "fingerprint": self.lm.fingerprint,
-            "prompts": self.lm.framing.description,
+            "prompts": describe_framing(self.lm, self.records),
             "editor": self.editor.name,
             "guard": "an edit that it refuses is removed, and counts as failed" if self.guarded else "none",
         }
@@ -170,7 +170,7 @@ class _Run:
     def _edit(self, index: int, *, score: bool) -> Result:
         """Make one more edit, and score it."""
         record = self.records[index]
-        stays = self.edits.add(Request(record.prompt, record.target))
+        stays = self.edits.add(request_of(record))
         self.progress.update("edits", index + 1, len(self.records))
         if not score:
             return Result(record, (), 0, 0.0)

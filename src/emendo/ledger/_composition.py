@@ -67,7 +67,7 @@ class EditStack:
             model=self.ledger.model,
             editor="composed",
             settings={"of": [entry.digest for entry in entries]},
-            requests=tuple(Request(r["prompt"], r["target"]) for entry in entries for r in entry.requests),
+            requests=tuple(Request.of(r) for entry in entries for r in entry.requests),
             date=max(entry.made for entry in entries),
             chat=all(entry.chat for entry in entries),
         )

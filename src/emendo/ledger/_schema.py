@@ -29,7 +29,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from emendo.errors import StorageError
 
 Requests: TypeAlias = tuple[Mapping[str, Any], ...]
-"""Requests of an edit as JSON objects, each with the texts ``prompt`` and ``target``."""
+"""Requests of an edit as JSON objects, each with the texts ``prompt`` and ``target``, and often ``separator``."""
 Values: TypeAlias = Mapping[str, Any]
 """A JSON object."""
 
@@ -44,7 +44,7 @@ class NewEntry:
     Attributes:
         editor: name of the editing method.
         version: version of emendo that made the edit.
-        requests: JSON objects such as ``{"prompt": ..., "target": ...}``.
+        requests: JSON objects such as ``{"prompt": ..., "target": ...}``, with the ``separator`` where one was given.
         made: time of creation, ISO 8601 in UTC.
         upon: the edits that were active in the model while this one was computed: their digests, or one reference
             ``"LEDGER-ID@OPERATION"`` to a state of a ledger.
@@ -234,7 +234,11 @@ def _is_object(value: Any) -> bool:
 
 
 def _is_request(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("prompt", "target"))
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(key), str) for key in ("prompt", "target"))
+        and isinstance(value.get("separator"), str | None)
+    )
 
 
 def _is_list(check: Callable[[Any], bool]) -> Callable[[Any], bool]:

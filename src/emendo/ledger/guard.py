@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 
-from emendo.edits.edit import Edit
+from emendo.edits.edit import Edit, Request
 from emendo.errors import RequestError
 from emendo.ledger._composition import EditStack
 from emendo.ledger._schema import Entry, Operation
 from emendo.ledger.health import Drift, Health
 from emendo.ledger.probes import ProbeOutputs, ProbeRunner, Probes
+from emendo.models.framing import Pair
 from emendo.models.lm import LM
 from emendo.models.tokenization import to_texts
 
 
-def targets_reached(lm: LM, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+def targets_reached(lm: LM, pairs: Sequence[Pair]) -> list[bool]:
     """For each prompt and target, whether every token of the target is the most likely one, teacher forced.
 
     Raises:
@@ -126,8 +127,8 @@ class Guard:
         before, clean = self._outputs_of(state.active), self._outputs_of(())
         reader = lm.reading(chat=edit.origin.chat)
         with self.stack.applied(state.active, edit):
-            reached = targets_reached(reader, [(r.prompt, r.target) for r in requests])
-            generalised = targets_reached(reader, [(text, requests[0].target) for text in paraphrases])
+            reached = targets_reached(reader, [r.pair for r in requests])
+            generalised = targets_reached(reader, [requests[0].asking(text).pair for text in paraphrases])
             after = self._run((state.active, edit.digest))
         excluded = self._edited_probes(state) | {*(request.prompt for request in requests), *paraphrases}
         return Health.of(
@@ -153,7 +154,7 @@ class Guard:
         found: dict[int, list[bool]] = {}
         for chat in (False, True):
             own = [entry for entry in entries if entry.chat == chat]
-            pairs = [(r["prompt"], r["target"]) for entry in own for r in entry.requests]
+            pairs = [Request.of(r).pair for entry in own for r in entry.requests]
             reached = iter(targets_reached(self.stack.lm.reading(chat=chat), pairs) if pairs else ())
             found |= {entry.id: [next(reached) for _ in entry.requests] for entry in own}
         return found

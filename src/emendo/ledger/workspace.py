@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -151,7 +151,7 @@ class Workspace:
             edit: the edit.
             state: an earlier operation or a tag, instead of the latest state.
         """
-        return self.ledger.with_same_prompts(tuple(asdict(r) for r in edit.origin.requests), state)
+        return self.ledger.with_same_prompts(tuple(r.as_dict() for r in edit.origin.requests), state)
 
     def apply(
         self,
@@ -236,7 +236,7 @@ def _description(edit: Edit) -> NewEntry:
     return NewEntry(
         editor=edit.origin.editor,
         version=edit.origin.version,
-        requests=tuple(asdict(request) for request in edit.origin.requests),
+        requests=tuple(request.as_dict() for request in edit.origin.requests),
         made=edit.origin.date,
         upon=edit.origin.upon,
         rank=edit.rank,

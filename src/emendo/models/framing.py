@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from emendo.errors import ModelError, RequestError
@@ -61,11 +61,6 @@ class Framing:
     separator: Callable[[str, str], str]
     chat: bool
 
-    def separated_by(self, separator: str) -> Framing:
-        """The same with a fixed separator."""
-        description = f"{self.description}, {separator!r} before the answer"
-        return replace(self, description=description, separator=lambda *_: separator)
-
 
 def separator(prompt: str, answer: str) -> str:
     """A space where the prompt's script separates words by spaces and nothing separates the texts yet, else nothing.
@@ -81,6 +76,11 @@ def separator(prompt: str, answer: str) -> str:
     letter = next((char for char in reversed(prompt) if unicodedata.category(char)[0] in "LM"), "")
     both_unspaced = _UNSPACED.match(letter) and _UNSPACED.match(answer)
     return "" if both_unspaced else " "
+
+
+def joined(prompt: str, answer: str, between: str | None = None) -> str:
+    """A prompt, what stands between it and its answer (None chooses it by the script), and the answer."""
+    return f"{prompt}{separator(prompt, answer) if between is None else between}{answer}"
 
 
 def _opens(prompt: str) -> bool:

@@ -42,7 +42,6 @@ class LM:
         tokenizer: its tokenizer.
         name: the name it was loaded by.
         chat: whether every prompt is put into the tokenizer's chat template.
-        separator: text between every prompt and its answer; None lets :func:`emendo.models.framing.separator` choose.
         files: the files that it was read from, so that its fingerprint can be cached.
 
     Raises:
@@ -53,7 +52,6 @@ class LM:
     tokenizer: PreTrainedTokenizerBase
     name: str = "model"
     chat: bool = False
-    separator: str | None = field(default=None, kw_only=True)
     files: ModelFiles | None = field(default=None, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -68,8 +66,7 @@ class LM:
     @cached_property
     def framing(self) -> Framing:
         """How prompts and answers become one text."""
-        framing = chat_framing(self.tokenizer, self.name) if self.chat else PLAIN
-        return framing if self.separator is None else framing.separated_by(self.separator)
+        return chat_framing(self.tokenizer, self.name) if self.chat else PLAIN
 
     def reading(self, *, chat: bool) -> Self:
         """The same model, with its prompts in the chat template or as they stand.

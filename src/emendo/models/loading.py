@@ -51,7 +51,6 @@ def load(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
     chat: bool = False,
-    separator: str | None = None,
 ) -> LM:
     """Load a model and its tokenizer, frozen and in eval mode.
 
@@ -64,8 +63,6 @@ def load(
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, or ``"fastest"``: see :func:`fastest_dtype`.
         device: for example ``"cpu"`` or ``"cuda"``; by default the CPU.
         chat: put every prompt into the tokenizer's chat template, as instruction-tuned models expect it.
-        separator: text between every prompt and its answer, such as ``""`` or a line break. By default a space, where
-            the script needs one (:func:`emendo.models.framing.separator`).
 
     Raises:
         ModelError: the model does not exist, is damaged, is of another kind, needs code of its own, or has no chat
@@ -90,7 +87,7 @@ def load(
     except Exception as error:  # damaged files make transformers raise anything
         raise ModelError(_explanation(str(name), folder, error)) from error
     model = model.eval().requires_grad_(False)
-    return LM(model, tokenizer, str(name), chat, separator=separator, files=_files(str(name), folder, model))
+    return LM(model, tokenizer, str(name), chat, files=_files(str(name), folder, model))
 
 
 def _local_folder(name: str | Path) -> Path | None:

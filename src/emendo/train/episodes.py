@@ -144,12 +144,8 @@ def _shortened(record: Record, variety: int) -> Record:
 
 def _encode(lm: LM, records: Sequence[Record]) -> list[_Encoded]:
     """All texts of all records in one call of the tokenizer."""
-    pairs: list[tuple[str, str]] = []
-    for r in records:
-        pairs.append((r.prompt, r.target))
-        pairs += [(p, r.target) for p in r.paraphrases]
-        pairs += [(probe.prompt, probe.answer) for probe in (*r.neighbours, *r.unrelated)]
-    texts = iter(to_texts(lm, pairs))
+    read = [replace(record, consequences=()).texts() for record in records]
+    texts = iter(to_texts(lm, [pair for pairs in read for pair in pairs]))
     return [
         _Encoded(
             edit=next(texts),
