@@ -5,25 +5,25 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import date
 from typing import Any
 
 import torch
-from rich.table import Table
 from rich.text import Text
 
 from emendo._storage import digest, new_file
 from emendo._version import __version__
 from emendo.cli._console import emit, note, output
 from emendo.cli._progress import show_progress
+from emendo.cli._tables import print_table
 from emendo.progress import Progress
 from reproduction.mend_paper import tables
 from reproduction.mend_paper.budgets import EDITORS, Choice, seconds
 from reproduction.mend_paper.cells import Cell, Folder, Result
-from reproduction.mend_paper.grid import Column, Grid
+from reproduction.mend_paper.grid import Grid
 from reproduction.mend_paper.memory import Memory
 from reproduction.mend_paper.page import page
 from reproduction.mend_paper.presets import PRESETS, build
@@ -133,38 +133,11 @@ def write(folder: Folder, choice: Choice, latest: Mapping[str, Result], seeds: i
 
 
 def show(grids: Sequence[Grid]) -> None:
-    """Print the tables; the paper's figures stand below ours."""
+    """Print the tables."""
     for grid in grids:
-        table = Table(title=grid.preset.title, title_justify="left", title_style="bold", pad_edge=False)
-        table.add_column("", no_wrap=True, min_width=max(map(len, grid.preset.rows)))
-        quoted = {column for column, is_quoted in tables.headings(grid) if is_quoted}
-        columns = [column for column in grid.preset.columns if column.here or column in quoted]
-        for column in columns:
-            names = [Text(f"here: {column.here}")] if column.here else []
-            names += [Text(f"paper: {column.paper or column.name}", "dim")] if column in quoted else []
-            table.add_column(Text("\n").join(names))
-        for row in grid.preset.rows:
-            table.add_row(row, *(Text("\n").join(_place(grid, row, column)) for column in columns))
         output().print()
-        output().print(table)
-        output().print(tables.legend(grid))
-        seen = Table.grid(padding=(0, 2, 0, 0))
-        for statement in grid.statements():
-            seen.add_row(f"{tables.mark(statement):>3}", statement.text)
-        output().print(seen)
-
-
-def _place(grid: Grid, row: str, column: Column) -> Iterator[Text]:
-    """The lines of a place: our figures, their intervals, the paper's figures."""
-    if column.here:
-        found, ranges = tables.here(grid, row, column)
-        if ranges:
-            for name, value in zip(("ES", "DD"), grid.pair(row, column), strict=True):
-                yield Text(f"{name} {tables.with_interval(value)}")
-        else:
-            yield Text(found)
-    if grid.quoted(row, column):
-        yield Text(f"{'paper: ' if column.here else ''}{tables.paper(grid, row, column)}", "dim")
+        print_table(replace(tables.places(grid), title=grid.preset.title))
+        print_table(tables.statements(grid))
 
 
 def as_values(grids: Sequence[Grid]) -> dict[str, Any]:

@@ -24,40 +24,21 @@ def page(grids: Sequence[Grid], command: str, info: Mapping[str, str]) -> str:
         "reproduction.mend_paper",
         title=tables.TITLE,
         about=tables.ABOUT,
-        tables=[_table(grid) for grid in grids],
+        sections=[_section(grid) for grid in grids],
         protocol=PROTOCOL,
         command=command,
         info=info,
     )
 
 
-def _table(grid: Grid) -> dict[str, Any]:
-    columns = tables.headings(grid)
+def _section(grid: Grid) -> dict[str, Any]:
     return {
         "name": grid.preset.name,
         "title": grid.preset.title,
-        "text": grid.preset.text,
-        "legend": tables.legend(grid),
-        "headings": [
-            ("paper", column.paper or column.name, True) if quoted else ("here", column.here, False)
-            for column, quoted in columns
-        ],
-        "rows": [
-            {
-                "name": row,
-                "cells": [
-                    (tables.paper(grid, row, column), "", True)
-                    if quoted
-                    else (*tables.here(grid, row, column), False)
-                    for column, quoted in columns
-                ],
-            }
-            for row in grid.preset.rows
-        ],
-        "statements": grid.statements(),
+        "places": tables.places(grid),
+        "statements": tables.statements(grid),
         "plots": list(_plots(grid)),
-        "names": tables.detail_names(grid),
-        "details": list(tables.details(grid)),
+        "details": tables.details(grid),
     }
 
 

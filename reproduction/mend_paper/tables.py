@@ -1,17 +1,18 @@
-"""Tables as text: figures as the paper writes them, Markdown to read and CSV to calculate with."""
+"""The tables of a run: figures as the paper writes them, each above the paper's own."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from emendo.evaluate.intervals import Interval
+from emendo.report.tables import NO_NUMBER, Cell, Column, Table, to_csv, to_markdown
+from reproduction.mend_paper import grid as data
 from reproduction.mend_paper.cells import finite
 from reproduction.mend_paper.figures import PROTOCOL
-from reproduction.mend_paper.grid import Column, Grid, Statement
+from reproduction.mend_paper.grid import Grid
+from reproduction.mend_paper.paper import Quoted
 
 TITLE = "The tables of the MEND paper, made here"
 ABOUT = (
@@ -19,8 +20,8 @@ ABOUT = (
     "orderings and gaps, not digits."
 )
 
-NOTHING, NOT_RUN, NO_NUMBER = "-", "not run", "no number"
-"""Shown where a table has no such figure, where its cell has not been run, and where the figure is not finite."""
+NOTHING, NOT_RUN = "-", "not run"
+"""Shown where a table has no such figure, and where its cell has not been run."""
 
 DETAILS = {
     "edit_success": "edit success (ES)",
@@ -59,8 +60,38 @@ def with_interval(value: Interval | None) -> str:
     return f"{number(value.mean)} ({number(value.low)} to {number(value.high)})"
 
 
-def here(grid: Grid, row: str, column: Column) -> tuple[str, str]:
-    """What stands at a place, edit success and drawdown or memory, and the intervals of both."""
+def places(grid: Grid) -> Table:
+    """The first table: edit success and drawdown, or memory, at each place; the paper's figures below ours."""
+    columns = [c for c in grid.preset.columns if c.here or _is_quoted(grid, c)]
+    rows = [[row, *(_place(grid, row, column) for column in columns)] for row in grid.preset.rows]
+    heads = [Column("; ".join(_heads(grid, column))) for column in columns]
+    return Table((Column(""), *heads), rows, note=f"{grid.preset.text} {legend(grid)}")
+
+
+def _is_quoted(grid: Grid, column: data.Column) -> bool:
+    return any(grid.quoted(row, column) for row in grid.preset.rows)
+
+
+def _heads(grid: Grid, column: data.Column) -> Iterator[str]:
+    if column.here:
+        yield f"here: {column.here}"
+    if _is_quoted(grid, column):
+        yield f"paper: {column.paper or column.name}"
+
+
+def _place(grid: Grid, row: str, column: data.Column) -> tuple[Cell, ...]:
+    """The lines of a place."""
+    cells = []
+    if column.here:
+        found, ranges = _here(grid, row, column)
+        cells += [Cell(found, tone="strong"), *([Cell(ranges, tone="soft")] if ranges else [])]
+    if (quoted := grid.quoted(row, column)) is not None:
+        cells.append(Cell(f"{'paper: ' if column.here else ''}{' / '.join(quoted)}", tone="soft"))
+    return tuple(cells) or (Cell(NOTHING),)
+
+
+def _here(grid: Grid, row: str, column: data.Column) -> tuple[str, str]:
+    """The figures of this run, and their intervals."""
     if (row, column.name) not in grid.preset.cells:
         return NOTHING, ""
     if not grid.results.get((row, column.name)):
@@ -74,26 +105,6 @@ def here(grid: Grid, row: str, column: Column) -> tuple[str, str]:
     return found, " / ".join(ranges)
 
 
-def paper(grid: Grid, row: str, column: Column) -> str:
-    """What the paper has at a place."""
-    quoted = grid.quoted(row, column)
-    return NOTHING if quoted is None else " / ".join(quoted)
-
-
-def headings(grid: Grid) -> list[tuple[Column, bool]]:
-    """The columns of the first table: each of this run and of the paper, where there is one; True for the paper's."""
-    columns = []
-    for column in grid.preset.columns:
-        columns += [(column, False)] if column.here else []
-        columns += [(column, True)] if any(grid.quoted(row, column) for row in grid.preset.rows) else []
-    return columns
-
-
-def heading(column: Column, quoted: bool) -> str:
-    """What stands above a column."""
-    return f"paper: {column.paper or column.name}" if quoted else f"here: {column.here}"
-
-
 def legend(grid: Grid) -> str:
     """How to read the first table."""
     if grid.preset.cells and not any("memory" in r.figures for rs in grid.results.values() for r in rs):
@@ -103,16 +114,43 @@ def legend(grid: Grid) -> str:
     return "Highest resident memory while training, above that of the bare model."
 
 
-def mark(statement: Statement) -> str:
-    """Yes, no, or not known."""
-    return {True: "yes", False: "no", None: "?"}[statement.holds]
+def statements(grid: Grid) -> Table | None:
+    """Every expected ordering, and whether it holds; None where there are none."""
+    marks = {True: Cell("yes", tone="good"), False: Cell("no", tone="bad"), None: Cell("?", tone="soft")}
+    rows = [(marks[statement.holds], statement.text) for statement in grid.statements()]
+    return Table((Column(""), Column("")), rows) if rows else None
+
+
+def details(grid: Grid) -> Table | None:
+    """Every cell that has been run, with all its figures and the cost of its training; None where there are none."""
+    seen = {name for results in grid.results.values() for r in results for name in r.figures}
+    names = {key: name for key, name in DETAILS.items() if key in seen}
+    rows = []
+    for row, column in _in_order(grid):
+        results = grid.results.get((row, column.name), ())
+        if not results or "memory" in results[0].figures:
+            continue
+        took, note = results[0].training, results[0].note
+        training = f"{took['steps']} steps, {took['seconds']:.0f} s" if took else NOTHING
+        size = f"{took['parameters'] / 1e6:.2f} M" if took else NOTHING
+        found = [with_interval(grid.figure(row, column.name, name)) for name in names]
+        rows.append([f"{row}, {column.name}", *found, training, size, note or NOTHING])
+    heads = ("", *names.values(), "training", "parameters", "note")
+    return Table([Column(name) for name in heads], rows) if rows else None
+
+
+def _in_order(grid: Grid) -> Iterator[tuple[str, data.Column]]:
+    """The places, column by column."""
+    return ((row, column) for column in grid.preset.columns for row in grid.preset.rows)
 
 
 def markdown(grids: Sequence[Grid]) -> str:
     """All tables, with their remarks and the definition of each figure."""
     parts = [f"# {TITLE}", ABOUT]
     for grid in grids:
-        parts += _markdown(grid)
+        parts.append(f"## {grid.preset.title}")
+        found = (places(grid), statements(grid), details(grid))
+        parts += [to_markdown(table).strip() for table in found if table is not None]
     parts += [
         "## How each figure is defined",
         "\n".join(f"- `{name}`: {text}." for name, text in PROTOCOL.items()),
@@ -120,59 +158,8 @@ def markdown(grids: Sequence[Grid]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(grid: Grid) -> Iterator[str]:
-    columns = headings(grid)
-    rows = []
-    for row in grid.preset.rows:
-        cells = []
-        for column, quoted in columns:
-            if quoted:
-                cells.append(paper(grid, row, column))
-                continue
-            found, ranges = here(grid, row, column)
-            cells.append(f"**{found}**" + (f"<br>{ranges}" if ranges else ""))
-        rows.append([row, *cells])
-    yield f"## {grid.preset.title}"
-    yield f"{grid.preset.text} {legend(grid)}"
-    yield _rows(["", *(heading(*column) for column in columns)], rows)
-    if statements := grid.statements():
-        yield "\n".join(f"- **{mark(s)}**: {s.text}" for s in statements)
-    if lines := [*details(grid)]:
-        yield _rows(detail_names(grid), lines)
-
-
-def details(grid: Grid) -> Iterator[list[str]]:
-    """The second table: every cell that has been run, with all its figures and the cost of its training."""
-    for column in grid.preset.columns:
-        for row in grid.preset.rows:
-            results = grid.results.get((row, column.name), ())
-            if not results or "memory" in results[0].figures:
-                continue
-            cells = [with_interval(grid.figure(row, column.name, name)) for name in _names(grid, keys=True)]
-            took, note = results[0].training, results[0].note
-            training = f"{took['steps']} steps, {took['seconds']:.0f} s" if took else NOTHING
-            size = f"{took['parameters'] / 1e6:.2f} M" if took else NOTHING
-            yield [f"{row}, {column.name}", *cells, training, size, note or NOTHING]
-
-
-def detail_names(grid: Grid) -> list[str]:
-    """What stands above the second table."""
-    return ["", *_names(grid), "training", "parameters", "note"]
-
-
-def _names(grid: Grid, keys: bool = False) -> list[str]:
-    seen = {name for results in grid.results.values() for r in results for name in r.figures}
-    return [key if keys else name for key, name in DETAILS.items() if key in seen]
-
-
-def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def values(grid: Grid) -> dict[str, Any]:
     """A table as JSON values: every place with its figures here, one set for each seed, and the paper's."""
-    places = [(row, column) for column in grid.preset.columns for row in grid.preset.rows]
     return {
         "title": grid.preset.title,
         "cells": [
@@ -182,7 +169,7 @@ def values(grid: Grid) -> dict[str, Any]:
                 "here": [finite(result) for result in grid.results.get((row, column.name), ())],
                 "paper": quoted and quoted._asdict(),
             }
-            for row, column in places
+            for row, column in _in_order(grid)
             if (quoted := grid.quoted(row, column)) or (row, column.name) in grid.preset.cells
         ],
         "statements": [{"holds": s.holds, "text": s.text} for s in grid.statements()],
@@ -191,21 +178,16 @@ def values(grid: Grid) -> dict[str, Any]:
 
 def comma_separated(grids: Sequence[Grid]) -> str:
     """One line for every figure of every cell and seed, beside the paper's edit success and drawdown."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["table", "row", "column", "seed", "figure", "value", "low", "high", "paper"])
+    names = ("table", "row", "column", "seed", "figure", "value", "low", "high", "paper")
+    rows = []
     for grid in grids:
-        for column in grid.preset.columns:
-            for row in grid.preset.rows:
-                quoted = grid.quoted(row, column)
-                given = {
-                    "edit_success": quoted.success if quoted else "",
-                    f"{column.drawdown}_drawdown": quoted.drawdown if quoted else "",
-                }
-                for place, result in enumerate(grid.results.get((row, column.name), ())):
-                    for name, value in result.figures.items():
-                        numbers = [value.mean, value.low, value.high]
-                        writer.writerow(
-                            [grid.preset.name, row, column.name, place, name, *numbers, given.get(name, "")]
-                        )
-    return buffer.getvalue()
+        for row, column in _in_order(grid):
+            quoted = grid.quoted(row, column) or Quoted("", "")
+            given = {"edit_success": quoted.success, f"{column.drawdown}_drawdown": quoted.drawdown}
+            for seed, result in enumerate(grid.results.get((row, column.name), ())):
+                for name, value in result.figures.items():
+                    numbers = (value.mean, value.low, value.high)
+                    rows.append(
+                        (grid.preset.name, row, column.name, seed, name, *numbers, given.get(name, ""))
+                    )
+    return to_csv(Table([Column(name) for name in names], rows))
