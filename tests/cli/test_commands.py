@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -182,11 +183,48 @@ def test_fuse_puts_edits_into_one(
     expected = fuse(load(model), parts, keep=5.0)
     for name, delta in Edit.from_pretrained(out).deltas.items():
         torch.testing.assert_close(delta.left, expected.deltas[name].left)
-    assert "times" not in said.err
-    twice = emendo_command("fuse", edit_folder, edit_folder, "--out", tmp_path / "twice")
-    assert "'The capital of Bada is' is edited 2 times, to 'Oslo', 'Oslo'" in twice.err
+    assert "Warning" not in said.err
     again = emendo_command("fuse", edit_folder, other, "--out", out, "--overwrite", "--json").json
     assert again["facts"] == 2 and 0 <= again["reached"] <= 2 and 0 <= again["added_up"] <= 2
+
+
+@pytest.fixture(scope="module")
+def contradicting(emendo_command: Emendo, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An edit of the same fact as the other one, written in another way."""
+    out = tmp_path_factory.mktemp("edits") / "other"
+    make = ("edit", "--editor", "ft", "--set", "steps=1", "--model", model)
+    emendo_command(*make, "the  capital of BADA is ", "Rome", "--out", out)
+    return out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "--edit", "EDIT", "--edit", "OTHER", PROMPT),
+        ("generate", "--edit", "EDIT", "--edit", "OTHER", PROMPT, "--json"),
+        ("fuse", "EDIT", "OTHER", "--out", "OUT"),
+        ("export", "--model", "MODEL", "--to", "merged", "--out", "OUT"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_edits_of_one_fact_are_said_once(
+    emendo_command: Emendo,
+    command: tuple[str, ...],
+    model: Path,
+    edit_folder: Path,
+    contradicting: Path,
+    tmp_path: Path,
+) -> None:
+    own = Path(shutil.copytree(model, tmp_path / "own"))
+    if command[0] == "export":
+        emendo_command("apply", edit_folder, contradicting, "--model", own, "--force", "--json")
+    places = {"EDIT": edit_folder, "OTHER": contradicting, "OUT": tmp_path / "out", "MODEL": own}
+    words = [places.get(word, word) for word in command]
+    said = emendo_command(*words)
+    assert said.err.count("edited more than once") == 1
+    assert "1 prompt(s) edited more than once: 'The capital of Bada is' to 'Oslo', 'Rome'." in said.err
+    alone = emendo_command("generate", "--edit", edit_folder, PROMPT)
+    assert "more than once" not in alone.err
 
 
 def test_fuse_keeps_the_text_of_a_file(emendo_command: Emendo, edit_folder: Path, tmp_path: Path) -> None:

@@ -437,7 +437,7 @@ def test_facts_that_are_edited_twice(tiny_llama: LM) -> None:
         requests = tuple(Request(*pair) for pair in pairs)
         return dataclasses.replace(made, origin=dataclasses.replace(made.origin, requests=requests))
 
-    edits = [edit(("A is", "x"), ("B is", "y")), edit(("A  is ", "z")), edit(("C is", "y"))]
+    edits = [edit(("A is", "x"), ("B is", "y")), edit(("Ａ  IS ", "z")), edit(("C is", "y"))]
     assert conflicts(edits) == {"A is": ("x", "z")}
     assert conflicts(edits[1:]) == {}
 

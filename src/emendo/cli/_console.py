@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
@@ -22,8 +22,12 @@ from rich.text import Text
 from emendo._storage import finite_values
 from emendo.report.tables import CONTROLS, printable
 
+if TYPE_CHECKING:
+    from emendo.edits import BaseEdit
+
 WIDTH = 110
 """Width of tables where no terminal limits it."""
+_CONFLICTS = 5  # prompts in a warning
 
 
 class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
@@ -73,6 +77,20 @@ def note(text: str | Text) -> None:
 def complain(text: str, heading: str = "Error:") -> None:
     """Print what went wrong on standard error."""
     messages().print(Text.assemble((heading, "red"), f" {text}"), soft_wrap=True)
+
+
+def warn_of_conflicts(edits: Iterable[BaseEdit]) -> None:
+    """Warn, in one message, where edits that are combined change the answer to one prompt more than once."""
+    from emendo.edits import conflicts
+
+    if found := conflicts(edits):
+        shown = [f"{p!r} to {', '.join(map(repr, t))}" for p, t in list(found.items())[:_CONFLICTS]]
+        more = f" and {len(found) - _CONFLICTS} more" * (len(found) > _CONFLICTS)
+        complain(
+            f"{len(found)} prompt(s) edited more than once: {'; '.join(shown)}{more}. The changes add up, so that "
+            "neither target may be the answer.",
+            "Warning:",
+        )
 
 
 def check_mark(good: bool) -> Text:

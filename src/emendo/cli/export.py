@@ -10,7 +10,7 @@ import typer
 from emendo._outputs import ADAPTER, CHECKPOINT
 from emendo.cli import _ledger as keep
 from emendo.cli import _options as opt
-from emendo.cli._console import emit, note, output
+from emendo.cli._console import emit, note, output, warn_of_conflicts
 
 HELP = """Export an edit for other software: as a PEFT LoRA adapter, or as a whole checkpoint with the edit merged in.
 
@@ -79,6 +79,7 @@ def run(
         if active is None:
             raise RequestError(f"No edit of {lm.name} is active, so there is nothing to export.")
         change = active.compact()  # without loss: shared directions are stored once
+    warn_of_conflicts([change])
     claim(out, kind, model=lm.name, overwrite=overwrite)
     if to == "merged":
         merged = to_merged(change, lm, out, overwrite=overwrite)

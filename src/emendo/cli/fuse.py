@@ -9,7 +9,7 @@ import typer
 
 from emendo._outputs import EDIT
 from emendo.cli import _options as opt
-from emendo.cli._console import emit, note, output
+from emendo.cli._console import emit, output, warn_of_conflicts
 
 if TYPE_CHECKING:
     from emendo.edits import Edit
@@ -79,7 +79,7 @@ def run(
     """Fuse edits."""
     from emendo.cli._loading import passages
     from emendo.cli._paths import claim
-    from emendo.edits import compose, conflicts, fuse
+    from emendo.edits import compose, fuse
     from emendo.ledger.guard import targets_reached
     from emendo.models.loading import cache_folder
 
@@ -88,8 +88,8 @@ def run(
     running = passages(text)
     lm, parts, paraphrases = _parts(edits or [], editor, data, limit, model, dtype, device)
     claim(out, EDIT, model=lm.name, overwrite=overwrite)
-    for prompt, targets in conflicts(parts).items():
-        note(f"{prompt!r} is edited {len(targets)} times, to {', '.join(map(repr, targets))}.")
+    if data is None:  # else the warning names the lines
+        warn_of_conflicts(parts)
     fused = fuse(
         lm, parts, paraphrases=paraphrases, keep=keep, passages=running, folder=cache_folder() / "written"
     )

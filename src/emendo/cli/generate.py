@@ -10,7 +10,7 @@ from rich.text import Text
 
 from emendo.cli import _ledger as keep
 from emendo.cli import _options as opt
-from emendo.cli._console import emit, output
+from emendo.cli._console import emit, output, warn_of_conflicts
 
 HELP = """Continue a prompt without edits and with them, side by side.
 
@@ -66,6 +66,7 @@ def run(
     if edit and ledger is not None:
         raise RequestError("Give --edit or --ledger, not both.")
     changes = [read_edit(folder) for folder in edit or ()]
+    warn_of_conflicts(changes)
     name = model or (changes[0].origin.model if changes else opt.MODEL)
     if not changes:
         keep.find_ledger(name, ledger)  # fails before the model is loaded

@@ -13,6 +13,7 @@ from typing import BinaryIO, overload
 
 import numpy as np
 
+from emendo._text import normalised
 from emendo.data import _reader, atlas
 from emendo.data._fields import describe
 from emendo.data._layouts import KNOWN, Layout, find_layout, prompt_field
@@ -224,8 +225,9 @@ class RecordStream(Iterator[Record]):
             self._repeated.update(dict.fromkeys(map(printable, raw.repeated), 1))
         self.lines.append(raw.line)
         self.start = raw.start
-        self._edits[0].append(hash(record.prompt))
-        self._edits[1].append(hash((record.prompt, record.target)))
+        prompt = normalised(record.prompt)
+        self._edits[0].append(hash(prompt))
+        self._edits[1].append(hash((prompt, record.target.strip())))
         return record
 
 

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from emendo._text import normalised
 from emendo.edits._provenance import Origin, Request
 from emendo.edits._weights import Merged, matrix_shape, merge, weight_norm
 from emendo.edits.base import WEIGHTS, BaseEdit, edit_head
@@ -267,13 +268,14 @@ def compose(edits: Sequence[Edit]) -> Edit:
 def conflicts(edits: Iterable[BaseEdit]) -> dict[str, tuple[str, ...]]:
     """The prompts that are edited more than once, each with its targets in order.
 
-    Prompts that differ only in white space are the same. Where edits of one fact are combined, neither may hold.
+    Prompts that differ only in case, white space or Unicode form are the same, and are named as in the first edit.
+    Where edits of one fact are combined, neither may hold.
     """
-    targets: dict[str, list[str]] = {}
+    found: dict[str, list[Request]] = {}
     for edit in edits:
         for request in edit.origin.requests:
-            targets.setdefault(" ".join(request.prompt.split()), []).append(request.target)
-    return {prompt: tuple(found) for prompt, found in targets.items() if len(found) > 1}
+            found.setdefault(normalised(request.prompt), []).append(request)
+    return {own[0].prompt: tuple(r.target for r in own) for own in found.values() if len(own) > 1}
 
 
 def common_origin(edits: Sequence[Edit], editor: str, settings: Mapping[str, Any]) -> Origin:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from sqlalchemy import (
     update,
 )
 
+from emendo._text import normalised
 from emendo.errors import RequestError, StorageError
 from emendo.ledger import _schema as schema
 from emendo.ledger._schema import Entry, NewEntry, Operation, Payload, Period, State
@@ -367,8 +367,7 @@ def _batches(values: Iterable[T], size: int = _BATCH) -> Iterator[list[T]]:
 
 def prompt_digest(prompt: str) -> str:
     """A hash that prompts share which differ in case, spacing or Unicode form only."""
-    plain = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
-    return hashlib.sha256(plain.encode(errors="surrogatepass")).hexdigest()[:32]
+    return hashlib.sha256(normalised(prompt).encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def sha256(data: bytes) -> str:
