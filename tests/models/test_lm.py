@@ -19,6 +19,7 @@ from cases import (
     unchanged,
 )
 from emendo.errors import ModelError, RequestError
+from emendo.models._forward import contiguous_projection
 from emendo.models.lm import LM
 from emendo.models.text import collate
 from emendo.models.tokenization import to_texts
@@ -212,3 +213,19 @@ def test_only_decoders_are_padded_on_the_left(kind: str) -> None:
         short = lm._batch(PROMPTS)["attention_mask"][1]
         assert short.tolist() == sorted(short.tolist(), reverse=side == "right")
         assert not short.all()
+
+
+def test_generation_projects_contiguous_rows(tiny_llama: LM) -> None:
+    head = tiny_llama.model.get_output_embeddings()
+    plain = tiny_llama.model.generate(
+        **tiny_llama._batch(["a b c", "d e f"]), max_new_tokens=3, do_sample=False
+    )
+    seen: list[bool] = []
+    with contiguous_projection(tiny_llama.model):
+        watch = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+        same = tiny_llama.model.generate(
+            **tiny_llama._batch(["a b c", "d e f"]), max_new_tokens=3, do_sample=False
+        )
+    watch.remove()
+    assert seen and all(seen) and torch.equal(plain, same)
+    assert not head._forward_pre_hooks

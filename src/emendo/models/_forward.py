@@ -6,8 +6,8 @@ On a processor, the differentiated passes of a half-precision model compute atte
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,6 +54,24 @@ def model_inputs(model: nn.Module, batch: TokenBatch, *, positions: bool = False
         if positions:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     return inputs
+
+
+@contextmanager
+def contiguous_projection(model: nn.Module) -> Iterator[None]:
+    """Make the rows that the vocabulary projection reads contiguous.
+
+    ``generate`` projects the last token of each prompt, a strided view of the hidden states. On a processor that takes
+    the product 10 times as long in float32, and several hundred times in bfloat16.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def label_logits(

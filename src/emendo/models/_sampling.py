@@ -16,6 +16,7 @@ from torch import Tensor
 
 from emendo._storage import digest, new_file, read_json, write_json
 from emendo.errors import TrainingError
+from emendo.models._forward import contiguous_projection
 from emendo.models.lm import LM
 
 PASSAGE_TOKENS = 32
@@ -85,19 +86,20 @@ def sample_tokens(lm: LM, inputs: Mapping[str, Any], tokens: int, **options: Any
     Returns:
         Token ids, ``[rows, tokens]``.
     """
-    out = lm.model.generate(
-        **inputs,
-        min_new_tokens=tokens,
-        max_new_tokens=tokens,
-        do_sample=True,
-        num_beams=1,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        pad_token_id=lm.tokenizer.pad_token_id,
-        **options,
-    )
+    with contiguous_projection(lm.model):
+        out = lm.model.generate(
+            **inputs,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            do_sample=True,
+            num_beams=1,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            pad_token_id=lm.tokenizer.pad_token_id,
+            **options,
+        )
     rows: Tensor = out[:, inputs["input_ids"].shape[1] :]
     return rows

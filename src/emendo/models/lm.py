@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from emendo.errors import ModelError, RequestError
 from emendo.models._experts import open_experts
 from emendo.models._fingerprint import ModelFiles, fingerprint
-from emendo.models._forward import label_logits, model_inputs
+from emendo.models._forward import contiguous_projection, label_logits, model_inputs
 from emendo.models.framing import PLAIN, Framing, chat_framing, check_prompts, encode_prompts, refuse_too_long
 from emendo.models.sites import Kind, kind_of
 from emendo.models.text import Text, collate, length_buckets, padded
@@ -217,12 +217,10 @@ class LM:
         start = inputs["input_ids"].shape[1] if self.kind == "causal" else len(self.begins)
         room = max_new_tokens if self.context is None else max(1, min(max_new_tokens, self.context - start))
         forced = 0 if self.kind == "causal" else len(self.begins) - 1  # generate counts these as new
-        out = self.model.generate(
-            **inputs,
-            max_new_tokens=room + forced,
-            pad_token_id=self.pad_id,
-            **_GREEDY,
-        )
+        with contiguous_projection(self.model):
+            out = self.model.generate(
+                **inputs, max_new_tokens=room + forced, pad_token_id=self.pad_id, **_GREEDY
+            )
         texts: list[str] = self.tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)
         return texts
 
