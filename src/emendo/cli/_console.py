@@ -93,11 +93,6 @@ def warn_of_conflicts(edits: Iterable[BaseEdit]) -> None:
         )
 
 
-def check_mark(good: bool) -> Text:
-    """A green tick or a red cross."""
-    return Text("✓", style="green") if good else Text("✗", style="red")
-
-
 def emit(value: Any) -> None:
     """Print one JSON value on standard output.
 

@@ -1,24 +1,18 @@
 """Layouts of record files: which fields of a published data set go where in a :class:`Record`.
 
 A layout with one object a record is an entry of :data:`LAYOUTS` that names its fields. One whose records must be taken
-apart has a function of its own. The first layout whose keys the first record of a file has is that of the file. To add
-one, add an entry and, to ``tests/data/layouts.py``, a sample; the table in ``docs/data.md`` is checked against it.
+apart has a function in :mod:`emendo.data._builders`. The layout of a file is the first whose keys its first record has.
+To add one, add an entry and, to ``tests/data/layouts.py``, a sample; ``docs/data.md`` is checked against this list.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
-from typing import TypeGuard
+from dataclasses import dataclass, replace
 
-from emendo.data._fields import Fields, describe, fill_templates
-from emendo.data.schema import MALFORMED, Consequence, ConsequenceKind, Probe, Record
-
-SEVERAL = "several edits at once"
-NO_TARGET = "without a target"
+from emendo.data import _builders
+from emendo.data._fields import Fields, fill_templates
+from emendo.data.schema import Consequence, ConsequenceKind, Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,225 +116,21 @@ def _portability(fields: Fields) -> Iterator[Consequence]:
             fields.pass_over(f"portability.{name}")
 
 
-@cache
-def _record_fields() -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(Record))
-
-
-def _native(fields: Fields) -> Record:
-    """One object with the fields of `Record`, every text exactly as it is; a key that looks misspelt is a problem."""
-    names = _record_fields()
-    for key in fields.raw.keys() - set(names):
-        for meant in _misspelt(key):
-            if meant not in fields.raw:
-                fields.problem(key, f"the field name '{meant}'", "a name that is not in the schema")
-    return Record(
-        prompt=fields.text("prompt"),
-        target=fields.text("target"),
-        subject=fields.optional("subject"),
-        relation=fields.optional("relation"),
-        id=fields.label("id"),
-        paraphrases=fields.texts("paraphrases"),
-        neighbours=fields.probes("neighbours"),
-        unrelated=fields.probes("unrelated"),
-        answer=fields.answer("answer"),
-        consequences=fields.consequences("consequences"),
-        separator=fields.separator("separator"),
-    )
-
-
-@cache
-def _misspelt(key: str) -> tuple[str, ...]:
-    return tuple(difflib.get_close_matches(key, _record_fields(), n=1, cutoff=0.85))
-
-
-def _counterfact(fields: Fields) -> Record:
-    """CounterFact (Meng et al. 2022), also with AKEW's additions.
-
-    ``neighborhood_prompts`` have the old answer of the record. ``attribute_prompts``, about other subjects that have
-    the new answer, are not read: an edit towards that answer cannot harm them.
-    """
-    rewrite = fields.child("requested_rewrite")
-    record = _rewritten(fields, rewrite)
-    return dataclasses.replace(
-        record,
-        paraphrases=(*fields.prompts("paraphrase_prompts"), *record.paraphrases),
-        neighbours=tuple(_neighbours(fields, record.answer)),
-    )
-
-
-def _neighbours(fields: Fields, answer: str | None) -> Iterator[Probe]:
-    """Texts with the record's old answer, or objects with an answer each."""
-    listed = fields.get("neighborhood_prompts")
-    if isinstance(listed, list) and any(isinstance(item, dict) for item in listed):
-        yield from (probe for _, probe in fields.groups("neighborhood_prompts"))
-        return
-    for prompt in fields.prompts("neighborhood_prompts"):
-        if answer is None:
-            fields.pass_over("neighborhood_prompts (no answer)")
-        else:
-            yield Probe(prompt, answer)
-
-
-def _mquake(fields: Fields) -> Record:
-    """MQuAKE (Zhong et al. 2023), also with AKEW's additions.
-
-    The questions of the case become one-hop consequences where the chain has two facts, else two-hop ones. A case with
-    several rewrites asks what follows from all of them at once, which is not what a record is: one edit.
-    """
-    rewrites = fields.get("requested_rewrite")
-    if not isinstance(rewrites, list) or len(rewrites) != 1:
-        several = isinstance(rewrites, list) and len(rewrites) > 1
-        count = f"{len(rewrites)} of them" if isinstance(rewrites, list) else describe(rewrites)
-        expected = "a list with one rewrite, since a record is one edit"
-        fields.problem("requested_rewrite", expected, count, SEVERAL if several else MALFORMED)
-        return Record("", "")
-    rewrite = fields.nested("requested_rewrite[0]", rewrites[0])
-    record = _rewritten(fields, rewrite)
-    hops = fields.get("new_single_hops")
-    kind: ConsequenceKind = "two_hop" if isinstance(hops, list) and len(hops) > 2 else "one_hop"
-    answer = fields.target("new_answer")
-    return dataclasses.replace(
-        record, consequences=tuple(Consequence(kind, text, answer) for text in fields.prompts("questions"))
-    )
-
-
-def _rewritten(fields: Fields, rewrite: Fields) -> Record:
-    """The edit of a ``requested_rewrite``, as CounterFact and MQuAKE have it."""
-    new = rewrite.child("target_new")
-    record = Record(
-        prompt=rewrite.prompt("prompt"),
-        target=new.target("str"),
-        subject=rewrite.optional("subject"),
-        relation=rewrite.label("relation_id"),
-        id=fields.label("case_id"),
-        paraphrases=rewrite.prompts("question"),
-        answer=rewrite.answer("target_true"),
-    )
-    new.close()
-    rewrite.close()
-    return record
-
-
-def _ripple(fields: Fields) -> Record:
-    """RippleEdits (Cohen et al. 2024): an edit as a sentence, and lists of queries on what it implies.
-
-    The sentence, "The name of the spouse of X is Y.", is cut where the phrase of its relation ends. Where that phrase
-    stands more than once, the sentence of the original fact decides, else the last one counts. The first answer of a
-    query counts; queries without an answer are not read. Every query is asked by itself: what the clean model must
-    know (``condition_queries``) and alternatives (``test_condition``) are not read.
-    """
-    edit = fields.get("edit")
-    raw: dict[str, object] = edit if isinstance(edit, dict) else {"prompt": edit}
-    original, name = raw.get("original_fact"), raw.get("relation")
-    before = original.get("prompt") if isinstance(original, dict) else None
-    relation = name if isinstance(name, str) else None
-    end = f" {_RELATION_ENDS.get(relation or '', 'is')} "
-    prompt, target = _split(raw.get("prompt"), end, before)
-    if not prompt:
-        fields.problem("edit", f"a sentence with{end}in it, such as 'X{end}Y'", describe(raw.get("prompt")))
-    elif not target:
-        fields.problem("edit", "a target at the end of the sentence", describe(raw["prompt"]), NO_TARGET)
-    return Record(
-        prompt=prompt,
-        target=target,
-        relation=relation,
-        unrelated=tuple(Probe(*query) for key in _RIPPLE_LOCALITY for query in _queries(fields, key)),
-        answer=_split(before, end, raw.get("prompt"))[1] or None,
-        consequences=tuple(
-            Consequence(kind, *query)
-            for key, kind in _RIPPLE_KINDS.items()
-            for query in _queries(fields, key)
-        ),
-    )
-
-
-_RIPPLE_KINDS: dict[str, ConsequenceKind] = {
-    "Subject_Aliasing": "alias",
-    "Logical_Generalization": "reversed",
-    "Compositionality_I": "one_hop",
-    "Compositionality_II": "one_hop",
-}
-_RIPPLE_LOCALITY = ("Relation_Specificity", "Forgetfulness")
-_RELATION_ENDS = {
-    "FOLLOWS": "follows",
-    "FOLLOWED_BY": "is followed by",
-    "SIBLING": "are",
-    "CAST_MEMBER": "are",
-}
-"""How a relation's phrase ends; all others end with "is"."""
-
-
-def _split(sentence: object, end: str, other: object) -> tuple[str, str]:
-    """Prompt and answer of a sentence, cut after the last ``end`` up to which another sentence is the same."""
-    if not isinstance(sentence, str):
-        return "", ""
-    text = sentence.strip().removesuffix(".")
-    cuts = [at + len(end) for at in range(len(text)) if text.startswith(end, at)]
-    alike = [cut for cut in cuts if isinstance(other, str) and other.lstrip().startswith(text[:cut])]
-    if not cuts:
-        return "", ""
-    cut = (alike or cuts)[-1]
-    return text[:cut].rstrip(), text[cut:].strip()
-
-
-def _queries(fields: Fields, key: str) -> Iterator[tuple[str, str]]:
-    """The prompts of a list of tests, each with its first answer."""
-    expected = "a list of tests with 'test_queries' of 'prompt' and 'answers'"
-    tests = fields.get(key) or []
-    for test in tests if isinstance(tests, list) else [tests]:
-        if not isinstance(test, dict) or not isinstance(test.get("test_queries"), list):
-            fields.problem(key, expected, describe(test))
-            continue
-        listed = fields.nested(key, test)
-        for query in listed.get("test_queries"):  # type: ignore[attr-defined]
-            one = listed.nested("test_queries", query)
-            if answer := one.answer("answers"):
-                yield one.prompt("prompt"), answer
-            elif isinstance(query, dict):
-                fields.pass_over(f"{key} (no answer)")
-        listed.close()
-
-
-def _dune(fields: Fields) -> Record:
-    """DUNE (Akyürek et al. 2023): an edit as a statement, and queries on what it implies.
-
-    A statement "A = B" is the prompt "A =" with the target "B", and its query a one-hop consequence. Other statements
-    have no prompt, and are not read: the first query with its answer is the edit, and the others are its consequences.
-    """
-    statement, queries = fields.prompt("edits"), fields.get("test_inputs")
-    left, equals, right = statement.rpartition(" = ")
-    pairs: list[object]
-    if equals and right.strip() and isinstance(queries, str):
-        pairs = [[f"{left} =", right], [queries, right]]
-    else:
-        pairs = [queries] if _is_pair(queries) else queries if isinstance(queries, list) else []
-        fields.pass_over("edits")
-    asked = [probe for pair in pairs if _is_pair(pair) for probe in _asked(*pair)]
-    if not asked or len(asked) < len(pairs):
-        fields.problem("test_inputs", "questions with an answer each, or an edit 'A = B'", describe(queries))
-        return Record("", "")
-    return Record(
-        prompt=asked[0].prompt,
-        target=asked[0].answer,
-        consequences=tuple(Consequence("one_hop", probe.prompt, probe.answer) for probe in asked[1:]),
-    )
-
-
-def _asked(question: str, answer: str) -> list[Probe]:
-    return [Probe(question.rstrip(), answer.strip())] if question.strip() and answer.strip() else []
-
-
-def _is_pair(value: object) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
-
-
+_ONE_PARAPHRASE = Layout(
+    "CounterFact, one paraphrase",
+    any_of=("target_new", "rephrase_prompt", "locality_prompt"),
+    target="target_new",
+    id="case_id",
+    answer=("ground_truth",),
+    paraphrases=("rephrase_prompt", "rephrase"),
+    neighbours=(("locality_prompt", "locality_ground_truth"),),
+)
 LAYOUTS = (
     Layout(
         "emendo",
         any_of=("paraphrases", "neighbours", "unrelated", "consequences"),
         paraphrases=("paraphrases",),
-        build=_native,
+        build=_builders.native,
     ),
     Layout(
         "RippleEdits",
@@ -348,41 +138,24 @@ LAYOUTS = (
         prompt="edit",
         target="edit",
         paraphrases=("edit",),
-        build=_ripple,
+        build=_builders.ripple,
     ),
     Layout(
         "MQuAKE",
         any_of=("new_single_hops", "new_answer"),
         prompt="requested_rewrite",
         paraphrases=("requested_rewrite",),
-        build=_mquake,
+        build=_builders.mquake,
     ),
     Layout(
         "CounterFact",
         any_of=("requested_rewrite",),
         prompt="requested_rewrite",
         paraphrases=("paraphrase_prompts",),
-        build=_counterfact,
+        build=_builders.counterfact,
     ),
-    Layout(
-        "KnowEdit",
-        all_of=("target_new",),
-        any_of=("portability", "locality"),
-        target="target_new",
-        id="case_id",
-        answer=("ground_truth",),
-        paraphrases=("rephrase_prompt", "rephrase"),
-        neighbours=(("locality_prompt", "locality_ground_truth"),),
-    ),
-    Layout(
-        "CounterFact, one paraphrase",
-        any_of=("target_new", "rephrase_prompt", "locality_prompt"),
-        target="target_new",
-        id="case_id",
-        answer=("ground_truth",),
-        paraphrases=("rephrase_prompt", "rephrase"),
-        neighbours=(("locality_prompt", "locality_ground_truth"),),
-    ),
+    replace(_ONE_PARAPHRASE, name="KnowEdit", all_of=("target_new",), any_of=("portability", "locality")),
+    _ONE_PARAPHRASE,
     Layout(
         "WikiBigEdit",
         any_of=("update", "mhop_ans"),
@@ -430,8 +203,10 @@ LAYOUTS = (
         any_of=("rephrase", "locality", "portability"),
         paraphrases=("rephrase",),
     ),
-    Layout("DUNE", any_of=("test_inputs",), prompt="edits", paraphrases=("paraphrases",), build=_dune),
-    Layout("emendo", any_of=("prompt", "target"), paraphrases=("paraphrases",), build=_native),
+    Layout(
+        "DUNE", any_of=("test_inputs",), prompt="edits", paraphrases=("paraphrases",), build=_builders.dune
+    ),
+    Layout("emendo", any_of=("prompt", "target"), paraphrases=("paraphrases",), build=_builders.native),
 )
 """In the order in which they are tried."""
 

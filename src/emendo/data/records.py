@@ -18,7 +18,7 @@ from emendo.data import _reader, atlas
 from emendo.data._fields import describe
 from emendo.data._layouts import KNOWN, Layout, find_layout, prompt_field
 from emendo.data._reader import Raw
-from emendo.data.schema import Consequence, Probe, Problem, Record, RecordSet, count_reasons, printable
+from emendo.data.schema import Consequence, Probe, Problem, Record, RecordSet, count_reasons, escaped
 from emendo.errors import DataError, StorageError
 
 __all__ = [
@@ -219,10 +219,10 @@ class RecordStream(Iterator[Record]):
         if fields.problems:
             self.skipped += [Problem(name, raw.line, *problem, raw.item) for problem in fields.problems]
             return None
-        self.unused.update(dict.fromkeys(map(printable, fields.unused), 1))
+        self.unused.update(dict.fromkeys(map(escaped, fields.unused), 1))
         if raw.repeated:
             self._first_repeated = self._first_repeated or raw.line
-            self._repeated.update(dict.fromkeys(map(printable, raw.repeated), 1))
+            self._repeated.update(dict.fromkeys(map(escaped, raw.repeated), 1))
         self.lines.append(raw.line)
         self.start = raw.start
         prompt = normalised(record.prompt)
@@ -234,7 +234,7 @@ class RecordStream(Iterator[Record]):
 def _layout(name: str, line: int, raw: dict[str, object]) -> Layout:
     layout = find_layout(raw)
     if layout is None:
-        keys = [repr(printable(key)) for key in list(raw)[:_SHOWN]]
+        keys = [f"'{escaped(key)}'" for key in list(raw)[:_SHOWN]]
         found = f"the keys {', '.join(keys)}{', ...' * (len(raw) > _SHOWN)}" if raw else "an empty object"
         raise DataError(str(Problem(name, line, "", KNOWN, found)))
     return layout

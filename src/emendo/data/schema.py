@@ -105,7 +105,7 @@ class Problem:
     item: int = 0
 
     def __str__(self) -> str:
-        where = f"field '{printable(self.field)}': " if self.field else ""
+        where = f"field '{escaped(self.field)}': " if self.field else ""
         item = f" (item {self.item})" if self.item > self.line else ""  # of an array that stands on one line
         return f"{self.file}:{self.line}{item}: {where}expected {self.expected}, found {self.found}"
 
@@ -162,10 +162,9 @@ class RecordSet(Sequence[Record]):
         return tuple(self.held[index]) if isinstance(index, slice) else self.held[index]
 
 
-def printable(name: str) -> str:
-    """A name from a file as it may be shown: control characters are spelt out, and a long one is cut."""
-    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in name[:_LONGEST_NAME])
-    return shown + "..." * (len(name) > _LONGEST_NAME)
+def escaped(name: str) -> str:
+    """A name from a file as it may be shown: special characters as in Python's ``repr``, a long one cut."""
+    return repr(name[:_LONGEST_NAME])[1:-1] + "..." * (len(name) > _LONGEST_NAME)
 
 
 def count_reasons(problems: Iterable[Problem]) -> dict[str, int]:
