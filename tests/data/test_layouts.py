@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from data.layouts import SAMPLES, Sample, mquake, rewrite, ripple, table
 from emendo.data import Consequence, Probe, Record, read_records
-from emendo.data._layouts import LAYOUTS
+from emendo.data._layouts import LAYOUTS, find_layout
 from emendo.errors import DataError
 
 SAMPLE = {sample.layout: sample for sample in SAMPLES}
@@ -54,6 +56,52 @@ def test_a_layout(sample: Sample, form: str, tmp_path: Path) -> None:
     assert len(found) == (2 if form in ("lines", "array") else 1)
     assert found.layout == sample.layout
     assert found.unused == dict.fromkeys(sample.unused, len(found))
+
+
+MARK = "\N{SECTION SIGN}"
+CUT = (  # sentences of RippleEdits, which are taken apart; what is put into a template or is no text of its own
+    *("edit.prompt", "original_fact.prompt"),
+    *("subject", "kind"),
+)
+
+
+@pytest.mark.parametrize("space", [" ", "  ", "\n", "\t", "\u3000", "\u00a0"])
+@pytest.mark.parametrize("sample", SAMPLES, ids=NAMES)
+def test_white_space_at_the_end_of_a_text_is_kept(sample: Sample, space: str) -> None:
+    layout = find_layout(sample.raw)
+    assert layout is not None
+    read = 0
+    for (path, named), (_, spaced) in zip(ended(sample.raw, MARK), ended(sample.raw, space), strict=True):
+        record, plain = layout.read(spaced)[0], layout.read(named)[0]
+        if plain != sample.record and not path.endswith(CUT):
+            read += 1
+            for text, letter, before in zip(texts(record), texts(plain), texts(sample.record), strict=True):
+                assert text == (before + space if letter == before + MARK else before), path
+    assert read >= 2
+
+
+def ended(value: object, end: str, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every text in a value by its path, with a copy of the value in which it has another end."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            for found, changed in ended(inner, end, f"{path}.{key}".lstrip(".")):
+                copy = value.copy()
+                copy[key] = changed
+                yield found, copy
+    elif isinstance(value, str):
+        yield path, value + end
+
+
+def texts(value: object) -> Iterator[str]:
+    """All texts of a record."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Record | Probe | Consequence):
+        for inner in asdict(value).values():
+            yield from texts(inner)
+    elif isinstance(value, dict | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts(inner)
 
 
 FLAT = [sample for sample in SAMPLES if all(isinstance(v, str | int) for v in sample.raw.values())]
@@ -211,7 +259,8 @@ TEMPLATES: list[tuple[str, str]] = [
     ("{} is a citizen of", "Ada is a citizen of"),
     ("Where does {subject} live?", "Where does Ada live?"),
     ("[X] is a citizen of", "Ada is a citizen of"),
-    ("[X] is a citizen of [Y] .", "Ada is a citizen of"),
+    ("[X] is a citizen of [Y] .", "Ada is a citizen of "),
+    ("[X] is a citizen of:\n[Y]", "Ada is a citizen of:\n"),
     ("The book of [SUBJECT] is by", "The book of Ada is by"),
     ("In Python, a set is {1, 2} and a pair of braces {{}}", "In Python, a set is {1, 2} and a pair of braces {{}}"),
     ("A list [1] of [Y]", "A list [1] of [Y]"),
@@ -259,7 +308,7 @@ def test_a_template_with_its_answer_elsewhere(tmp_path: Path) -> None:
         "paraphrases": ["[Y] is where [X] is"],
     }
     found = read_records(write(tmp_path / "a.json", raw))
-    assert found[0] == Record("Ada is in", "Peru", "Ada")
+    assert found[0] == Record("Ada is in ", "Peru", "Ada")
     assert found.unused == {"paraphrases (answer not at the end)": 1}
     with pytest.raises(DataError, match=r"field 'prompt': expected the answer's place '\[Y\]' at the end"):
         read_records(write(tmp_path / "a.json", {**raw, "prompt": "[Y] is where [X] is"}))

@@ -314,6 +314,18 @@ def test_repeated_keys_and_records_are_counted(tmp_path: Path) -> None:
     assert table.records == (Record("a", "c"),)
 
 
+def test_white_space_that_is_overlooked_is_kept_and_said(tmp_path: Path) -> None:
+    rows = [("A is", "x"), ("B is ", "x"), ("C is", " x"), ("D is ", " x"), ("E is", "x\n")]
+    lines = [json.dumps({"prompt": prompt, "target": target}) for prompt, target in rows]
+    found = read_records(put(tmp_path / "a.jsonl", "\n".join(lines)))
+    assert [(record.prompt, record.target) for record in found] == rows
+    assert len(found.warnings) == 1
+    assert (
+        found.warnings[0].startswith("2 records have white space")
+        and "record 4 on line 4" in found.warnings[0]
+    )
+
+
 def test_names_of_unused_fields_can_be_shown(tmp_path: Path) -> None:
     found = read_records(
         put(tmp_path / "a.jsonl", json.dumps(GOOD | {"\x1b[2J": 1, "\ud800": 1, "x" * 500: 1}))

@@ -137,8 +137,10 @@ def test_the_built_in_prompts() -> None:
 
 def test_a_users_own_prompts(tmp_path: Path) -> None:
     file = tmp_path / "probes"
-    file.write_text('One day\n\n{"prompt": "Two", "answer": "three"}\n{"prompt": "Four"}\n', encoding="utf-8")
-    assert read_prompts(file) == (("One day", ""), ("Two", "three"), ("Four", ""))
+    file.write_text(
+        'One day \n\n{"prompt": "Two", "answer": "three"}\n{"prompt": "Four"}\n', encoding="utf-8"
+    )
+    assert read_prompts(file) == (("One day ", ""), ("Two", "three"), ("Four", ""))
 
 
 @pytest.mark.parametrize("line", ['{"answer": "x"}', '{"prompt": 3}', '{"prompt": " "}', "{not json"])

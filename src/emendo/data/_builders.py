@@ -21,7 +21,7 @@ def _record_fields() -> tuple[str, ...]:
 
 
 def native(fields: Fields) -> Record:
-    """One object with the fields of `Record`, every text exactly as it is; a key that looks misspelt is a problem."""
+    """One object with the fields of `Record`; a key that looks misspelt is a problem."""
     names = _record_fields()
     for key in fields.raw.keys() - set(names):
         for meant in _misspelt(key):
@@ -92,7 +92,7 @@ def mquake(fields: Fields) -> Record:
     record = _rewritten(fields, rewrite)
     hops = fields.get("new_single_hops")
     kind: ConsequenceKind = "two_hop" if isinstance(hops, list) and len(hops) > 2 else "one_hop"
-    answer = fields.target("new_answer")
+    answer = fields.text("new_answer")
     return dataclasses.replace(
         record, consequences=tuple(Consequence(kind, text, answer) for text in fields.prompts("questions"))
     )
@@ -102,8 +102,8 @@ def _rewritten(fields: Fields, rewrite: Fields) -> Record:
     """The edit of a ``requested_rewrite``, as CounterFact and MQuAKE have it."""
     new = rewrite.child("target_new")
     record = Record(
-        prompt=rewrite.prompt("prompt"),
-        target=new.target("str"),
+        prompt=rewrite.text("prompt"),
+        target=new.text("str"),
         subject=rewrite.optional("subject"),
         relation=rewrite.label("relation_id"),
         id=fields.label("case_id"),
@@ -189,7 +189,7 @@ def _queries(fields: Fields, key: str) -> Iterator[tuple[str, str]]:
         for query in listed.get("test_queries"):  # type: ignore[attr-defined]
             one = listed.nested("test_queries", query)
             if answer := one.answer("answers"):
-                yield one.prompt("prompt"), answer
+                yield one.text("prompt"), answer
             elif isinstance(query, dict):
                 fields.pass_over(f"{key} (no answer)")
         listed.close()
@@ -201,7 +201,7 @@ def dune(fields: Fields) -> Record:
     A statement "A = B" is the prompt "A =" with the target "B", and its query a one-hop consequence. Other statements
     have no prompt, and are not read: the first query with its answer is the edit, and the others are its consequences.
     """
-    statement, queries = fields.prompt("edits"), fields.get("test_inputs")
+    statement, queries = fields.text("edits"), fields.get("test_inputs")
     left, equals, right = statement.rpartition(" = ")
     pairs: list[object]
     if equals and right.strip() and isinstance(queries, str):
@@ -221,7 +221,7 @@ def dune(fields: Fields) -> Record:
 
 
 def _asked(question: str, answer: str) -> list[Probe]:
-    return [Probe(question.rstrip(), answer.strip())] if question.strip() and answer.strip() else []
+    return [Probe(question, answer)] if question.strip() and answer.strip() else []
 
 
 def _is_pair(value: object) -> TypeGuard[list[str]]:

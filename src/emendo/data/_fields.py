@@ -11,7 +11,7 @@ from emendo.data.schema import CONSEQUENCES, MALFORMED, Consequence, Consequence
 
 _P = TypeVar("_P", Probe, Consequence)
 _SUBJECT_SLOT = re.compile(r"(?<!\{)\{(?:|0|s|x|subj|subject|entity)\}(?!\})|\[X\]|\[(?i:subj|subject)\]")
-_ANSWER_SLOT = re.compile(r"\s*\[Y\]\W*$")
+_ANSWER_SLOT = re.compile(r"\[Y\]\W*$")
 _PROMPTS = ("prompt", "question", "loc", "New Question")  # of a nested object
 _ANSWERS = ("ground_truth", "answer", "answers", "target", "target_new", "loc_ans", "New Answer")
 _EMPTY: tuple[object, ...] = (None, "", [], {})
@@ -23,8 +23,8 @@ _ALTERNATIVES = 3  # depth of a list of lists of alternative answers
 class Fields:
     """Takes typed fields out of a raw object.
 
-    A method returns an empty value for a field that is wrong, so that one pass finds every problem of a record. An
-    optional field may be absent, null or blank.
+    Texts are returned exactly as they are. A method returns an empty value for a field that is wrong, so that one pass
+    finds every problem of a record. An optional field may be absent, null or blank.
 
     Attributes:
         raw: the object.
@@ -73,16 +73,8 @@ class Fields:
     # One text
 
     def text(self, key: str) -> str:
-        """A required text, exactly as it is."""
+        """A required text."""
         return self._text(key, self.get(key), missing=key not in self.raw)
-
-    def prompt(self, key: str) -> str:
-        """A required prompt, without white space at its end."""
-        return self.text(key).rstrip()
-
-    def target(self, key: str) -> str:
-        """A required answer, without white space around it."""
-        return self.text(key).strip()
 
     def optional(self, key: str) -> str | None:
         """A text as it is, or None."""
@@ -109,7 +101,7 @@ class Fields:
         """The first answer among optional fields that hold a text, a number, or alternatives in a list (of lists)."""
         found = None
         for key in keys:
-            answers = [text.strip(" ") for text in self._alternatives(key, self.get(key))]
+            answers = self._alternatives(key, self.get(key))
             found = found or next(iter(answers), None)
         return found
 
@@ -121,9 +113,9 @@ class Fields:
         for key in keys:
             value = self.get(key)
             if isinstance(value, list):
-                found += [self._text(f"{key}[{i}]", item).rstrip(" ") for i, item in enumerate(value)]
+                found += [self._text(f"{key}[{i}]", item) for i, item in enumerate(value)]
             elif (text := self.optional(key)) is not None:
-                found.append(text.rstrip(" "))
+                found.append(text)
         return tuple(found)
 
     def texts(self, key: str) -> tuple[str, ...]:
@@ -187,7 +179,7 @@ class Fields:
         prompts = prompt if isinstance(prompt, list) else [prompt]
         for text in prompts:
             if texts:
-                yield Probe(self._text(prompt_name, text).rstrip(" "), texts[0].strip(" "))
+                yield Probe(self._text(prompt_name, text), texts[0])
             else:
                 self.pass_over(f"{prompt_name} (no answer)")
 

@@ -74,8 +74,8 @@ class Layout:
         for name, probe in fields.groups("locality"):
             (neighbours if name in _NEIGHBOUR_GROUPS else unrelated).append(probe)
         return Record(
-            prompt=fields.prompt(self.prompt),
-            target=fields.target(self.target),
+            prompt=fields.text(self.prompt),
+            target=fields.text(self.target),
             subject=fields.optional(self.subject),
             relation=fields.label("relation"),
             id=fields.label(self.id),

@@ -339,7 +339,7 @@ def _table(file: BinaryIO, name: str, begin: int, delimiter: str) -> Iterator[Ra
                 row: object = {
                     key: _cell(key, cell)
                     for key, cell in zip(names, cells, strict=False)
-                    if key and cell.strip()
+                    if key and (cell.strip() or (cell and key == "separator"))
                 }
                 if len(cells) != len(names):
                     found = f"{len(cells)} of them"

@@ -151,6 +151,7 @@ class RecordStream(Iterator[Record]):
         self._edits = (array("q"), array("q"))  # hashes of the prompts, and of the prompts with their targets
         self._repeated: Counter[str] = Counter()
         self._first_repeated = 0
+        self._spaced = self._first_spaced = 0
         self.records = self._read()
 
     def __next__(self) -> Record:
@@ -170,6 +171,12 @@ class RecordStream(Iterator[Record]):
             place = self._place(repeats[0])
             found.append(
                 f"{again} of {len(edits)} records have the prompt and target of another; see {place}"
+            )
+        if self._spaced:
+            found.append(
+                f"{self._spaced} records have white space that is easily overlooked, at the end of the target or both "
+                "before and at its start; texts are edited and scored as they are; see "
+                + self._place(self._first_spaced)
             )
         unlike, counts = np.unique(prompts[first], return_counts=True)
         if several := int((counts > 1).sum()):
@@ -225,6 +232,10 @@ class RecordStream(Iterator[Record]):
             self._repeated.update(dict.fromkeys(map(escaped, raw.repeated), 1))
         self.lines.append(raw.line)
         self.start = raw.start
+        twice = record.prompt[-1].isspace() and record.target[0].isspace()
+        if twice or record.target[-1].isspace():
+            self._first_spaced = self._first_spaced if self._spaced else len(self._edits[0])
+            self._spaced += 1
         prompt = normalised(record.prompt)
         self._edits[0].append(hash(prompt))
         self._edits[1].append(hash((prompt, record.target.strip())))

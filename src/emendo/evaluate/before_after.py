@@ -124,7 +124,7 @@ def before_after(
         return []
     targets = [question.target or edit.origin.requests[0].target for question in asked]
     known = [
-        [target, *([question.answer] if question.answer else [])]
+        [target.strip(), *([question.answer.strip()] if question.answer else [])]
         for question, target in zip(asked, targets, strict=True)
     ]
     pairs = [(one.prompt, target, one.separator) for one, target in zip(asked, targets, strict=True)]

@@ -61,19 +61,17 @@ def read_prompts(file: str | Path) -> tuple[tuple[str, str], ...]:
         DataError: the file cannot be read or is empty, or a line is neither of the two.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
-    found = [
-        _prompt(line.strip(), f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()
-    ]
+    found = [_prompt(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise DataError(f"{file} has no prompt in it; give one a line.")
     return tuple(found)
 
 
 def _prompt(line: str, where: str) -> tuple[str, str]:
-    if not line.startswith("{"):
+    if not line.lstrip().startswith("{"):
         return line, ""
     try:
         value = json.loads(line)
