@@ -16,11 +16,11 @@ from _common import facts, load, machine, parser, table
 from torch import Tensor
 
 from emendo import Edit, Editor, fuse
+from emendo._storage import cache_folder
 from emendo.data.abilities import PASSAGES
 from emendo.editors import editor_class
 from emendo.edits import compose
 from emendo.models.lm import LM
-from emendo.models.loading import cache_folder
 from emendo.models.losses import token_nll
 from emendo.models.sites import find_sites
 from emendo.models.text import Text

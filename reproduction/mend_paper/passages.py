@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from emendo._storage import digest
+from emendo._storage import cache_folder, digest
 from emendo.data.records import read_records, write_records
 from emendo.data.schema import Record
 from emendo.errors import DataError
 from emendo.models._sampling import sample_tokens
 from emendo.models.lm import LM
-from emendo.models.loading import cache_folder
 from emendo.models.tokenization import to_texts
 from emendo.progress import Progress
 

@@ -30,10 +30,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from emendo._storage import cache_folder
 from emendo.data import atlas
 from emendo.data.schema import Record
 from emendo.errors import ModelError
-from emendo.models.loading import _quiet, cache_folder
+from emendo.models.loading import _quiet
 from emendo.progress import SILENT, Progress
 from reproduction.mend_paper.facts import CLASSES, FACTS, claims, known, wordings
 from reproduction.mend_paper.training import Example, accuracy, encoder, train

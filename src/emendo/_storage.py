@@ -62,6 +62,24 @@ def local_path(path: str | Path) -> Path:
         raise StorageError(f"{path} cannot be expanded: {error}") from error
 
 
+def cache_folder() -> Path:
+    """``$EMENDO_CACHE``, else ``$XDG_CACHE_HOME/emendo``, else ``~/.cache/emendo``.
+
+    Raises:
+        StorageError: there is no home folder.
+    """
+    if own := os.environ.get("EMENDO_CACHE"):
+        return local_path(own)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return local_path(base) / "emendo"
+    try:
+        return Path.home() / ".cache" / "emendo"
+    except RuntimeError as error:
+        raise StorageError(
+            "There is no home folder for the cache; set the environment variable EMENDO_CACHE to a folder."
+        ) from error
+
+
 def reason(error: BaseException) -> str:
     """Why an operation on a file failed, in words: the disk is full, permission denied, and so on."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

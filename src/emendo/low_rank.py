@@ -14,7 +14,7 @@ output. A change is any function of the matrix's input rows: a :class:`LowRank` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -116,6 +116,12 @@ class LowRank:
         """The product ``dW [..., d_out, d_in]``."""
         return self.left @ self.right
 
+    @property
+    def is_compact(self) -> bool:
+        """Whether the factors have fewer numbers than the matrix."""
+        d_in, d_out = self.shape
+        return self.rank * (d_out + d_in) < d_out * d_in
+
     def norm(self) -> Tensor:
         """Frobenius norm ``[...]``, from the factors: ``||LR||^2 = <L^T L, R R^T>``, in float64."""
         left, right = self.left.double(), self.right.double()
@@ -152,6 +158,35 @@ class LowRank:
 
 Deltas = Mapping[str, LowRank]
 """Module name -> its change."""
+
+
+def total(changes: Iterable[Deltas]) -> dict[str, LowRank]:
+    """The exact sum of several changes of a model, matrix by matrix; ranks add up."""
+    parts: dict[str, list[LowRank]] = {}
+    for deltas in changes:
+        for name, delta in deltas.items():
+            parts.setdefault(name, []).append(delta)
+    return {name: LowRank.concatenate(own) for name, own in parts.items()}
+
+
+def to_tensors(deltas: Deltas) -> dict[str, Tensor]:
+    """The factors by name, as they are stored: ``NAME.left`` and ``NAME.right``."""
+    sides = ("left", "right")
+    return {f"{name}.{side}": getattr(delta, side) for name, delta in deltas.items() for side in sides}
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
+    """The inverse of :func:`to_tensors`.
+
+    Raises:
+        KeyError: a factor is missing.
+        ValueError: a tensor that is no factor; named.
+    """
+    names = [key.removesuffix(".left") for key in tensors if key.endswith(".left")]
+    if odd := set(tensors) - {f"{name}.{side}" for name in names for side in ("left", "right")}:
+        raise ValueError(min(odd))
+    return {name: LowRank(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names}
+
 
 Change = Callable[[Tensor], Tensor]
 """Inputs ``x [..., d_in]`` of a matrix -> what is added to its outputs, as many numbers as ``[..., d_out]`` has."""

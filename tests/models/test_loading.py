@@ -36,11 +36,12 @@ from cases import (
     of_kind,
     records_for,
 )
+from emendo._storage import cache_folder
 from emendo.errors import ModelError, RequestError, StorageError, UnusedWeightsWarning
 from emendo.models import loading as models
 from emendo.models._fingerprint import fingerprint
 from emendo.models.lm import LM
-from emendo.models.loading import cache_folder, load
+from emendo.models.loading import load
 from emendo.models.tokenization import to_texts
 
 

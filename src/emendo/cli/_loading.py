@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from emendo._storage import cache_folder
 from emendo.cli._console import complain, note, status
 from emendo.cli._runs import editor_folder
 from emendo.cli._settings import RunSettings, editor_config, site_choice
@@ -15,7 +16,7 @@ from emendo.cli.data import unused_fields
 from emendo.data import Record, RecordSet, read_records
 from emendo.editors import EDITORS, Editor, editor_class
 from emendo.errors import DataError, RequestError
-from emendo.models.loading import BUILT_IN, LM, cache_folder, fastest_dtype, load, usable_device
+from emendo.models.loading import BUILT_IN, LM, fastest_dtype, load, usable_device
 from emendo.models.sites import Site, find_sites
 from emendo.models.tokenization import to_texts
 

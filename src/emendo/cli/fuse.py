@@ -77,11 +77,11 @@ def run(
     as_json: opt.AsJson = False,
 ) -> None:
     """Fuse edits."""
+    from emendo._storage import cache_folder
     from emendo.cli._loading import passages
     from emendo.cli._paths import claim
     from emendo.edits import compose, fuse
     from emendo.ledger.guard import targets_reached
-    from emendo.models.loading import cache_folder
 
     read = [*(edits or []), data, text]
     claim(out, EDIT, model=model, editor=editor, inputs=read, overwrite=overwrite)

@@ -26,7 +26,7 @@ from emendo.edits._provenance import Origin, Request
 from emendo.edits._weights import Merged, matrix_shape, merge, weight_norm
 from emendo.edits.base import WEIGHTS, BaseEdit, edit_head
 from emendo.errors import MismatchError, RequestError
-from emendo.low_rank import LowRank, applied
+from emendo.low_rank import LowRank, applied, from_tensors, to_tensors, total
 from emendo.models._fingerprint import same_model
 from emendo.models.lm import LM
 
@@ -197,22 +197,15 @@ class Edit(BaseEdit):
         return replace(smaller, card={**self.card, "compacted": note})
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        factors = {}
-        for name, delta in self.deltas.items():
-            factors[f"{name}.left"] = delta.left
-            factors[f"{name}.right"] = delta.right
-        return factors, {}
+        return to_tensors(self.deltas), {}
 
     @classmethod
     def _restored(
         cls, tensors: dict[str, Tensor], values: Any, origin: Origin, card: Mapping[str, Any]
     ) -> Self:
-        names = [key.removesuffix(".left") for key in tensors if key.endswith(".left")]
-        if odd := set(tensors) - {f"{name}.{side}" for name in names for side in ("left", "right")}:
-            raise ValueError(min(odd))
+        deltas = from_tensors(tensors)
         if not isinstance(card.get("scaled_by", 1.0), int | float):
             raise TypeError("scaled_by")
-        deltas = {name: LowRank(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names}
         for name, delta in deltas.items():
             check_factors(name, delta)
         return cls(deltas, origin, card)
@@ -258,11 +251,7 @@ def compose(edits: Sequence[Edit]) -> Edit:
         MismatchError: the edits belong to different models.
     """
     origin = common_origin(edits, "composed", {})
-    parts: dict[str, list[LowRank]] = {}
-    for edit in edits:
-        for name, delta in edit.deltas.items():
-            parts.setdefault(name, []).append(delta)
-    return Edit({name: LowRank.concatenate(deltas) for name, deltas in parts.items()}, origin)
+    return Edit(total(edit.deltas for edit in edits), origin)
 
 
 def conflicts(edits: Iterable[BaseEdit]) -> dict[str, tuple[str, ...]]:

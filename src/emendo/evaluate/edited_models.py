@@ -96,7 +96,7 @@ def make_edits(
             return _BesideWeights(_now(lm) - start, None, lm, edits)
         deltas = _deltas(lm, editor, groups)
     seconds, host = _now(lm) - start, editor.host(lm)
-    low = all(_is_low(delta) for delta in deltas.values())
+    low = all(delta.is_compact for delta in deltas.values())  # each text can have a copy of the factors
     changes_of = _low_rank(deltas) if low else _dense(deltas, host.model.dtype)
     return _InWeights(seconds, deltas, host, _passes(lm, host, editor, store), changes_of)
 
@@ -133,12 +133,6 @@ def _deltas(lm: LM, editor: Editor, groups: Sequence[Sequence[Request]]) -> dict
         changes = [editor.together(lm, group) for group in groups]
         deltas = {name: LowRank.stack([change[name] for change in changes]) for name in changes[0]}
     return {name: LowRank(delta.left.detach(), delta.right.detach()) for name, delta in deltas.items()}
-
-
-def _is_low(delta: LowRank) -> bool:
-    """Whether the factors are smaller than the matrix, so that each text can have a copy of them."""
-    d_out, d_in = delta.left.shape[-2], delta.right.shape[-1]
-    return delta.rank * (d_out + d_in) < d_out * d_in
 
 
 def _low_rank(deltas: Deltas) -> Callable[[Sequence[int]], _Changes]:

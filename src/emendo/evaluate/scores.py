@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from emendo.evaluate.intervals import Interval, harmonic_interval, mean_interval
 from emendo.evaluate.results import MAIN, PORTABLE, Kind, Outcome, Result, per_record, plain
@@ -84,26 +85,24 @@ _IN_CONTEXT: tuple[Kind, ...] = ("told",)
 _FORCED = "teacher forced: "
 _TF, _TOKENS, _FREE = "teacher_forced", "token_fraction", "free_generation"
 
+_amount = partial(Score, share=False)
+_cost = partial(Score, share=False, better=-1)
+
 SCORES: tuple[Score, ...] = (
     Score(_TF, "edit_success", f"{_FORCED}all target tokens are the argmax, edit prompt", _EDIT, _of(_TF)),
     Score(_TF, "generalisation", f"{_FORCED}the same, paraphrases", _PARAPHRASE, _of(_TF)),
     Score(
         _TF,
         "locality",
-        (
-            f"{_FORCED}the argmax is unchanged at all tokens of the stored answer, neighbours and "
-            "unrelated prompts"
-        ),
+        f"{_FORCED}the argmax is unchanged at all tokens of the stored answer, neighbours and unrelated prompts",
         _LOCAL,
         _of(_TF),
     ),
     Score(
         _TF,
         "locality_in_context",
-        (
-            f"{_FORCED}the same with the edited fact in the prompt's context, against the clean model "
-            "with the same context"
-        ),
+        f"{_FORCED}the same with the edited fact in the prompt's context, against the clean model with the "
+        "same context",
         _IN_CONTEXT,
         _of(_TF),
     ),
@@ -125,10 +124,8 @@ SCORES: tuple[Score, ...] = (
     Score(
         _FREE,
         "edit_success",
-        (
-            "greedy continuation of the prompt alone begins with the target, as whole words; case, "
-            "quotes and punctuation around aside"
-        ),
+        "greedy continuation of the prompt alone begins with the target, as whole words; case, quotes and "
+        "punctuation around aside",
         _EDIT,
         _of("generated"),
     ),
@@ -136,17 +133,15 @@ SCORES: tuple[Score, ...] = (
     Score(
         _FREE,
         "locality",
-        ("the continuation begins with the same words before and after, as many as the stored answer has"),
+        "the continuation begins with the same words before and after, as many as the stored answer has",
         _LOCAL,
         _of("generated"),
     ),
     Score(
         _FREE,
         "edit_success_full",
-        (
-            "the greedy answer up to its natural stop (end of the text, of the line or of the first "
-            "sentence) is the target and nothing else, normalised"
-        ),
+        "the greedy answer up to its natural stop (end of the text, of the line or of the first sentence) "
+        "is the target and nothing else, normalised",
         _EDIT,
         _of("exact"),
     ),
@@ -185,15 +180,9 @@ SCORES: tuple[Score, ...] = (
         share=False,
         better=0,
     ),
-    Score("rank", "target_after", "in the edited model", _EDIT, _of("rank_after"), share=False, better=-1),
-    Score(
-        "rank",
-        "target_after_paraphrase",
-        "in the edited model, paraphrases",
-        _PARAPHRASE,
-        _of("rank_after"),
-        share=False,
-        better=-1,
+    _cost("rank", "target_after", "in the edited model", _EDIT, _of("rank_after")),
+    _cost(
+        "rank", "target_after_paraphrase", "in the edited model, paraphrases", _PARAPHRASE, _of("rank_after")
     ),
     Score(
         "rank",
@@ -212,53 +201,37 @@ SCORES: tuple[Score, ...] = (
         better=0,
     ),
     Score("rank", "old_after", "in the edited model", _EDIT, _of("other_rank_after"), share=False, better=0),
-    Score(
+    _cost(
         "kl",
         "locality",
-        (
-            "KL(clean || edited) in nats, mean over the stored answer's positions, neighbours and "
-            "unrelated prompts"
-        ),
+        "KL(clean || edited) in nats, mean over the stored answer's positions, neighbours and unrelated prompts",
         _LOCAL,
         _of("kl"),
-        share=False,
-        better=-1,
     ),
-    Score(
+    _cost(
         "kl",
         "locality_in_context",
         "the same with the edited fact in the prompt's context",
         _IN_CONTEXT,
         _of("kl"),
-        share=False,
-        better=-1,
     ),
     Score(
         "counterfact",
         "efficacy",
-        (
-            "the target is more likely than the old answer in the edited model, by mean NLL per token, "
-            "edit prompt"
-        ),
+        "the target is more likely than the old answer in the edited model, by mean NLL per token, edit prompt",
         _EDIT,
         _more_likely,
     ),
-    Score(
+    _amount(
         "counterfact",
         "efficacy_magnitude",
         "the difference of the two probabilities, geometric means per token",
         _EDIT,
         _margin,
-        share=False,
     ),
     Score("counterfact", "paraphrase", "as efficacy, paraphrases", _PARAPHRASE, _more_likely),
-    Score(
-        "counterfact",
-        "paraphrase_magnitude",
-        "as efficacy_magnitude, paraphrases",
-        _PARAPHRASE,
-        _margin,
-        share=False,
+    _amount(
+        "counterfact", "paraphrase_magnitude", "as efficacy_magnitude, paraphrases", _PARAPHRASE, _margin
     ),
     Score(
         "counterfact",
@@ -267,13 +240,12 @@ SCORES: tuple[Score, ...] = (
         _NEIGHBOUR,
         _more_likely,
     ),
-    Score(
+    _amount(
         "counterfact",
         "neighbourhood_magnitude",
         "the difference of the two probabilities",
         _NEIGHBOUR,
         _margin,
-        share=False,
     ),
     Score(
         "counterfact",
@@ -293,10 +265,7 @@ SCORES: tuple[Score, ...] = (
     Score(
         "zsre",
         "specificity",
-        (
-            "share of the stored answer's tokens that the edited model predicts, neighbours and "
-            "unrelated prompts"
-        ),
+        "share of the stored answer's tokens that the edited model predicts, neighbours and unrelated prompts",
         _LOCAL,
         _of("share_after"),
     ),
@@ -311,18 +280,16 @@ SCORES: tuple[Score, ...] = (
     Score(
         "mend",
         "edit_success",
-        ("ES: all target tokens are the argmax, mean over the edit prompt and its paraphrases together"),
+        "ES: all target tokens are the argmax, mean over the edit prompt and its paraphrases together",
         ("edit", "paraphrase"),
         _of(_TF),
     ),
-    Score(
+    _cost(
         "mend",
         "accuracy_drawdown",
-        ("accuracy on neighbours and unrelated prompts before minus after, all tokens of the stored answer"),
+        "accuracy on neighbours and unrelated prompts before minus after, all tokens of the stored answer",
         _LOCAL,
         _drawdown,
-        share=False,
-        better=-1,
     ),
     *(
         Score(

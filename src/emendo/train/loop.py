@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emendo._storage import cache_folder
 from emendo.data import Record
 from emendo.editors.gradient import Ahead, GradientEditor
 from emendo.editors.objective import Episode, Outcome
 from emendo.errors import StorageError, TrainingError
 from emendo.models._sampling import own_passages
 from emendo.models.lm import LM
-from emendo.models.loading import cache_folder
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
 from emendo.progress import SILENT, Progress
