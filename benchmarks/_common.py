@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's line, interleaved timing, medians with quartiles, children, tables."""
+"""Shared by the benchmarks: a description of the machine, interleaved timing, quartiles, child processes, tables."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def peak() -> float:
 
 
 def in_child(file: str, options: argparse.Namespace, what: Any) -> dict[str, Any]:
-    """Run this benchmark's ``child(options, what)`` in a process of its own; what it printed as JSON."""
+    """Run this benchmark's ``child(options, what)`` in a process of its own; returns the JSON that it printed."""
     command = [sys.executable, file, "--child", json.dumps(what)]
     for name in ("model", "dtype", "data", "rounds", "threads", "clock"):
         command += [f"--{name}", str(getattr(options, name))]

@@ -1,1 +1,1 @@
-"""What emendo is compared on: models made here, and the edits of each task."""
+"""The tables of the MEND paper: models trained here, the edits of each task, and the comparison."""

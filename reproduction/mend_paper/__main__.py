@@ -13,19 +13,19 @@ from emendo.cli._console import Interrupted, emit, note
 
 HELP = """Make the tables of the MEND paper: every editor on the same facts, beside the paper's figures.
 
-Trains the editors that need it, edits held-out facts, prints edit success and drawdown with 95% intervals, and writes
-compare.html, compare.md and compare.csv. Each cell is kept as soon as it is done and never done twice; Ctrl-C loses
-nothing, and the same command goes on.
+Trains the editors that need training, edits held-out facts, prints edit success and drawdown with 95% intervals, and
+writes compare.html, compare.md and compare.csv. Each cell is saved as soon as it is done and never repeated. Ctrl-C
+loses nothing; the same command resumes the run.
 
 \b
 Presets:
   table4    small models: fact-checking, question answering, generation
-  table3    the largest model at hand, on CounterFact
+  table3    the largest available model, on CounterFact
   table5    many edits at once
-  table6    what MEND is made of, part by part
-  table9    the attention's matrices in place of the MLP's
-  table11   a cache in place of an editor
-  figure4   memory while training
+  table6    MEND without each of its parts
+  table9    attention matrices instead of MLP matrices
+  table11   a cache instead of an editor
+  figure4   memory during training
 
 \b
 Examples:
@@ -39,7 +39,7 @@ Presets = Annotated[
     typer.Option("--preset", metavar="NAME", help="A table to make, or all (may be repeated)."),
 ]
 Out = Annotated[
-    Path, typer.Option("--out", metavar="FOLDER", help="Where cells, trained editors and pages are kept.")
+    Path, typer.Option("--out", metavar="FOLDER", help="The folder for cells, trained editors and pages.")
 ]
 Data = Annotated[
     Path | None,
@@ -47,7 +47,7 @@ Data = Annotated[
         "--data",
         metavar="FOLDER",
         help="A folder with counterfact-train.json, counterfact-dev.json and wikitext2-valid.txt, for the tasks "
-        "counterfact and wikitext; the others need none.",
+        "counterfact and wikitext; the other tasks need no files.",
     ),
 ]
 Tasks = Annotated[
@@ -68,21 +68,25 @@ Minutes = Annotated[
     typer.Option(
         "--minutes-per-cell",
         metavar="X",
-        help="Train no editor for longer than this, whatever its steps.  [default: no limit]",
+        help="The time limit of each training.  [default: no limit]",
     ),
 ]
 Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Seed of every editor's start and of the order of facts.")
+    int,
+    typer.Option(
+        "--seed", metavar="N", help="Seed of the editors' initial parameters and of the order of the facts."
+    ),
 ]
 Seeds = Annotated[
     int,
     typer.Option(
-        "--seeds", metavar="N", min=1, help="How many seeds, from --seed on; the tables show mean and range."
+        "--seeds",
+        metavar="N",
+        min=1,
+        help="The number of seeds, counted from --seed; the tables show mean and range.",
     ),
 ]
-List = Annotated[
-    bool, typer.Option("--list", help="Show the cells and about how long they take; run nothing.")
-]
+List = Annotated[bool, typer.Option("--list", help="List the cells with their estimated time; run nothing.")]
 
 
 def run(
@@ -134,7 +138,7 @@ def run(
         show(grids)
         note(f"Wrote {out / 'compare.html'}, {out / 'compare.md'} and {out / 'compare.csv'}.")
     if stopped:
-        raise Interrupted(f"what is finished is kept in {out}. Go on with: {command}")
+        raise Interrupted(f"finished cells are kept in {out}. Continue with: {command}")
 
 
 def _names(text: str | None) -> tuple[str, ...]:

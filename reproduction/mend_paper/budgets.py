@@ -1,4 +1,4 @@
-"""What each editor is given on each task: training steps, settings, test facts.
+"""The budget of each editor on each task: training steps, settings, test facts.
 
 ``scale`` stretches the budgets. On two processor cores all tables are estimated (:func:`seconds`) to take about two and
 a half hours at scale 1, and 80 minutes at scale 0.5.
@@ -31,7 +31,7 @@ EDITORS = {
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a task is given.
+    """The budget of a task.
 
     Attributes:
         training: of :class:`emendo.train.TrainConfig`.
@@ -56,7 +56,7 @@ LEARNING: Mapping[str, Mapping[str, Any]] = {
     "enn": {"lr": 3e-4},
     "ke": {"lr": 5e-3},
 }
-"""Training settings that a method has in place of the defaults of all (docs/log.md)."""
+"""Training settings of a method that differ from the defaults (docs/log.md)."""
 
 SETTINGS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("wikitext", "enn"): {"trains": "suffix"},
@@ -69,12 +69,12 @@ SLOW = ("ft", "ft-kl", "lora")
 """Editors that run a loop of gradient steps for every edit."""
 
 REFUSES = {("atlas-bert", "in-context")}
-"""A method that cannot do a task: a classifier has not learnt to read a fact before its claim."""
+"""Methods that cannot do a task: a classifier has not learnt to read a fact before its claim."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What of the tables is wanted, and how large.
+    """The requested part of the tables, and its scale.
 
     Attributes:
         tasks: only these; empty for all.
@@ -104,7 +104,7 @@ class Choice:
             raise RequestError(f"--scale must be above 0, not {self.scale}.")
 
     def wants(self, task: str, editor: str) -> bool:
-        """Whether a cell is wanted, and possible."""
+        """Whether a cell is requested and possible."""
         if (task, editor) in REFUSES:
             return False
         return (not self.tasks or task in self.tasks) and (not self.editors or editor in self.editors)
@@ -139,18 +139,18 @@ SECONDS: Mapping[str, tuple[float, float, float]] = {
     "wikitext": (0.3, 1.5, 2.5),
     "counterfact": (0.05, 0.3, 1.5),
 }
-"""For a training fact, for a test fact, and for an edit that is a loop of steps, on two processor cores; seen on single
-cells, to within a factor of about two; testing counterfact, and the loops there and on atlas-t5, are guesses."""
+"""Seconds for a training fact, a test fact and an edit that is a loop of steps, on two processor cores. Measured on
+single cells, to within a factor of about two; testing counterfact, and the loops there and on atlas-t5, are guesses."""
 
 SLOWER = {"enn": 4.0}
-"""How many times as long a training fact takes for a method."""
+"""The factor by which a training fact takes longer for a method."""
 
 RADIUS = 12.0
-"""How many times as long a cache takes whose radius has to be found first."""
+"""The factor by which a cache takes longer if its radius must be found first."""
 
 
 def seconds(cell: Cell | Memory) -> float:
-    """About how long a cell takes on two processor cores."""
+    """The estimated time of a cell on two processor cores."""
     if isinstance(cell, Memory):
         return 15.0
     learn, test, loop = SECONDS.get(cell.task, SECONDS["atlas-bart"])

@@ -1,8 +1,8 @@
-"""Cells: one editor on one task, with everything that its figures depend on, and where they are kept.
+"""Cells: one editor on one task, with everything that its figures depend on, and the folder that keeps them.
 
-A cell's figures lie in ``cells/DIGEST.json`` and its trained editor in ``editors/DIGEST``, each under a digest of all
-that it depends on and of nothing else. So nothing is done twice, two tables that need the same cell share it, cells
-that differ only in what they are measured on share an editor, and a run that was stopped goes on where it was.
+A cell's figures are in ``cells/DIGEST.json`` and its trained editor in ``editors/DIGEST``, where the digest covers
+exactly the inputs. So nothing is computed twice: tables share their common cells, cells that differ only in their test
+data share an editor, and a stopped run resumes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from emendo.train import TrainConfig
 from reproduction.mend_paper.figures import Figures
 
 VERSION = 2
-"""Of the measures: figures of another version are taken anew."""
+"""The version of the measurements; figures of another version are measured again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ class Cell:
         editor: the method's name.
         settings: of the method, where they are not its defaults.
         sites: which matrices, as for :func:`emendo.models.sites.find_sites`.
-        last: how many blocks; None takes the default.
-        k: how many facts make one edit.
-        trained_for: how many make one in training; None takes ``k``.
+        last: the number of blocks; None takes the default.
+        k: the number of facts in one edit.
+        trained_for: the number of facts in one edit during training; None takes ``k``.
         training: of :class:`emendo.train.TrainConfig`, where they are not its defaults; not used without training.
-        facts: how many test facts.
-        seed: of the editor's start and of the order of the facts.
+        facts: the number of test facts.
+        seed: of the editor's initial parameters and of the order of the facts.
         dtype: of the model.
-        match: where the cache's radius comes from.
+        match: determines the cache's radius.
     """
 
     task: str
@@ -70,7 +70,7 @@ class Cell:
     match: Match | None = None
 
     def config(self) -> Any:
-        """The settings of the method, defaults included; one that draws for itself does so from the cell's seed."""
+        """The settings of the method, defaults included; a method with a seed of its own gets the cell's."""
         kind = editor_class(self.editor).Config
         drawn = {"seed": self.seed} if "seed" in {known.name for known in fields(kind)} else {}
         return kind(**{**drawn, **self.settings})
@@ -82,7 +82,7 @@ class Cell:
 
     @property
     def trained(self) -> bool:
-        """Whether the method has to be trained."""
+        """Whether the method must be trained."""
         return editor_class(self.editor).needs_training
 
     def plan(self) -> dict[str, Any]:
@@ -103,16 +103,16 @@ class Cell:
         }
 
     def key(self, model: str, sizes: Mapping[str, int]) -> dict[str, Any]:
-        """All that its figures depend on.
+        """Everything that its figures depend on.
 
         Args:
             model: the model's fingerprint.
-            sizes: how much of each kind of data its task has.
+            sizes: the number of items of each kind of data of its task.
         """
         return {**self.plan(), "fingerprint": model, "sizes": dict(sizes)}
 
     def editor_key(self, model: str, sizes: Mapping[str, int]) -> dict[str, Any]:
-        """All that its trained editor depends on."""
+        """Everything that its trained editor depends on."""
         sizes = {name: size for name, size in sizes.items() if not name.startswith("test")}
         return _without(self.key(model, sizes), "facts", "k", "match", "version")
 
@@ -123,8 +123,8 @@ class Result:
 
     Attributes:
         figures: see :data:`reproduction.mend_paper.figures.PROTOCOL`.
-        training: seconds, steps, parameters and how it ended; empty where nothing was trained.
-        seconds: that measuring took.
+        training: seconds, steps, parameters and the reason it stopped; empty if nothing was trained.
+        seconds: the time of the measurement.
         note: a remark, such as the radius that was found.
     """
 
@@ -141,15 +141,15 @@ class Folder:
         self.path = Path(path).expanduser()
 
     def cell(self, key: Mapping[str, Any]) -> Path:
-        """Where a cell's figures are kept."""
+        """The file of a cell's figures."""
         return self.path / "cells" / f"{digest(key)}.json"
 
     def editor(self, key: Mapping[str, Any]) -> Path:
-        """Where a trained editor is kept."""
+        """The folder of a trained editor."""
         return self.path / "editors" / digest(key)
 
     def radius(self, key: Mapping[str, Any]) -> Path:
-        """Where the radius that was found for a cache is kept, whatever multiple of it a cell takes."""
+        """The file of the radius that was found for a cache; cells that take multiples of it share the file."""
         match = {**key["match"], "times": 1.0}
         return self.path / "radii" / f"{digest({**_without(key, 'facts'), 'match': match})}.json"
 
@@ -173,7 +173,7 @@ class Folder:
             )
 
     def read(self, key: Mapping[str, Any]) -> Result | None:
-        """A cell's figures, or None where it has none yet.
+        """A cell's figures; None if it has none yet.
 
         Raises:
             StorageError: its file is damaged.
@@ -182,7 +182,7 @@ class Folder:
         return _read(path)[1] if path.exists() else None
 
     def latest(self) -> dict[str, Result]:
-        """Every cell's latest figures by the digest of its plan, whatever the model and the data were.
+        """Every cell's latest figures by the digest of its plan, for any model and data.
 
         Raises:
             StorageError: a file is damaged.
@@ -208,7 +208,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Result]:
         return dict(raw["cell"]), Result(figures, raw["training"], raw["seconds"], raw["note"])
     except (KeyError, TypeError, AttributeError) as error:
         raise StorageError(
-            f"{file} is damaged: it holds no cell of a comparison. Remove it to run that cell anew."
+            f"{file} is damaged: it holds no cell of a comparison. Remove it to run that cell again."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The orderings that a reader of the paper looks for, each found or not found in a table, in words."""
+"""The orderings that the paper reports; each is checked in a table and stated in words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reproduction.mend_paper.tables import number
 
 
 def edits_better(better: str, worse: str) -> Claim:
-    """In every column: more edit success at no more drawdown."""
+    """In every column, more edit success without more drawdown."""
 
     def claim(grid: Grid) -> Iterator[Statement]:
         for column in _here(grid):
@@ -31,7 +31,7 @@ def edits_better(better: str, worse: str) -> Claim:
 
 
 def succeeds_more(better: str, worse: str, only: str = "") -> Claim:
-    """In every column, or only in one: more edit success."""
+    """In every column, or in one, more edit success."""
 
     def claim(grid: Grid) -> Iterator[Statement]:
         for column in _here(grid, only):
@@ -48,7 +48,7 @@ def succeeds_more(better: str, worse: str, only: str = "") -> Claim:
 
 
 def harms_more(more: str, less: str) -> Claim:
-    """In every column: more drawdown."""
+    """In every column, more drawdown."""
 
     def claim(grid: Grid) -> Iterator[Statement]:
         for column in _here(grid):
@@ -65,7 +65,7 @@ def harms_more(more: str, less: str) -> Claim:
 
 
 def falls_faster(faster: str, slower: str) -> Claim:
-    """From the first row that has both columns to the last: one column's edit success falls by more."""
+    """From the first to the last row that has both columns, the edit success of one column falls by more."""
 
     def claim(grid: Grid) -> Iterator[Statement]:
         rows = [
@@ -91,7 +91,7 @@ def falls_faster(faster: str, slower: str) -> Claim:
 
 
 def grows_faster(faster: str, slower: str) -> Claim:
-    """From the smallest to the largest model that both have: the memory of one grows by more."""
+    """From the smallest to the largest model that both have, the memory of one grows by more."""
 
     def claim(grid: Grid) -> Iterator[Statement]:
         seen = [
@@ -119,11 +119,11 @@ def _here(grid: Grid, only: str = "") -> list[Column]:
 
 
 def _unknown(what: str) -> Statement:
-    return Statement(None, f"{what}: not known yet, figures are missing.")
+    return Statement(None, f"{what}: unknown, figures are missing.")
 
 
 def _than(one: str, other: str, high: Interval, low: Interval) -> str:
-    """Whether one row's figure is above another's, and whether the intervals leave that open."""
+    """Whether one row's figure is above another's, and whether the intervals overlap."""
     verb = "is above" if high.mean > low.mean else "is not above"
     overlap = "; the intervals overlap" if high.mean > low.mean and not high.low > low.high else ""
     return f"of {one} {verb} that of {other} ({number(high.mean)} and {number(low.mean)}{overlap})"

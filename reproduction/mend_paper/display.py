@@ -1,4 +1,4 @@
-"""What the command prints while it runs and when it is done."""
+"""The output of the command, while it runs and at the end."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ class Shown(View):
         return self._progress
 
     def close(self) -> None:
-        """Take the bars away."""
+        """Remove the bars."""
         self._stack.close()
         self._progress = None
 
 
 def describe(cell: Cell | Memory) -> str:
-    """A cell in words, with about how long it takes."""
+    """A cell in words, with its estimated time."""
     label = EDITORS.get(cell.editor, cell.editor).partition(",")[0]
     if isinstance(cell, Memory):
         wide = f", GPT-2 type {cell.width} wide" if cell.width else ""
@@ -105,11 +105,11 @@ def listing(cells: Sequence[Cell | Memory], latest: Mapping[str, Result], *, as_
         return
     for plan, cell in plans.items():
         output().print(f"{'done' if plan in latest else '    '}  {describe(cell)}", soft_wrap=True)
-    output().print(f"{len(plans)} cells, about {_minutes(left)} to go on two processor cores.")
+    output().print(f"{len(plans)} cells, about {_minutes(left)} left on two processor cores.")
 
 
 def write(folder: Folder, choice: Choice, latest: Mapping[str, Result], seeds: int, command: str) -> None:
-    """Write the pages: every table with at least one finished cell, in full, whatever part was requested this time.
+    """Write the pages: every table with a finished cell, in full, even if only a part was requested.
 
     Raises:
         StorageError: a page cannot be written.

@@ -1,6 +1,6 @@
 """The built-in facts that the models of the zoo know, as questions and as claims with their probes.
 
-A model made here knows these facts and no others, so a record's probes may only ask for them.
+A model trained here knows these facts and no others, so the probes of a record only ask for them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from emendo.data import atlas
 from emendo.data.schema import Probe, Record
 
 FACTS = (1200, 300)
-"""How many of the first training records, and of the first test records, the models know."""
+"""The numbers of training records and of test records, from the first on, that the models know."""
 
 CLASSES = ("false", "true")
 """The classes of a claim, in the order of their numbers."""
@@ -57,9 +57,9 @@ def with_known_probes(records: Sequence[Record], pool: Sequence[Record]) -> tupl
 
 
 def as_claims(records: Sequence[Record], pool: Sequence[Record]) -> tuple[Record, ...]:
-    """Records that turn a claim's truth around: half of the claims are true and become false, half the reverse.
+    """Records that reverse the truth of a claim: half of the claims are true and become false, half the other way.
 
-    The claim and its paraphrases are one claim in all wordings; of two probes one is true and one false.
+    The paraphrases are the same claim in other wordings. Of every two probes one is true and one false.
     """
     found = []
     for record in records:
@@ -113,5 +113,5 @@ def _probes(
 
 
 def _alike(one: str, other: str) -> bool:
-    """Whether one answer begins with the other, so that a model's answer could not tell them apart."""
+    """Whether one answer begins with the other, so that they could not be told apart by a model's answer."""
     return one.startswith(other) or other.startswith(one)

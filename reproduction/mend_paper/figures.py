@@ -38,7 +38,7 @@ PROTOCOL = {
     "drift_kl": "locality KL of the model that the editor trained, no edit made",
     "unchanged": "share of locality prompts whose answer's argmax tokens are all unchanged; without such prompts share "
     f"of the passages' tokens whose argmax is unchanged. {_BOOTSTRAP}",
-    "seconds_per_edit": "time that making the edits took, divided by the facts",
+    "seconds_per_edit": "time to make the edits, divided by the facts",
     "rank": "rank of an edit at the site where it is highest (an upper bound), mean over the edits",
     "relative_norm": "||dW|| / ||W||, mean over the sites, then over the edits",
 }
@@ -73,7 +73,7 @@ def _with_locality(fact: Sums) -> Sums:
 
 
 def _shares(facts: Sequence[Sums], *kinds: str) -> list[float]:
-    """Of each fact that has such texts, the share that is right."""
+    """For each fact with texts of these kinds, the share that is right."""
     pairs = [
         (sum(f.get(f"{kind} hit", 0) for kind in kinds), sum(f.get(f"{kind} count", 0) for kind in kinds))
         for f in facts

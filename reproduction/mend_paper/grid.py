@@ -23,9 +23,9 @@ class Column:
 
     Attributes:
         name: its name here and in the paper's table.
-        here: model and data that stand here; empty where nothing does.
-        paper: model and data in the paper; empty where the paper has no such column.
-        drawdown: of what.
+        here: model and data of this run; empty if the column is the paper's alone.
+        paper: model and data in the paper; empty if the paper has no such column.
+        drawdown: the quantity whose drawdown is given.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Statement:
 
 
 Claim = Callable[["Grid"], Iterator[Statement]]
-"""Looks for an ordering in a table."""
+"""Checks an ordering in a table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Preset:
         rows: names, from top to bottom.
         cells: the cell of each place; a place may be empty.
         paper: the paper's figures by row and column name.
-        claims: orderings to look for.
+        claims: orderings to check.
         along: the name of the horizontal axis, where the rows are numbers.
     """
 
@@ -74,7 +74,7 @@ class Preset:
 
 
 def seeded(cell: Cell | Memory, seeds: int) -> Sequence[Cell | Memory]:
-    """The cell with its own seed and the ones after it, each once where a seed makes no difference."""
+    """The cell with its own seed and the following ones; once if the seed makes no difference."""
     if isinstance(cell, Memory):
         return [cell]
     found = [with_seed(cell, cell.seed + i) for i in range(seeds)]
@@ -101,7 +101,7 @@ class Grid:
         Args:
             preset: the table.
             found: results by the digest of their cell's plan.
-            seeds: how many seeds each cell has, from its own on.
+            seeds: the number of seeds of each cell, counted from its own.
         """
         results = {}
         for place, cell in preset.cells.items():
@@ -110,7 +110,7 @@ class Grid:
         return cls(preset, results)
 
     def figure(self, row: str, column: str, name: str) -> Interval | None:
-        """A figure at a place; None where there is none. Of several seeds: their mean, lowest and highest value."""
+        """A figure at a place; None if there is none. Of several seeds: their mean, lowest and highest value."""
         values = [r.figures[name] for r in self.results.get((row, column), ()) if name in r.figures]
         if len(values) < 2:
             return values[0] if values else None
@@ -126,11 +126,11 @@ class Grid:
         return self.figure(row, column.name, "edit_success"), self.drawdown(row, column)
 
     def quoted(self, row: str, column: Column) -> Quoted | None:
-        """The paper's figures at a place; None where there are none."""
+        """The paper's figures at a place; None if there are none."""
         return self.preset.paper.get(row, {}).get(column.paper or column.name)
 
     def seeds(self) -> int:
-        """The most seeds that any place has."""
+        """The largest number of seeds at any place."""
         return max((len(results) for results in self.results.values()), default=0)
 
     def missing(self) -> list[Place]:

@@ -34,9 +34,9 @@ Sums = dict[str, float]
 """The sums over one fact's texts, by name: ``"paraphrase hit"``, ``"passage nll after"`` and so on."""
 
 EDITS = 16
-"""Facts whose edits are made at once."""
+"""The number of edits made at once."""
 PASSAGES = 4
-"""Passages that each fact's edit is scored on."""
+"""The number of passages that each edit is scored on."""
 PASSAGE_TOKENS = 96
 """Tokens that are read of a passage; all but the first of them are scored."""
 _TEXTS = 32  # whose logits are held at once
@@ -49,10 +49,10 @@ class Scores:
 
     Attributes:
         facts: for each fact, sums over its texts; see :data:`Sums`.
-        seconds: the time of making an edit, divided by its facts.
+        seconds: the time to make an edit, divided by its facts.
         ranks: of each edit, the highest among the sites; empty where no weights change.
         norms: ``||dW|| / ||W||`` of each edit, averaged over the sites; empty where no weights change.
-        apart: whether the editor trained the model itself, so that there are figures of that model too.
+        apart: whether the editor trained a copy of the model, so that there are figures of that copy too.
     """
 
     facts: tuple[Sums, ...]
@@ -82,7 +82,7 @@ def measure(
         passages: plain texts for the perplexity; fact ``i`` is scored on the ``PASSAGES`` texts from ``PASSAGES * i``
             on, cyclically.
         k: the number of facts in one edit.
-        progress: receives how far the work has come.
+        progress: receives the progress.
 
     Raises:
         RequestError: fewer records than make one edit, or a text that does not fit the model.

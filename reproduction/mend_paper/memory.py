@@ -29,7 +29,7 @@ from emendo.train import TrainConfig, train
 from reproduction.mend_paper.cells import VERSION, Result
 
 BLOCKS = 6
-"""Of the random models."""
+"""Number of blocks of the random models."""
 _HEAD = 64  # width of an attention head
 
 
@@ -60,7 +60,7 @@ class Memory:
 
 
 def peak(memory: Memory, model: str | Path, records: Sequence[Record]) -> Result:
-    """Train in a new process and return the memory it took.
+    """Train in a new process and return the memory it needed.
 
     Args:
         memory: the training.
@@ -111,8 +111,7 @@ def random_lm(like: LM, width: int) -> LM:
 def highest_resident() -> float:
     """The most memory that this process has held, in MB.
 
-    Linux keeps it with the process's memory; the count of ``getrusage`` also remembers the process that started this
-    one, and stands in elsewhere.
+    Linux reports it per process; ``getrusage``, used elsewhere, may include the parent process.
     """
     status = Path("/proc/self/status")
     if status.exists():

@@ -1,4 +1,4 @@
-"""The figures of the paper's tables, as printed, to be read beside one's own.
+"""The figures of the paper's tables, as printed, for comparison.
 
 Mitchell, Lin, Bosselut, Finn, Manning: "Fast Model Editing at Scale", ICLR 2022 (arXiv 2110.11309), Tables 3, 4, 5, 6,
 9 and 11. Each figure is edit success and drawdown (of accuracy for zsRE and FEVER, of perplexity for Wikitext).
@@ -22,7 +22,7 @@ Table = Mapping[str, Mapping[str, Quoted]]
 
 
 def _table(columns: str, rows: str) -> dict[str, dict[str, Quoted]]:
-    """A table from its text: column names and rows, parted by ``|``; a dash where the paper gives nothing."""
+    """A table from its text: column names and rows, separated by ``|``; a dash where the paper has no figure."""
     names = [name.strip() for name in columns.split("|")]
     table: dict[str, dict[str, Quoted]] = {}
     for line in rows.strip().splitlines():
@@ -105,7 +105,7 @@ TABLE11 = _table(
 )
 
 MEMORY = (
-    "The paper draws its memory figures (3 and 4) without numbers. What it says in words: in float32 MEND and KE stay "
+    "The paper draws its memory figures (3 and 4) without numbers. Its text says: in float32 MEND and KE stay "
     "within one GPU, while the memory that ENN needs to train grows far faster with the model, so that it could not "
     "be run for GPT-J and T5-XXL."
 )

@@ -1,7 +1,7 @@
 """Edits of free text: passages of a Wikitext file, and for each a continuation that the model would not give.
 
 MEND's data take the continuation from a second language model. Here it is sampled from the same model, which sees
-only the second half of the passage; so it is plausible text, and not what the model says after the whole.
+only the second half of the passage, so the text is plausible but not the model's continuation of the whole passage.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SPACED = (  # Wikitext's tokenisation, undone
 
 @dataclass(frozen=True, slots=True)
 class Passages:
-    """What a Wikitext file is cut into: texts for locality, and prompts from other paragraphs."""
+    """The parts of a Wikitext file: texts for locality, and prompts from other paragraphs."""
 
     train: tuple[str, ...]
     test: tuple[str, ...]
@@ -54,8 +54,8 @@ def read_passages(path: Path, train: int = 300, test: int = 150) -> Passages:
 
     Args:
         path: a tokenised Wikitext file.
-        train: how many passages to keep for locality in training.
-        test: how many to keep for locality in tests.
+        train: the number of passages for locality in training.
+        test: the number of passages for locality in tests.
 
     Raises:
         DataError: the file cannot be read.
@@ -82,10 +82,10 @@ def continuations(
 
     Args:
         prompts: the passages to continue.
-        count: how many records to make.
-        load: loads the model, where it has to be asked.
-        key: names the model and anything else that made the prompts.
-        progress: receives how far the work has come.
+        count: the number of records to make.
+        load: loads the model if it is needed.
+        key: identifies the model and the source of the prompts.
+        progress: receives the progress.
 
     Raises:
         DataError: there are not enough prompts.

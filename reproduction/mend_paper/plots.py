@@ -20,7 +20,7 @@ def value_of(text: str) -> float:
 
 
 def bars(grid: Grid, column: Column) -> bytes | None:
-    """Edit success on the left and drawdown on the right, a bar for each row; None where nothing has been run."""
+    """Edit success on the left and drawdown on the right, a bar for each row; None if nothing has been run."""
     rows = [row for row in grid.preset.rows if grid.results.get((row, column.name))]
     if not rows:
         return None
@@ -50,7 +50,7 @@ def bars(grid: Grid, column: Column) -> bytes | None:
 
 
 def curves(grid: Grid) -> bytes | None:
-    """Along the numbers of the rows: a line for each column, edit success on the left and drawdown on the right."""
+    """A line for each column over the rows' numbers: edit success on the left, drawdown on the right."""
     figure, (left, right) = panels(10.4, 3.4, 2)
     if len(grid.missing()) == len(grid.preset.cells):
         return None

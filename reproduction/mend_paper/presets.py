@@ -26,7 +26,7 @@ def build(name: str, choice: Choice) -> Preset:
     """A table by its name.
 
     Raises:
-        RequestError: there is no such table, or nothing of it is wanted.
+        RequestError: there is no such table, or no part of it is requested.
     """
     if name not in PRESETS:
         raise RequestError(f"There is no preset {name!r}; there are: {', '.join(PRESETS)}.")
@@ -65,8 +65,8 @@ def _table3(choice: Choice) -> Preset:
     return Preset(
         "table3",
         "The largest model (Table 3)",
-        "The paper edits models of 2.8 to 11 billion parameters here; this is the largest one at hand, so the paper's "
-        "columns are for reading only. ENN did not run at that size there.",
+        "The paper edits models of 2.8 to 11 billion parameters here; this is the largest available one, so the "
+        "paper's columns are not directly comparable. ENN did not run at that size there.",
         (_FACTS, *_quoted(paper.NEO, paper.GPTJ, paper.XL, paper.XXL)),
         tuple(EDITORS.values()),
         _editors_by_tasks(choice, ("counterfact",)),
@@ -108,7 +108,7 @@ def _table5(choice: Choice) -> Preset:
 
 
 def _together(choice: Choice, editor: str, k: int) -> Cell:
-    """A cell with at least one edit in each step and two to measure; the more facts a step has, the fewer the steps."""
+    """A cell with at least one edit a step and two to measure. With more facts a step it has fewer steps."""
     if k == 1:
         return choice.cell("atlas-bart", editor)
     training = choice.known["atlas-bart"].training
@@ -135,7 +135,7 @@ def _table6(choice: Choice) -> Preset:
     tasks = [task for task in ("wikitext", "atlas-bart") if choice.wants(task, "mend")]
     return Preset(
         "table6",
-        "What MEND is made of (Table 6)",
+        "Parts of MEND (Table 6)",
         "Each row leaves one part out. The paper says that leaving out the normalisation or the identity start also "
         "makes training about ten times longer; here every row has the same number of steps.",
         (_TEXT, _BART),
@@ -156,7 +156,7 @@ def _table9(choice: Choice) -> Preset:
     return Preset(
         "table9",
         "Which matrices to edit (Table 9)",
-        "The attention's matrices of the same blocks in place of the MLP's.",
+        "The attention matrices of the same blocks instead of the MLP matrices.",
         (_FACTS, _T5, *_quoted(paper.NEO, paper.GPTJ, paper.XL, paper.XXL)),
         tuple(sites),
         {
@@ -180,8 +180,8 @@ def _table11(choice: Choice) -> Preset:
                 cells[row, column] = choice.cell(task, "cache", times=times)
     return Preset(
         "table11",
-        "A cache in place of an editor (Table 11)",
-        "The cache answers as it was told wherever the hidden state is within eps of the edit's; eps* is the largest "
+        "A cache instead of an editor (Table 11)",
+        "The cache gives the stored target wherever the hidden state is within eps of the edit's; eps* is the largest "
         "radius whose drawdown on validation facts is no more than MEND's.",
         (_BERT, _BART, *_quoted(paper.HARD), _TEXT),
         ("MEND", "Cache, eps*", "Cache, eps*/2", "Cache, 2 eps*"),
@@ -205,7 +205,7 @@ def _figure4(choice: Choice) -> Preset:
     trained = [name for name in EDITORS if editor_class(name).needs_training]
     return Preset(
         "figure4",
-        "Memory while training (Figures 3 and 4)",
+        "Memory during training (Figures 3 and 4)",
         f"MB above the bare model's, on one processor. {paper.MEMORY}",
         tuple(Column(name, name, "") for name in models),
         tuple(EDITORS[editor] for editor in trained),

@@ -13,7 +13,7 @@ from reproduction.mend_paper.figures import figures
 from reproduction.mend_paper.measure import measure
 
 FACTS = 24
-"""Validation facts that the radius is found on, at most."""
+"""The largest number of validation facts used to find the radius."""
 _HALVINGS = 5  # a radius is found to within a factor of 2 ** (1 / 2**5): 2%
 
 
@@ -29,11 +29,11 @@ def matching_radius(
 
     Args:
         lm: the model.
-        cache: the cache; its own radius does not matter.
+        cache: the cache; its own radius is ignored.
         other: the editor to match.
         records: validation facts, of which the first ``FACTS`` are edited.
-        passages: plain texts, where the drawdown is of perplexity.
-        progress: receives how far the work has come.
+        passages: plain texts, if the drawdown is of perplexity.
+        progress: receives the progress.
     """
     tries = 0
 
@@ -58,7 +58,7 @@ def matching_radius(
 
 
 def largest(fits: Callable[[float], bool], halvings: int = 8) -> float:
-    """The largest number that fits, to within a factor, where all below one number fit and none above it does.
+    """The largest number that fits, to within a factor; all numbers below it must fit, and none above it.
 
     Powers of two enclose it first, then their exponents are halved. 2^-20 where none fits, 2^20 where all do.
     """

@@ -1,4 +1,4 @@
-"""Carrying cells out: train the editor or take the one that is there, measure it, keep the figures."""
+"""Run cells: train the editor or read a trained one, measure it, and store the figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from reproduction.mend_paper.sources import Bench, Source, probes
 
 
 class View(Silent):
-    """A silent view, and the interface of every other."""
+    """A view that shows nothing; the base class of all views."""
 
     def cell(self, cell: Cell | Memory, place: int, total: int) -> None:
         """A cell begins."""
@@ -44,10 +44,10 @@ class View(Silent):
 
 
 class Runner:
-    """Runs cells, each once; one task with its model is in memory at a time.
+    """Runs cells, each once, with one task and its model in memory at a time.
 
     Args:
-        folder: where everything is kept.
+        folder: the folder of the comparison.
         source: loads a task and its model.
         view: receives each cell and its result.
     """
@@ -59,7 +59,7 @@ class Runner:
     def run(self, cells: Sequence[Cell | Memory]) -> None:
         """Run every cell whose figures are not yet in the folder, task by task.
 
-        Ctrl-C loses nothing: what is finished is kept, and a training goes on from its last step.
+        Ctrl-C loses nothing: finished cells are kept, and a training resumes from its last step.
 
         Raises:
             KeyboardInterrupt: by Ctrl-C.
@@ -162,7 +162,7 @@ def _untrained(bench: Bench, cell: Cell, sites: tuple[Site, ...]) -> Editor:
 
 
 def training_of(editor: Editor) -> dict[str, Any]:
-    """What training an editor took."""
+    """The cost of training an editor."""
     size = sum(parameter.numel() for parameter in editor.parameters())
     if not editor.needs_training:
         return {}
@@ -170,7 +170,7 @@ def training_of(editor: Editor) -> dict[str, Any]:
 
 
 def _about() -> dict[str, Any]:
-    """Where and when."""
+    """The date, the versions and the machine."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"emendo": __version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -1,4 +1,4 @@
-"""Where a comparison's tasks and models come from."""
+"""Sources of a comparison's tasks and models."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ class Bench:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How much of each kind of data there is."""
+        """The number of items of each kind of data."""
         names = ("train", "validation", "test", "passages", "test_passages")
         return {name: len(getattr(self.task, name)) for name in names}
 
 
 class Source(Protocol):
-    """Where tasks and models come from."""
+    """Provides tasks and models."""
 
     def bench(self, task: str) -> Bench:
         """A task and its model."""
 
     def material(self, model: str) -> tuple[str | Path, Sequence[Record]]:
-        """What a model is loaded by, and records to train on it."""
+        """The name or folder to load a model from, and records to train on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Tasks by name, with models that are built in or made here on first use.
+    """Tasks by name, with models that are built in or trained here on first use.
 
     Attributes:
         data: the folder with the files that some tasks read.
         dtype: of the models.
-        progress: receives how far the making of a model or of data is.
+        progress: receives the progress of making a model or data.
     """
 
     data: Path | None = None
@@ -65,7 +65,7 @@ class Stored:
         return Bench(found, load(self._place(found.model), dtype=self.dtype))
 
     def material(self, model: str) -> tuple[str | Path, Sequence[Record]]:
-        """What a model is loaded by, and records to train on it: those of the task of its name, else built-in facts.
+        """The name or folder to load a model from, and records: those of the task of its name, else built-in facts.
 
         Raises:
             ModelError: it cannot be made.

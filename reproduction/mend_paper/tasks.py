@@ -1,4 +1,4 @@
-"""What is edited in each task: a model, and records to train on, to choose by and to measure on."""
+"""The tasks: a model each, with records for training, validation and tests."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def task(name: str, *, data: Path | None = None, progress: Progress = SILENT) ->
     Args:
         name: one of `TASKS`.
         data: the folder with the files that some tasks read.
-        progress: receives how far the making of the data is; only "wikitext" takes more than seconds.
+        progress: receives the progress of making the data; only "wikitext" takes more than seconds.
 
     Raises:
         RequestError: there is no such task.
@@ -76,7 +76,7 @@ def check(names: Iterable[str], data: Path | None) -> None:
     """Make sure that the files of these tasks are there, before any work is done.
 
     Raises:
-        DataError: one is missing; says what it holds.
+        DataError: a file is missing; the message describes it.
     """
     for name in names:
         for file in FILES.get(name, ()):

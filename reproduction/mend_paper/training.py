@@ -1,4 +1,4 @@
-"""One training loop for the models that are made here."""
+"""The training loop for the models of :mod:`reproduction.mend_paper.zoo`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emendo.progress import Progress
 
-_IGNORED = -100  # what transformers leaves out of its losses
+_IGNORED = -100  # transformers leaves these labels out of its losses
 _WARM_UP = 0.05  # share of the steps in which the learning rate rises
 _CLIP = 1.0
 
@@ -52,7 +52,7 @@ def train(
     progress: Progress,
     seed: int,
 ) -> None:
-    """Train all weights of a model with AdamW and a cosine schedule, on examples that are drawn anew each epoch."""
+    """Train all weights of a model with AdamW and a cosine schedule, on examples that are drawn again each epoch."""
     random = Random(seed)
     steps = epochs * math.ceil(len(draw(Random(seed))) / size)
     optimizer = torch.optim.AdamW(

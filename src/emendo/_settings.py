@@ -50,11 +50,11 @@ def setting(
 
     Args:
         default: its default.
-        help: what it does, as a sentence.
+        help: its effect, as a sentence.
         least: smallest allowed value.
         above: every allowed value is larger than this.
         most: largest allowed value.
-        unset: what None, as the default, means.
+        unset: the meaning of None as the default.
         flag: its option on the command line, where that is not the field's name.
     """
     metadata = {"help": help, "least": least, "above": above, "most": most, "unset": unset, "flag": flag}
@@ -70,8 +70,8 @@ class Setting:
         flag: its option on the command line, such as ``--c-edit``.
         hint: its type.
         default: its default.
-        help: what it does.
-        unset: what None, as the default, means.
+        help: its effect.
+        unset: the meaning of None as the default.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Setting:
         return f"{self.default:g}" if isinstance(self.default, float) else str(self.default).lower()
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, as the end of a sentence; None where it is allowed."""
+        """The problem with a value, as the end of a sentence; None if the value is allowed."""
         if value is None and self.kind is not self.hint:
             return None
         if not self._fits(value):

@@ -306,7 +306,7 @@ def folder_of(name: str | Path) -> Path:
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises: OSError or ValueError, and the error of its HTTP library if there is no network."""
+    """The errors of the hub's client: OSError, ValueError, and that of its HTTP library if there is no network."""
     from huggingface_hub import errors
 
     return OSError, ValueError, getattr(errors, "HTTPError", OSError)

@@ -15,7 +15,7 @@
     ├── FramingWarning        prompts in another form than the editor was trained on
     └── UnusedWeightsWarning  a checkpoint with tensors that were not loaded
 
-A message says what was given, what is allowed and what to do next. Each class also derives from the
+A message names the given value, the allowed ones and the next step. Each class also derives from the
 built-in exception a caller would expect (``ValueError``, ``OSError``, ``RuntimeError``).
 """
 

@@ -189,7 +189,7 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
 
 
 Change = Callable[[Tensor], Tensor]
-"""Inputs ``x [..., d_in]`` of a matrix -> what is added to its outputs, as many numbers as ``[..., d_out]`` has."""
+"""Maps inputs ``x [..., d_in]`` of a matrix to the addition to its outputs, of as many elements as ``[..., d_out]``."""
 
 
 @contextmanager
@@ -273,7 +273,7 @@ class RowGroups:
         self.complete = self.order.equal(torch.arange(size))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What is added to the outputs of ``x [size, ..., d_in]``, or of ``x [size * tokens, d_in]``.
+        """The addition to the outputs of ``x [size, ..., d_in]``, or of ``x [size * tokens, d_in]``.
 
         Raises:
             RequestError: the batch has another number of rows.

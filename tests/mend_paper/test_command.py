@@ -128,7 +128,7 @@ def test_ctrl_c_keeps_what_is_done(
     answer = emendo_command(*asked, code=130)
     assert "not run" in answer.out
     again = f"python -m reproduction.mend_paper --preset table4 --out {tmp_path / 'c'} --scale 0.5"
-    assert f"Go on with: {again}" in answer.err
+    assert f"Continue with: {again}" in answer.err
     assert "not run" in (tmp_path / "c" / "compare.md").read_text()
     monkeypatch.setattr(runner, "measure", measure)
     answer = emendo_command(*asked)

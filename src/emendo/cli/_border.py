@@ -198,7 +198,7 @@ def _flush(stream: TextIO | None) -> None:
 
 
 def _silence_if_broken(stream: TextIO | None) -> None:
-    """Send what a full disk or a closed pipe refused to nowhere, so that the interpreter can end quietly."""
+    """Discard output that a full disk or a closed pipe refused, so that the interpreter exits quietly."""
     try:
         _flush(stream)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What the demo shows once its editor is there: an edit, and scores on facts that the editor has not seen."""
+"""The demo's output once its editor is trained: an edit, and scores on facts that the editor has not seen."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def show_scores(
         evaluation = evaluate(lm, editor, records, damage=damage, progress=progress)
     print_evaluation(evaluation.as_dict())
     _report(page, run, lm, evaluation, edit, rows)
-    with new_file(kept) as temporary:  # last: what it stands for is all there
+    with new_file(kept) as temporary:  # written last, so that it marks a complete evaluation
         write_json(temporary, {"key": key, "figures": evaluation.as_dict()})
 
 
@@ -121,6 +121,6 @@ def _report(
 
 
 def _key(editor: Path, records: Sequence[Record]) -> str:
-    """What an evaluation depends on."""
+    """A key that identifies an evaluation by its inputs."""
     weights = hashlib.blake2b((editor / "editor.safetensors").read_bytes(), digest_size=8).hexdigest()
     return f"{__version__}/{weights}/{digest(records)}/{EXAMPLE}"

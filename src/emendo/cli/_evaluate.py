@@ -42,7 +42,7 @@ _PASSAGES = 8  # of the user's text that are read
 
 @dataclass(frozen=True, slots=True)
 class EvaluateOptions:
-    """The options of the command that change what is measured.
+    """The options of the command that affect the measurement.
 
     Attributes:
         generated: score free generation too.
@@ -104,7 +104,7 @@ class Job:
         editor: makes the edits.
         records: the facts.
         options: how they are measured.
-        unused: counts of what the records' file has and the evaluation does not use, by name.
+        unused: counts of unused fields and records of the file, by name.
     """
 
     lm: LM

@@ -146,7 +146,7 @@ def read(
     skip_bad: bool = False,
     need_paraphrase: bool = True,
 ) -> RecordSet:
-    """Read records, and note how many bad ones were left out, which fields are not read, and what is doubtful.
+    """Read records, and note how many bad ones were left out, which fields are not read, and any doubts about the data.
 
     Raises:
         DataError: see :func:`emendo.data.read_records`.

@@ -41,7 +41,7 @@ class Run:
         options: the same as options of the command: those that were given, and the defaults.
         command: the command that started the run, ``train`` or ``demo``.
         data: digest of the records, once they have been read.
-        result: what the command prints about the run, once it has finished.
+        result: the command's output about the run, once it has finished.
         resuming: whether the run continues an earlier session.
     """
 

@@ -42,7 +42,7 @@ _LETTERS = 90
 
 
 def run(file: File, limit: Limit = None, as_json: opt.AsJson = False) -> None:
-    """Show what a file holds."""
+    """Show the contents of a file."""
     figures = _figures(file, limit)
     if as_json:
         emit(figures)
@@ -51,7 +51,7 @@ def run(file: File, limit: Limit = None, as_json: opt.AsJson = False) -> None:
 
 
 def _figures(source: str, limit: int | None) -> dict[str, Any]:
-    """What is known about a source, for ``--json``."""
+    """The figures of a source, for ``--json``."""
     from emendo.data import stream_records
     from emendo.data.schema import CONSEQUENCES, count_reasons
 

@@ -79,7 +79,7 @@ def mquake(fields: Fields) -> Record:
     """MQuAKE (Zhong et al. 2023), also with AKEW's additions.
 
     The questions of the case become one-hop consequences where the chain has two facts, else two-hop ones. A case with
-    several rewrites asks what follows from all of them at once, which is not what a record is: one edit.
+    several rewrites asks for consequences of all of them at once, but a record is a single edit.
     """
     rewrites = fields.get("requested_rewrite")
     if not isinstance(rewrites, list) or len(rewrites) != 1:
@@ -116,7 +116,7 @@ def _rewritten(fields: Fields, rewrite: Fields) -> Record:
 
 
 def ripple(fields: Fields) -> Record:
-    """RippleEdits (Cohen et al. 2024): an edit as a sentence, and lists of queries on what it implies.
+    """RippleEdits (Cohen et al. 2024): an edit as a sentence, and lists of queries about its consequences.
 
     The sentence, "The name of the spouse of X is Y.", is cut where the phrase of its relation ends. Where that phrase
     stands more than once, the sentence of the original fact decides, else the last one counts. The first answer of a
@@ -196,7 +196,7 @@ def _queries(fields: Fields, key: str) -> Iterator[tuple[str, str]]:
 
 
 def dune(fields: Fields) -> Record:
-    """DUNE (Akyürek et al. 2023): an edit as a statement, and queries on what it implies.
+    """DUNE (Akyürek et al. 2023): an edit as a statement, and queries about its consequences.
 
     A statement "A = B" is the prompt "A =" with the target "B", and its query a one-hop consequence. Other statements
     have no prompt, and are not read: the first query with its answer is the edit, and the others are its consequences.

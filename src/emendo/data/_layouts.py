@@ -32,7 +32,7 @@ class Layout:
         neighbours: pairs of fields, with a prompt of the same relation and its answer.
         unrelated: pairs of fields, with any other prompt and its answer.
         consequences: kind, and the fields with a prompt and its answer after the edit.
-        build: makes a record of what the other attributes cannot describe.
+        build: makes a record that the other attributes cannot describe.
     """
 
     name: str
@@ -105,7 +105,7 @@ _PORTABILITY_GROUPS: dict[str, ConsequenceKind] = {
     "Logical_Generation": "reversed",
     "inverse_relation": "reversed",
 }
-"""What the groups of a nested ``portability`` are called, and the kinds of their prompts."""
+"""Names of the groups in a nested ``portability``, and the kinds of their prompts."""
 
 
 def _portability(fields: Fields) -> Iterator[Consequence]:
@@ -216,7 +216,7 @@ KNOWN = (
     "and 'ans' (WikiBigEdit), 'question' and 'answer' (UnKE), 'question' and 'object' (HalluEditBench), or 'edit' and "
     "'Compositionality_I' (RippleEdits)"
 )
-"""What a record can look like, for an error message."""
+"""The forms of a record, for an error message."""
 
 
 def find_layout(raw: Mapping[str, object]) -> Layout | None:

@@ -231,7 +231,7 @@ def _line(decoder: Decoder, content: bytes, name: str, line: int, item: int, sta
 
 
 def _array(window: Window) -> Iterator[Raw]:
-    """The items of a JSON array; what follows a syntax error cannot be read, so that is always fatal."""
+    """The items of a JSON array. A syntax error is always fatal, since the rest cannot be read."""
     window.peek()
     window.skip()
     item = 0

@@ -59,7 +59,7 @@ def read_records(
         source: ``"atlas"`` for the built-in facts, the path of a file (``"./atlas"`` for one of that name), or ``"-"``
             for standard input.
         split: a part of the built-in facts (``"train"``, ``"validation"`` or ``"test"``); None for all of them.
-        limit: stop after this many records; what follows them in the file is not read.
+        limit: stop after this many records; the rest of the file is not read.
         skip_bad: leave records with problems out and list the problems in ``RecordSet.skipped``.
         need_paraphrase: whether a record without a paraphrase has a problem.
 

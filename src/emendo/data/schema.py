@@ -1,4 +1,4 @@
-"""Records, the problems that a file of them can have, and what was read from one source."""
+"""Records, the problems of a record file, and the set of records read from one source."""
 
 from __future__ import annotations
 

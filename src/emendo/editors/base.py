@@ -1,4 +1,4 @@
-"""What every editor is.
+"""The base class of all editors.
 
 A method is a subclass in a file of its own, with a frozen dataclass of settings, and one line in
 :data:`emendo.editors.EDITORS`:

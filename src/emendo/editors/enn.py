@@ -17,7 +17,7 @@ Where papers and official codes differ, and what is done here:
 
 1. ``eta``: starts at 1e-2 and is learned in the MEND paper; in its code it hardly moves (as MEND's alpha). Here: its
    logarithm is learned, so that a step never turns into an ascent, in a parameter group of its own.
-2. ``c_base`` scales what the MEND code logs, but not the gradient. Here: both.
+2. In the MEND code ``c_base`` scales the logged loss but not the gradient. Here it scales both.
 3. ``l_e``: NLL in the MEND comparison; in Sinitsin et al. a hinge that is 0, and stops the steps, once the target is
    the most likely answer. Here: either, averaged over the answer's tokens; where it is 0 further steps change nothing.
 4. Trained: all parameters in the MEND comparison, ``trains="all"``. Also here: ``trains="suffix"``, without the blocks

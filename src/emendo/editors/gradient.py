@@ -110,7 +110,7 @@ class GradientEditor(Editor):
     def look_ahead(
         self, store: TrunkCache, batches: Sequence[Sequence[Episode]], window: Sequence[Episode] = ()
     ) -> list[Ahead]:
-        """Compute for several steps at once what does not depend on the editor's parameters.
+        """Compute, for several steps at once, everything that does not depend on the editor's parameters.
 
         The factors of the edits and the unedited model's answers to the locality texts stay the same while the editor
         learns. Texts of several steps make batches of similar length, which halves the padding and keeps the matrix

@@ -53,7 +53,7 @@ class Attachment:
         self._stack = stack
 
     def detach(self) -> None:
-        """Detach the edit. The model is bit for bit what it was before; calling this again does nothing."""
+        """Detach the edit. The model is bit for bit the same as before; calling this again does nothing."""
         self._stack.close()
 
     def __enter__(self) -> Attachment:

@@ -6,7 +6,7 @@ ruin a model that each of them leaves intact. Fusing solves, for each matrix::
     min over dW    sum_i ||dW x_i - y_i||^2  +  keep * mean_j ||dW p_j||^2
 
     x_i     the matrix's input at the edits' prompts and targets, and at paraphrases where they are given
-    y_i     what the edit of row i adds there when it is applied alone, dW_e x_i
+    y_i     the output that the edit of row i adds there when applied alone, dW_e x_i
     p_j     the matrix's input at running text and at built-in facts, where nothing should change
 
     dW = Y^T X (X^T X + keep * P^T P / n)^-1
@@ -149,7 +149,7 @@ def _second_moments(store: TrunkCache, texts: Sequence[Text]) -> dict[str, Tenso
 def _targets(
     lm: LM, store: TrunkCache, edits: Sequence[Edit], texts: Sequence[Sequence[Text]]
 ) -> dict[str, Tensor]:
-    """For each matrix, what each edit adds at its own texts when it is applied alone."""
+    """For each matrix, the output that each edit adds at its own texts when applied alone."""
     d_out = {name: len(delta.left) for edit in edits for name, delta in edit.deltas.items()}
     found: dict[str, list[Tensor]] = {}
     for edit, own in zip(edits, texts, strict=True):

@@ -172,7 +172,7 @@ def prove(edit: Edit, lm: LM, folder: str | Path, prompts: Sequence[str] | None 
     with edit.applied(lm):
         expected = lm.next_logits(prompts)
     with _sharing_copy(lm.model) as twin, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they say is checked below
+        warnings.simplefilter("ignore")  # their content is checked below
         try:
             PeftModel.from_pretrained(twin, str(folder)).eval()
             wrong = _wrong_module(edit, twin)

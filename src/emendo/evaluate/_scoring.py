@@ -2,7 +2,7 @@
 
 Trunk outputs and the clean model's continuations are computed once for many prompts. Their batches are fixed beforehand
 from all prompts of an evaluation, and each is computed when the first of its items is needed, so that the value of an
-item never depends on what was needed before it.
+item never depends on earlier requests.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a model answers before and after an edit, prompt by prompt."""
+"""A model's answers before and after an edit, prompt by prompt."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def bootstrap_interval(
     """A statistic of sums over facts, with the 95% percentile interval of a bootstrap over the facts.
 
     Args:
-        rows: ``[facts, columns]``, what each fact adds to the sums.
+        rows: ``[facts, columns]``, the terms that each fact adds to the sums.
         statistic: float64 sums ``[..., columns]`` to values ``[...]``, such as a difference of two ratios.
         draws: the number of resamples.
         seed: of the resampling.

@@ -72,13 +72,13 @@ def answer_match(continuation: str, target: str) -> bool:
     """Whether a generated continuation begins with the target, as whole words.
 
     Both are normalised. Quotes, brackets, dashes and markup before the answer do not matter, nor does punctuation
-    at the target's end; all other punctuation does. After the target the continuation must end or go on with
-    something that is neither a letter nor a digit, and a number must not go on as a number: ``"Paris"`` is matched
-    by ``" Paris, the"`` and ``" paris"``, not by ``" Parisian"``; ``"5"`` is not matched by ``" 5.2"``.
+    at the target's end; all other punctuation does. The target must be followed by the end of the text or by a
+    character that is neither a letter nor a digit, and a number must not continue as a number: ``"Paris"`` is
+    matched by ``" Paris, the"`` and ``" paris"``, not by ``" Parisian"``; ``"5"`` is not matched by ``" 5.2"``.
 
     Args:
-        continuation: what the model wrote after the prompt.
-        target: what it should have written.
+        continuation: the text that the model generated after the prompt.
+        target: the expected text.
     """
     text = normalise(continuation).lstrip(_OPENING)
     wanted = normalise(target).lstrip(_OPENING)
@@ -109,12 +109,12 @@ def first_answer(continuation: str) -> str:
 def full_match(continuation: str, target: str) -> bool:
     """Whether a generated answer is the target and nothing else, from its beginning to its natural stop.
 
-    Case, quotes and punctuation around do not matter; a target that the answer goes on from does not match:
+    Case, quotes and surrounding punctuation do not matter; an answer that continues after the target does not match:
     ``"New York"`` is matched by ``" new york. It is"``, not by ``" New York City"`` or ``" New York, which"``.
 
     Args:
-        continuation: what the model wrote after the prompt.
-        target: what it should have written.
+        continuation: the text that the model generated after the prompt.
+        target: the expected text.
     """
 
     def bare(text: str) -> str:
@@ -133,9 +133,9 @@ def full_match(continuation: str, target: str) -> bool:
 def same_answer(before: str, after: str, answer: str) -> bool:
     """Whether two continuations begin with the same words, as many as the stored answer has.
 
-    This is to locality what :func:`answer_match` is to success: it looks at the place of the answer and at no more.
+    The counterpart of :func:`answer_match` for locality: it compares the place of the answer and nothing after it.
     Words are compared normalised and without punctuation around them; the answer itself need not be among them,
-    because what counts is that the edit changed nothing.
+    because locality only asks whether the edit changed anything.
 
     Args:
         before: the clean model's continuation.

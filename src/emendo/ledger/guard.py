@@ -104,7 +104,7 @@ class Guard:
 
     Args:
         stack: the model and the edits of its ledger.
-        probes: what must not change.
+        probes: prompts and text that must not change.
     """
 
     def __init__(self, stack: EditStack, probes: Probes) -> None:

@@ -1,4 +1,4 @@
-"""Probes: prompts and a plain text on which an edit must not change the model."""
+"""Probes: measuring the model on prompts and a plain text that an edit must not affect."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PASSAGE = (
 
 @dataclass(frozen=True, slots=True)
 class Probes:
-    """What an edit must not change.
+    """Prompts and a text on which an edit must not change the model.
 
     Attributes:
         prompts: prompts with their answers; the model is compared at the answer's tokens. With an empty answer it is

@@ -208,7 +208,8 @@ class Workspace:
         """Take one edit off, at any position, and measure those that remain.
 
         The weights are exactly those of the base model with the other edits. Edits that were made while this one was
-        active (:meth:`~emendo.ledger.store.Ledger.later_upon`) may rely on it; the measurement shows what holds.
+        active (:meth:`~emendo.ledger.store.Ledger.later_upon`) may rely on it; the measurement shows
+        which of them still hold.
 
         Raises:
             RequestError: it is not active.

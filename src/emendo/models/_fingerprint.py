@@ -43,7 +43,7 @@ _COSMETIC = {
     "transformers_version",
     "use_cache",
 }
-"""Fields of a config that do not affect what the loaded weights compute; so are those that begin with "_"."""
+"""Fields of a config that do not affect the model's outputs; nor do those that begin with "_"."""
 
 _PROBE = (
     "The 3 quick brown foxes aren't at 12,345.67 km/h — they said: \"Don't\" (v2.0)!\n\n\tdef f(x_1): return {x: 'é'}  "
@@ -102,7 +102,7 @@ def same_model(one: str, other: str) -> bool:
 
 
 def difference(one: str, other: str) -> str:
-    """What differs between two fingerprints, in words."""
+    """The difference between two fingerprints, in words."""
     names = ("The weights differ", "The weights differ", "The config differs", "The tokenizer differs")
     parts = zip(names, one.split("-"), other.split("-"), strict=False)
     return next((words for words, a, b in parts if a != b), "Nothing differs")
@@ -175,7 +175,7 @@ def _settings(value: Any) -> Any:
 
 
 def _rules(tokenizer: Any) -> dict[str, Any]:
-    """What a tokenizer does with a text, apart from its whole vocabulary."""
+    """A tokenizer's behaviour, apart from its whole vocabulary."""
     special = tokenizer.special_tokens_map.items()
     return {
         "special": {name: str(token) for name, token in special if name != "pad_token"},

@@ -1,4 +1,4 @@
-"""A language model with its tokenizer: what it reads and what it answers, whatever its kind."""
+"""A language model with its tokenizer: one interface for its inputs and answers, whatever its kind."""
 
 from __future__ import annotations
 

@@ -369,7 +369,7 @@ def _convert(source: Path, file: str, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no warnings from transformers; emendo raises what matters."""
+    """No progress bars and no warnings from transformers; emendo raises errors of its own."""
     level = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

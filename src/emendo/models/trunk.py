@@ -316,7 +316,7 @@ def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
 
 
 def _output_of(module: nn.Module, run: Callable[[], object]) -> Any:
-    """What a module returns in a pass, which stops there."""
+    """The output of a module in a pass that stops there."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         raise _Stop(output)

@@ -34,7 +34,7 @@ _LABELS = 48
 class TrunkCache:
     """Caches the trunk's output ``hidden [tokens, width]`` of every text.
 
-    For locality texts it also caches what a loss needs of the unedited model's answers: for each label an ``Expected``,
+    For locality texts it also caches the unedited model's answers as a loss needs them: for each label an ``Expected``,
     or where that does not apply, the input of the vocabulary projection. Both are far smaller than the logits.
 
     Args:
@@ -49,7 +49,7 @@ class TrunkCache:
 
     @cached_property
     def _unedited(self) -> RowCache:
-        """The unedited answers, keyed by what a text's labels depend on; in float32 at least."""
+        """The unedited answers, keyed by the inputs of a text's labels; in float32 at least."""
         dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         name = "unedited" if self.trunk.projection is None else "expected"
         return RowCache(
@@ -176,7 +176,7 @@ class TrunkCache:
 
 
 def _label_inputs(text: Text) -> tuple[int, ...]:
-    """What the rows at a text's labels depend on: all tokens but the last, which is only predicted."""
+    """The inputs of the rows at a text's labels: all tokens but the last, which is only predicted."""
     return (text.start, len(text.source), *text.source, *text.inputs)
 
 
@@ -186,7 +186,7 @@ class RowCache:
     A file ``NAME.bin`` holds rows, memory-mapped; ``NAME.npz`` beside it lists the text of each.
 
     Args:
-        inputs: what the rows of a text depend on; texts with equal inputs share their rows.
+        inputs: maps a text to the inputs of its rows; texts with equal inputs share their rows.
         count: the number of rows of a text.
         dtype: of the rows.
         folder: where to keep them between runs; None keeps them in memory only.

@@ -89,7 +89,7 @@ def _timed(figures: Mapping[str, Any]) -> str:
 
 
 def damage(figures: Mapping[str, Any]) -> Table | None:
-    """What the edits changed away from their facts; None where it was not measured."""
+    """The effect of the edits away from their facts; None if it was not measured."""
     if not figures.get("damage"):
         return None
     columns = [Column("away from the edited facts"), Column("clean model", "number", NO_NUMBER)]

@@ -157,7 +157,7 @@ def _harmful(edits: Sequence[Result]) -> Table:
     order = sorted(edits, key=lambda result: -harm(result))
     rows = [(r.outcomes[0].prompt, r.outcomes[0].answer, r.damage["perplexity"]) for r in order[:_WORST]]
     columns = (Column("edit"), Column("target"), Column("perplexity", "number"))
-    return Table(columns, rows, "The edits that did most to plain text")
+    return Table(columns, rows, "The edits that harm plain text most")
 
 
 def _sequence(found: SequentialEvaluation) -> dict[str, Any]:

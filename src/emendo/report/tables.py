@@ -66,7 +66,7 @@ class Cell:
     Attributes:
         value: the raw value.
         kind: how it is formatted.
-        aside: text that follows it, set back.
+        aside: text that follows it, dimmed.
         tone: its colour.
     """
 
@@ -96,7 +96,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A formatted value: its text, what is set back beside it, and its tone."""
+    """A formatted value: its text, the dimmed remark beside it, and its tone."""
 
     text: str
     aside: str = ""
@@ -129,7 +129,7 @@ def right_aligned(column: Column) -> bool:
 
 
 def show_value(value: Any, kind: Kind, missing: str = "-") -> tuple[str, str]:
-    """A raw value as text, and the part of it that is set back (an interval's ends, a standard error).
+    """A raw value as text, and its dimmed part (an interval's ends, a standard error).
 
     Args:
         value: the value; None is shown as ``missing``.
