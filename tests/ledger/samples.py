@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -68,3 +71,16 @@ def ask(file: Path, sql: str) -> list[tuple[object, ...]]:
             return connection.execute(sql).fetchall()
     finally:
         connection.close()
+
+
+@contextmanager
+def as_somebody_else() -> Iterator[None]:
+    """Root may write anywhere, so be nobody for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)

@@ -6,9 +6,7 @@ import contextlib
 import os
 import shutil
 import sqlite3
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from emendo.errors import EmendoError, RequestError, StorageError
 from emendo.ledger import Ledger
 from emendo.ledger import _database as database
 from emendo.ledger import _schema as schema
-from ledger.samples import FINGERPRINT, about, ask, consistent, filled, payload
+from ledger.samples import FINGERPRINT, about, as_somebody_else, ask, consistent, filled, payload
 
 
 @pytest.fixture
@@ -305,29 +303,6 @@ def test_somebody_who_does_not_let_go(file: Path, monkeypatch: pytest.MonkeyPatc
 # ------------------------------------------------------------------------------------ rights
 
 
-@contextmanager
-def _as_somebody_else() -> Iterator[None]:
-    """Root may write anywhere, so be nobody for a while."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.setresuid(65534, 65534, 0)
-    try:
-        yield
-    finally:
-        os.setresuid(0, 0, 0)
-
-
-@pytest.fixture
-def shared() -> Iterator[Path]:
-    """A folder that anybody can reach, unlike ``tmp_path``."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    folder.chmod(0o755)
-    shutil.rmtree(folder)
-
-
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="the rights of POSIX")
 @pytest.mark.parametrize(
     "prepare", [lambda file: None, lambda file: file.chmod(0o666)], ids=["file", "folder"]
@@ -337,7 +312,7 @@ def test_a_read_only_folder_can_be_read(shared: Path, prepare: Callable[[Path], 
     (shared / "ledger.sqlite").chmod(0o444)
     prepare(shared / "ledger.sqlite")
     shared.chmod(0o555)
-    with _as_somebody_else():
+    with as_somebody_else():
         ledger = Ledger.open(shared)
         consistent(ledger)
         assert ledger.head.active == (1, 2)
@@ -350,5 +325,5 @@ def test_a_read_only_folder_can_be_read(shared: Path, prepare: Callable[[Path], 
 def test_nothing_can_be_begun_in_a_read_only_folder(shared: Path) -> None:
     shared.chmod(0o555)
     for place in (shared, shared / "sub"):
-        with _as_somebody_else(), pytest.raises(StorageError, match=r"cannot be opened|Permission denied"):
+        with as_somebody_else(), pytest.raises(StorageError, match=r"cannot be opened|Permission denied"):
             Ledger.create(place, FINGERPRINT, "tiny")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from emendo.ledger import _migrations as migrations
 from emendo.ledger import _schema as tables
 from emendo.ledger._database import Database
 from emendo.ledger._migrations import MIGRATIONS, Migration
-from ledger.samples import FINGERPRINT, about, ask, consistent, filled, payload
+from ledger.samples import FINGERPRINT, about, as_somebody_else, ask, consistent, filled, payload
 
 # The tables of version 1, word for word; never to be changed.
 VERSION_1 = """
@@ -57,10 +59,39 @@ INSERT INTO checks VALUES (1, 1, '2026-11-01', '{"held": 1}');
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
     """The folder of a ledger that version 1 left."""
-    connection = sqlite3.connect(tmp_path / "ledger.sqlite")
+    return left_by_version_1(tmp_path)
+
+
+def left_by_version_1(folder: Path) -> Path:
+    connection = sqlite3.connect(folder / "ledger.sqlite")
     connection.executescript(f"PRAGMA journal_mode = WAL; {VERSION_1} {ROWS_1}")
     connection.close()
-    return tmp_path
+    return folder
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="the rights of POSIX")
+@pytest.mark.parametrize(
+    "modes", [(0o444, 0o777), (0o666, 0o555), (0o444, 0o555)], ids=["file", "folder", "both"]
+)
+def test_an_old_ledger_that_is_read_only(shared: Path, modes: tuple[int, int]) -> None:
+    """A copy is converted and read as the converted ledger is; the file stays as it was."""
+    left_by_version_1(shared)
+    converted = Ledger.open(shutil.copytree(shared, shared / "writable"))
+    file = shared / "ledger.sqlite"
+    before = file.read_bytes()
+    file.chmod(modes[0])
+    shared.chmod(modes[1])
+    with as_somebody_else():
+        ledger = Ledger.open(shared, FINGERPRINT)
+        assert [step.as_dict() for step in ledger.log()] == [step.as_dict() for step in converted.log()]
+        assert ledger.entries() == converted.entries() and ledger.tags() == converted.tags()
+        assert ledger.diff(0, "v1") == converted.diff(0, "v1")
+        assert ledger.load(1) == b"foo"
+        for change in (ledger.undo, lambda: ledger.tag("v2"), lambda: filled(ledger, 1)):
+            with pytest.raises(StorageError, match=rf"{shared}.*read-only"):
+                change()
+        assert ledger.head.id == 1
+    assert file.read_bytes() == before
 
 
 def _colour(connection: Connection) -> None:

@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import NullPool, create_engine, text
 
 from emendo.errors import MismatchError, StorageError
 from emendo.ledger import Ledger
@@ -121,7 +121,15 @@ def test_opening(url: str, server: str) -> None:
     with pytest.raises(StorageError, match="already"):
         Ledger.create(url, FINGERPRINT, "tiny")
     with pytest.raises(StorageError, match="read-only"):
-        Ledger.open(url + "%20-cdefault_transaction_read_only%3Don").undo()
+        Ledger.open(read_only := url + "%20-cdefault_transaction_read_only%3Don").undo()
+    with create_engine(
+        database.locate(url), poolclass=NullPool
+    ).begin() as connection:  # as if it had not been converted yet
+        connection.execute(text("DELETE FROM migrations WHERE name LIKE '0002%'"))
+    with pytest.raises(
+        StorageError, match=r"has to be converted, but the database is read-only\. Open it once"
+    ):
+        Ledger.open(read_only)
     with pytest.raises(StorageError, match="The server cannot be reached"):
         Ledger.open(url.replace(server, "/nowhere"))
 

@@ -9,12 +9,13 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, NullPool, Pool, StaticPool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
 
 from emendo.errors import ConflictError, RequestError, StorageError
@@ -35,6 +36,7 @@ _SUPPORTED = {
     "mariadb": ("mariadb", "mariadb+pymysql", "mariadb+mysqldb", "mariadb+mariadbconnector"),
 }
 _FULL = "The disk is full; the ledger is as it was before this step. Free some space and try again"
+_READ_ONLY = ("readonly", "read-only")
 _MESSAGES = (  # part of a database's error message, in lower case -> the message of the StorageError
     ("readonly", "It cannot be written: the file or its folder is read-only"),
     ("read-only", "It cannot be written: the database is read-only"),
@@ -109,6 +111,10 @@ def file_of(url: URL) -> Path | None:
     return Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
 
 
+class ReadOnlyError(StorageError):
+    """The database cannot be written."""
+
+
 class Database:
     """Connections for one transaction each: nothing is held between steps, nor across a fork.
 
@@ -131,6 +137,36 @@ class Database:
             self._engine = _sqlite_engine(url, partial(_connect, self._file, create))
         else:
             self._engine = _server_engine(url, self.name)
+
+    def converted_copy(self, convert: Callable[[Database], None]) -> Database:
+        """A private copy of SQLite's file, converted; it can be read, and the file stays as it is.
+
+        Args:
+            convert: changes the copy.
+
+        Raises:
+            StorageError: the file cannot be read; or the database is on a server, so that nothing is copied.
+        """
+        if self._file is None:
+            raise StorageError(
+                f"The ledger at {self.name} is of an older emendo and has to be converted, but the database is "
+                "read-only. Open it once as a user who may write to it: emendo log --ledger URL"
+            )
+        memory = sqlite3.connect(
+            "", isolation_level=None, check_same_thread=False
+        )  # on disk where it is large
+        try:
+            with closing(_connect(self._file, False)) as source:
+                source.backup(memory)
+        except sqlite3.Error as error:
+            raise StorageError(
+                f"The ledger at {self.name}: {self._message(str(error))}. ({error})"
+            ) from error
+        twin = copy(self)
+        twin._engine = _sqlite_engine(URL.create("sqlite"), lambda: memory, StaticPool)
+        convert(twin)
+        memory.execute("PRAGMA query_only = ON")
+        return twin
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -171,7 +207,8 @@ class Database:
             raise
         except DBAPIError as error:
             text = str(error.orig).strip()
-            raise StorageError(f"The ledger at {self.name}: {self._message(text)}. ({text})") from error
+            kind = ReadOnlyError if any(word in text.lower() for word in _READ_ONLY) else StorageError
+            raise kind(f"The ledger at {self.name}: {self._message(text)}. ({text})") from error
         except (OverflowError, UnicodeDecodeError) as error:  # a number or a text of a damaged row
             raise StorageError(
                 f"The ledger at {self.name} is damaged; restore a copy of it. ({error})"
@@ -227,8 +264,8 @@ def _connect(file: Path, create: bool) -> sqlite3.Connection:
     return connection
 
 
-def _sqlite_engine(url: URL, connect: Any) -> Engine:
-    engine = create_engine(url, creator=connect, poolclass=NullPool, hide_parameters=True)
+def _sqlite_engine(url: URL, connect: Any, pool: type[Pool] = NullPool) -> Engine:
+    engine = create_engine(url, creator=connect, poolclass=pool, hide_parameters=True)
 
     @event.listens_for(engine, "begin")  # the driver's own transactions exclude DDL and lock too late
     def _begin(connection: Connection) -> None:

@@ -20,7 +20,7 @@ from emendo.errors import ConflictError, MismatchError, RequestError, StorageErr
 from emendo.ledger import _migrations as migrations
 from emendo.ledger import _queries as queries
 from emendo.ledger import _schema as schema
-from emendo.ledger._database import Database, Where
+from emendo.ledger._database import Database, ReadOnlyError, Where
 from emendo.ledger._queries import Plan
 from emendo.ledger._schema import About, Check, Entry, NewEntry, Operation, Period, State, Tag
 
@@ -103,7 +103,7 @@ class Ledger:
 
     @classmethod
     def open(cls, where: Where, fingerprint: str | None = None) -> Self:
-        """Open a ledger; one of an older emendo is converted first.
+        """Open a ledger; one of an older emendo is converted first, or a copy of it where its file is read-only.
 
         Args:
             where: as in :meth:`create`.
@@ -116,8 +116,11 @@ class Ledger:
         database = Database(where)
         with database.reading() as connection:
             missing = migrations.missing(connection)
-        while missing:
-            missing = database.write(_migrate_once)
+        if missing:
+            try:
+                _convert(database)
+            except ReadOnlyError:
+                database = database.converted_copy(_convert)
         row = None
         if missing is not None:
             with database.reading() as connection:
@@ -467,6 +470,11 @@ class Ledger:
     def _active(self, operation: int) -> tuple[int, ...]:
         with self._database.reading() as connection:
             return queries.active(connection, operation)
+
+
+def _convert(database: Database) -> None:
+    while database.write(_migrate_once):
+        pass
 
 
 def _migrate_once(connection: Connection) -> list[migrations.Migration] | None:
