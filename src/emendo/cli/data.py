@@ -8,10 +8,11 @@ from itertools import chain, islice, zip_longest
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output
+from emendo.cli._tables import print_table
+from emendo.report.tables import Column, Table
 
 HELP = """Show how a file of records is understood, before anything is trained on it.
 
@@ -89,22 +90,20 @@ def _show(figures: dict[str, Any]) -> None:
     console = output()
     records = _plural(figures["records"], "record")
     console.print(f"{figures['source']}: {records} in the layout of {figures['layout']}.\n", soft_wrap=True)
-    console.print(_counts(figures))
+    print_table(_counts(figures))
     for line in (*_doubts(figures), *_first_records(figures)):
         console.print(line, soft_wrap=True)
 
 
 def _counts(figures: dict[str, Any]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_row("paraphrases", f"{figures['paraphrases']:,}")
-    table.add_row("records without a paraphrase", f"{figures['without_paraphrase']:,}")
-    table.add_row("locality, same relation", f"{figures['neighbours']:,}")
-    table.add_row("locality, unrelated", f"{figures['unrelated']:,}")
-    for kind, count in figures["consequences"].items():
-        table.add_row(f"portability, {kind.replace('_', ' ')}", f"{count:,}")
-    return table
+    rows = [
+        ("paraphrases", figures["paraphrases"]),
+        ("records without a paraphrase", figures["without_paraphrase"]),
+        ("locality, same relation", figures["neighbours"]),
+        ("locality, unrelated", figures["unrelated"]),
+        *((f"portability, {kind.replace('_', ' ')}", n) for kind, n in figures["consequences"].items()),
+    ]
+    return Table((Column(""), Column("", "count")), rows)
 
 
 def _doubts(figures: dict[str, Any]) -> Iterator[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.table import Table
-
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, output
+from emendo.cli._tables import print_table
+from emendo.report.tables import Column, Table
 
 HELP = """Show the weight matrices that can be edited, and the memory that it takes.
 
@@ -60,14 +60,16 @@ def run(
 
 def _show(figures: dict[str, Any]) -> None:
     console, memory = output(), figures["memory"]
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for heading in ("site", "inputs", "outputs", "weights", "part"):
-        table.add_column(heading, justify="left" if heading in ("site", "part") else "right", no_wrap=True)
-    for site in figures["sites"]:
-        part = "attention" if site["attention"] else "mlp"
-        weights = f"{site['d_in'] * site['d_out']:,}"
-        table.add_row(site["name"], str(site["d_in"]), str(site["d_out"]), weights, part)
-    console.print(table)
+    columns = (
+        Column("site"),
+        *(Column(name, "count") for name in ("inputs", "outputs", "weights")),
+        Column("part"),
+    )
+    rows = [
+        (s["name"], s["d_in"], s["d_out"], s["d_in"] * s["d_out"], "attention" if s["attention"] else "mlp")
+        for s in figures["sites"]
+    ]
+    print_table(Table(columns, rows))
     editor = figures["editor"]
     console.print(
         f"\n{len(figures['sites'])} weight matrices; a {editor['name']} editor for them has {editor['parameters']:,} "

@@ -248,7 +248,7 @@ def record(connection: Connection, change: Change, step: Operation) -> None:
 
 def plan_apply(data: bytes, about: NewEntry) -> Plan:
     """Activate an edit after the others; its bytes and description are stored if they are new."""
-    digest = sha256(data)
+    digest = hashlib.sha256(data).hexdigest()
 
     def plan(connection: Connection, head: Operation) -> Change:
         id = connection.scalar(select(schema.edits.c.id).where(schema.edits.c.digest == digest))
@@ -368,11 +368,6 @@ def _batches(values: Iterable[T], size: int = _BATCH) -> Iterator[list[T]]:
 def prompt_digest(prompt: str) -> str:
     """A hash that prompts share which differ in case, spacing or Unicode form only."""
     return hashlib.sha256(normalised(prompt).encode(errors="surrogatepass")).hexdigest()[:32]
-
-
-def sha256(data: bytes) -> str:
-    """The SHA-256 of some bytes, in hex."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def now() -> str:
