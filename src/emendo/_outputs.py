@@ -1,8 +1,9 @@
 """The one rule for every path that a command writes to.
 
-An output replaces only what emendo itself wrote there as the same kind of output, and only if the user allows it. It
-is never an input of the command, the model or its ledger, a folder that contains one of them, or a place inside one.
-The user's own files beside those of emendo are never touched. Symbolic links are followed.
+An output replaces only what emendo itself wrote there as the same kind of output: a folder only with --overwrite, a
+single file (a report, a plot) at once. Anything else is never replaced, with --overwrite or without. An output is never
+an input of the command, the model or its ledger, a folder that contains one of them, or a place inside one. The user's
+own files beside those of emendo are never touched. Symbolic links are followed.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def claim(
         kind: its kind.
         inputs: what the command reads: the model, its ledger, edits, editors, files. Names that are no path, and None,
             are passed over.
-        overwrite: replace an older output of the same kind. A single file, such as a report, needs no permission.
+        overwrite: replace an older folder of the same kind. A single file, such as a report, needs no permission.
 
     Returns:
         The path, with links followed.
@@ -73,7 +74,8 @@ def claim(
             return real
         if not _is_own(kind, real):
             raise StorageError(
-                f"{path} already holds something that is not emendo's, or not {kind.name}; choose another path."
+                f"{path} already holds something that is not emendo's, or not {kind.name}, and is never replaced: "
+                "choose another path, or move it away first."
             )
         if kind.files and not overwrite:
             raise StorageError(

@@ -209,6 +209,9 @@ def test_a_report_replaces_only_a_report(emendo_command: Emendo, place: Place) -
             or "which this command reads" in said.err
             or "not a regular" in said.err
         )
+        assert said.err.count("hoose another path") == 1
+    foreign = emendo_command(*words, "--report", mine, code=2).err
+    assert "never replaced: choose another path, or move it away first." in foreign
     emendo_command(*words, "--report", place.model / "page.html", code=2)
     assert tree(place.root) == before
     for _ in range(2):

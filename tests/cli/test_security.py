@@ -1,4 +1,10 @@
-"""What SECURITY.md promises: reading a file never runs code, and no command changes a model's weights."""
+"""What SECURITY.md promises of files that may come from anybody.
+
+Its other promises are tested where they are kept: shapes and checksums in tests/edits/test_mutations.py, a model's
+``ledger.json`` and passwords in tests/ledger/test_place.py, the size of records, pipes and devices in
+tests/data/test_reader.py, what reaches a terminal in tests/cli/test_console.py, cards in tests/edits/test_card.py,
+pages in tests/report, and what may be replaced in tests/cli/test_outputs.py.
+"""
 
 from __future__ import annotations
 
@@ -84,3 +90,56 @@ def test_the_weights_of_a_model_are_never_changed(
     emendo_command("generate", "--model", own, "x")
     emendo_command("undo", "--model", own)
     assert {file.name: file.read_bytes() for file in own.iterdir() if file.is_file()} == before
+
+
+DEEP = {"lists": ("[", "]"), "objects": ('{"a":', "}")}
+PLACES = (
+    "records.jsonl",
+    "edit/edit.json",
+    "editor/editor.json",
+    "adapter/adapter_config.json",
+    "model/config.json",
+)
+
+
+@pytest.mark.parametrize("depth", [200, 100_000])
+@pytest.mark.parametrize("shape", DEEP)
+@pytest.mark.parametrize("place", [*PLACES, "model/emendo-ledger/ledger.json"])
+def test_values_nested_to_any_depth(
+    emendo_command: Emendo, place: str, shape: str, depth: int, model: Path, tmp_path: Path
+) -> None:
+    """As a whole file, and as a field that nobody knows: one message, or the record without the field."""
+    shutil.copytree(model, tmp_path / "model")
+    file = tmp_path / place
+    file.parent.mkdir(exist_ok=True, parents=True)
+    begin, end = DEEP[shape]
+    deep = begin * depth + ("1" if shape == "objects" else "") + end * depth
+    commands: dict[str, tuple[object, ...]] = {
+        "records.jsonl": ("data", file),
+        "edit/edit.json": ("generate", "--edit", file.parent, "x"),
+        "editor/editor.json": ("edit", "--editor", file.parent, "x", "y"),
+        "adapter/adapter_config.json": (
+            "import",
+            file.parent,
+            "--model",
+            tmp_path / "model",
+            "--out",
+            tmp_path / "out",
+        ),
+        "model/config.json": ("sites", file.parent),
+        "model/emendo-ledger/ledger.json": ("log", "--model", tmp_path / "model"),
+    }
+    file.write_text(deep)
+    said = emendo_command(*commands[place], code=2)
+    assert said.out == "" and said.err.startswith("Error: ") and len(said.err) < 2_000
+    if place == "records.jsonl":
+        for record in (
+            {"more": "DEEP"},
+            {"target": "DEEP"},
+            {"paraphrases": "DEEP"},
+            {"unrelated": ["DEEP"]},
+        ):
+            file.write_text(json.dumps({"prompt": "p", "target": "t", **record}).replace('"DEEP"', deep))
+            code = 0 if "more" in record and depth < 1_000 else 2
+            shown = emendo_command("data", file, code=code).err
+            assert code == 0 or shown.startswith("Error: ")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from emendo.data import Probe, Record
 from emendo.errors import StorageError
 from emendo.report.html import render_report, write_report
 from evaluate.samples import edit, evaluation, history, rows
@@ -96,6 +98,68 @@ def test_everything_is_escaped() -> None:
     assert "&lt;script&gt;alert" in page
     assert "{{ 7 * 7 }}" in read(page)
     assert page.count("<script>") == 1
+
+
+class Structure(HTMLParser):
+    """The tags of a page with their attributes, and the markup that is no tag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[object] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        links = [value for name, value in attrs if name in ("href", "src", "style") or name.startswith("on")]
+        self.found.append((tag, [name for name, _ in attrs], links))
+
+    def handle_comment(self, data: str) -> None:
+        self.found.append("comment")  # matplotlib's, with the text of a label
+
+    handle_decl = handle_pi = unknown_decl = handle_comment
+
+
+def structure(text: str) -> list[object]:
+    """The structure of a page in which every text that data can bring is this one."""
+    found = evaluation(prompt=text, answer=text, text_before=text, text_after=text, other=text)
+    record = Record(
+        text, text, text, text, "id" + text, (text,), (Probe(text, text),), (Probe(text, text),), text
+    )
+    found = replace(
+        found,
+        results=tuple(replace(result, record=record) for result in found.results),
+        protocol=dict.fromkeys(found.protocol, text),
+    )
+    page = render_report(
+        info={"title": text, "command": text, "model": text, "b": {"c": text}, "d": [text]},
+        evaluation=found,
+        edit=edit(text, text),
+        rows=[replace(row, target=text, answer=text) for row in rows(text, text)],
+        norms={text: 0.01},
+        history=history(),
+    )
+    parser = Structure()
+    parser.feed(page)
+    return [one for one in parser.found if not (isinstance(one, tuple) and one[0] in SHAPES)]
+
+
+SHAPES = ("path", "use", "defs", "clippath", "rect", "g")  # how a plot draws the letters of a text
+
+
+HOSTILE = (
+    NASTY,
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</td></table></script><script>alert(1)</script>",
+    "<!-- ",
+    "]]><![CDATA[",
+    "javascript:alert(1)",
+    "&lt;b&gt; &#60;b&#62;",
+    "{% include 'report.html.j2' %}{{ info }}",
+    "</style><style>*{background:url(https://x.org)}",
+)
+
+
+def test_no_text_adds_to_the_structure_of_a_page() -> None:
+    assert structure(" ".join(HOSTILE)) == structure("word")
 
 
 def test_plots_take_the_pages_colour() -> None:

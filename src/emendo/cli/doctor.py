@@ -29,7 +29,11 @@ Examples:
 
 Plot = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE", help="Plot the health over the steps, as .png or .svg."),
+    typer.Option(
+        "--plot",
+        metavar="FILE",
+        help="Plot the health over the steps, as .png or .svg; an older plot of emendo is replaced.",
+    ),
 ]
 
 

@@ -115,7 +115,11 @@ Out = Annotated[
 ]
 Report = Annotated[
     Path | None,
-    typer.Option("--report", metavar="FILE", help="Also write a page with plots and every record (HTML)."),
+    typer.Option(
+        "--report",
+        metavar="FILE",
+        help="Also write a page with plots and every record (HTML); an older page of emendo is replaced.",
+    ),
 ]
 
 
