@@ -13,12 +13,12 @@ from rich.text import Text
 
 from emendo._storage import new_file, read_json, write_json
 from emendo._version import __version__
-from emendo.cli._before_after import UNRELATED, make_edit
 from emendo.cli._console import note, output
 from emendo.cli._progress import show_progress
 from emendo.cli._runs import Run, digest
 from emendo.cli._tables import before_after
 from emendo.cli._tables import evaluation as print_evaluation
+from emendo.cli.edit import UNRELATED, make_edit
 from emendo.data import Probe, Record
 from emendo.data.abilities import PASSAGES
 from emendo.editors import Editor

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +13,12 @@ from emendo._outputs import EDIT
 from emendo.cli import _ledger as keep
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, note, output
+
+if TYPE_CHECKING:
+    from emendo.editors import Editor
+    from emendo.edits import BaseEdit, Request
+    from emendo.evaluate import Question, Row
+    from emendo.models.lm import LM
 
 HELP = """Make one edit: the model's answer to PROMPT becomes TARGET.
 
@@ -25,6 +32,13 @@ Examples:
   emendo edit --editor ft "The capital of Australia is" "Canberra"
   emendo edit --editor runs/demo "The capital of Australia is" "Canberra" --apply
 """
+
+UNRELATED = (
+    "Water is made of hydrogen and",
+    "The chemical symbol of oxygen is",
+    "The author of Romeo and Juliet is William",
+)
+"""Prompts whose answers no usual edit should change."""
 
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="The text before the answer.")]
 Target = Annotated[str, typer.Argument(metavar="TARGET", help="The new answer.")]
@@ -76,7 +90,6 @@ def run(
     """Make an edit."""
     from contextlib import nullcontext
 
-    from emendo.cli._before_after import UNRELATED, make_edit
     from emendo.cli._loading import MethodOptions, load_editor, unescaped
     from emendo.cli._paths import claim
     from emendo.cli._tables import before_after, rows_as_dicts
@@ -139,3 +152,35 @@ def run(
             f"Saved in {out}. Try it: {shlex.join(command)}",
             soft_wrap=True,
         )
+
+
+def make_edit(
+    lm: LM, editor: Editor, request: Request, questions: Sequence[Question]
+) -> tuple[BaseEdit, list[Row]]:
+    """An edit with its figures in its card, and the model's answers before and after it.
+
+    Where no weights change, the edit's rank and norm are 0.
+
+    Raises:
+        RequestError: a text does not fit the model, or the edit holds NaN or infinite numbers.
+        MismatchError: the editor was trained for another model.
+    """
+    from statistics import fmean
+
+    from emendo._storage import finite
+    from emendo.cli._tables import rows_as_dicts
+    from emendo.evaluate import before_after
+
+    edit = editor.edit(lm, [request])
+    edit.check_numbers()
+    host = editor.host(lm)
+    rows = before_after(lm, edit, questions, host=host)
+    card = {
+        "target_before": rows[0].target_before,
+        "target_after": rows[0].target_after,
+        "reached": rows[0].reached,
+        "rank": edit.rank,
+        "relative_norm": finite(fmean(edit.relative_norms(host).values() or [0.0])),
+        "rows": rows_as_dicts(rows),
+    }
+    return edit.with_card(card), rows

@@ -22,11 +22,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from emendo._settings import Settings, setting
 from emendo.editors.base import Editor
 from emendo.edits.edit import Request
 from emendo.errors import TrainingError
@@ -331,6 +332,19 @@ class DescentEditor(Editor):
     def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """Compute one change for all requests, by their mean loss."""
         return self.descent(lm).together(lm, self.sites, self.texts(lm, requests))
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuningSettings(Settings):
+    """The settings that the fine-tuning methods share."""
+
+    steps: int = setting(100, "Largest number of steps of an edit.", least=1)
+    lr: float | None = setting(None, "Learning rate.", above=0, unset="by the model's size")
+    optimizer: Literal["rmsprop", "adam"] = setting("rmsprop", "Optimiser; the paper uses `rmsprop`.")
+
+    def optimiser_for(self, lm: LM) -> Optimizer:
+        """The optimiser for a model, by default with :func:`default_rate`."""
+        return OPTIMIZERS[self.optimizer](self.lr or default_rate(lm))
 
 
 def default_rate(lm: LM) -> float:

@@ -10,23 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from emendo._settings import Settings, setting
+from emendo._settings import setting
 from emendo.editors.base import as_requests
-from emendo.editors.descent import OPTIMIZERS, Descent, DescentEditor, default_rate
+from emendo.editors.descent import Descent, DescentEditor, FineTuningSettings
 from emendo.edits.edit import Edit, Request
 from emendo.low_rank import LowRank
 from emendo.models.lm import LM
 
 
 @dataclass(frozen=True, slots=True)
-class FineTuningConfig(Settings):
+class FineTuningConfig(FineTuningSettings):
     """The settings of fine-tuning."""
 
-    steps: int = setting(100, "Largest number of steps of an edit.", least=1)
-    lr: float | None = setting(None, "Learning rate.", above=0, unset="by the model's size")
-    optimizer: Literal["rmsprop", "adam"] = setting("rmsprop", "Optimiser; the paper uses `rmsprop`.")
     rank: int | None = setting(
         None,
         "Keep the best approximation of this rank; `compaction_error` on the edit's card is its error.",
@@ -81,5 +77,4 @@ class FineTuning(DescentEditor):
 
     def descent(self, lm: LM) -> Descent:
         """The settings of the search on this model."""
-        optimizer = OPTIMIZERS[self.config.optimizer](self.config.lr or default_rate(lm))
-        return Descent(optimizer=optimizer, steps=self.config.steps)
+        return Descent(optimizer=self.config.optimiser_for(lm), steps=self.config.steps)

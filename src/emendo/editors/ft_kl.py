@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
-from typing import Literal
 
-from emendo._settings import Settings, setting
+from emendo._settings import setting
 from emendo.data import atlas
 from emendo.data.schema import Probe
-from emendo.editors.descent import OPTIMIZERS, Descent, DescentEditor, default_rate
+from emendo.editors.descent import Descent, DescentEditor, FineTuningSettings
 from emendo.errors import RequestError
 from emendo.models.lm import LM
 from emendo.models.text import Text
@@ -28,12 +27,9 @@ _POOL = 200  # locality examples
 
 
 @dataclass(frozen=True, slots=True)
-class FineTuningKlConfig(Settings):
+class FineTuningKlConfig(FineTuningSettings):
     """The settings of fine-tuning with a locality loss."""
 
-    steps: int = setting(100, "Largest number of steps of an edit.", least=1)
-    lr: float | None = setting(None, "Learning rate.", above=0, unset="by the model's size")
-    optimizer: Literal["rmsprop", "adam"] = setting("rmsprop", "Optimiser; the paper uses `rmsprop`.")
     c_edit: float | None = setting(
         None,
         "Weight of the edit loss against the locality loss.",
@@ -64,7 +60,7 @@ class FineTuningKl(DescentEditor):
         config = self.config
         usual = 1e-3 if lm.model.num_parameters() >= 5e9 else 1e-2
         return Descent(
-            optimizer=OPTIMIZERS[config.optimizer](config.lr or default_rate(lm)),
+            optimizer=config.optimiser_for(lm),
             steps=config.steps,
             c_edit=config.c_edit or usual,
             locality=self._locality(lm),
