@@ -38,6 +38,10 @@ def digest(value: Any) -> str:
 
 def finite_values(value: Any) -> Any:
     """A JSON value with None instead of the numbers that JSON does not have."""
+    if value is None or isinstance(
+        value, str | int
+    ):  # first, because a ledger's log has hundreds of thousands
+        return value
     if isinstance(value, Mapping):
         return {key: finite_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
