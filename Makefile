@@ -44,7 +44,7 @@ $(READY): pyproject.toml src/emendo/_version.py $(CONSTRAINTS)
 
 setup: $(READY)  ## make the virtual environment .venv
 
-demo: $(READY)  ## train an editor on SmolLM2-135M, edit a fact, write runs/demo/report.html
+demo: $(READY)  ## edit a fact of SmolLM2-135M, measure the editor, write runs/demo/report.html
 	@$(VENV)/bin/emendo demo
 
 test: $(READY)  ## run the tests, side by side on up to four cores

@@ -171,7 +171,7 @@ EDIT = Kind(
 EDITOR = Kind(
     "an editor",
     lambda folder: {"format", "editor"} <= _head(folder, "editor.json").keys(),
-    ("editor.json", "editor.safetensors"),
+    ("editor.json", "editor.safetensors", "README.md"),
 )
 ADAPTER = Kind(
     "an adapter that emendo exported",

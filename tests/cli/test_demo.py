@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cli.samples import Answer, Emendo
 from emendo import Edit, Editor
 from emendo.cli import _demo as measuring
 from emendo.data import read_records
+from emendo.editors import DEFAULT, library
 from emendo.evaluate import evaluate
 from emendo.train import loop
 
-OPTIONS = ("--steps", 4, "--limit", 40, "--facts", 3)
+OPTIONS = ("--train", "--steps", 4, "--limit", 40, "--facts", 3)
 FILES = {
     *(
         "run.json",
@@ -97,7 +99,7 @@ def test_repeated_it_trains_and_measures_nothing_again(
     assert "Using the editor" in again.err
     assert again.out.replace(str(out), "OUT") == finished[1].out.replace(str(finished[0]), "OUT")
     assert (out / "report.html").read_bytes() == (finished[0] / "report.html").read_bytes()
-    more = demo("--steps", 4, "--limit", 40, "--facts", 4)
+    more = demo("--train", "--steps", 4, "--limit", 40, "--facts", 4)
     assert (len(steps), len(measured)) == (0, 1)
     assert "4 facts" in more.out
 
@@ -136,7 +138,7 @@ def test_a_stopped_demo_goes_on(demo: Any, tmp_path: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(loop, "training_step", stop)
         said = demo(code=130)
-    assert "step 2 is saved" in said.err and "emendo demo --out" in said.err
+    assert "step 2 is saved" in said.err and "emendo demo --train --out" in said.err
     assert "--resume" not in said.err.split("Continue with")[1]
     steps = count(monkeypatch, loop, "training_step", real)
     assert "Continuing" in demo().err
@@ -147,7 +149,7 @@ def test_a_stopped_demo_goes_on(demo: Any, tmp_path: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "evaluate", interrupt)
-        said = demo("--steps", 4, "--limit", 40, "--facts", 2, code=130)
+        said = demo("--train", "--steps", 4, "--limit", 40, "--facts", 2, code=130)
     assert "the editor is kept" in said.err
     assert len(steps) == 2
 
@@ -161,7 +163,83 @@ def test_other_settings_train_anew_and_other_runs_are_left_alone(
     tmp_path: Path,
 ) -> None:
     shutil.copytree(finished[0], tmp_path / "demo")
-    assert "other settings; training anew" in demo("--steps", 5, "--limit", 40, "--facts", 3).err
+    assert "other settings; training anew" in demo("--train", "--steps", 5, "--limit", 40, "--facts", 3).err
     assert Editor.from_pretrained(tmp_path / "demo" / "editor").info["steps"] == 5
-    said = emendo_command("demo", "--model", model, "--out", trained, code=2)
+    said = emendo_command("demo", "--train", "--model", model, "--out", trained, code=2)
     assert "not a run of the demo" in said.err
+
+
+@pytest.fixture
+def on_the_shelf(finished: tuple[Path, Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The demo's own editor as one that ships."""
+    monkeypatch.setattr(library, "SHIPPED", tmp_path / "shipped")
+    shutil.copytree(finished[0] / "editor", tmp_path / "shipped" / "mend-tiny")
+    return "mend-tiny"
+
+
+def test_with_an_editor_that_ships_nothing_is_trained(
+    demo: Any, on_the_shelf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = count(monkeypatch, loop, "training_step", loop.training_step)
+    measured = count(monkeypatch, measuring, "evaluate", evaluate)
+    first = demo("--facts", 2)
+    assert (len(steps), len(measured)) == (0, 1)
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == FILES - {
+        "checkpoint.safetensors",
+        "history.json",
+        "editor",
+    }
+    assert "2 facts" in first.out and "What next" in first.out and "--editor" not in first.out
+    again = demo("--facts", 2)
+    assert len(measured) == 1 and again.out == first.out
+    said = demo("--train", "--steps", 2, "--limit", 40, "--facts", 2)
+    assert "With" not in said.err and len(steps) == 2
+    assert (
+        "already holds something" in demo("--facts", 2, code=2).err
+    )  # the editor it trained is not replaced
+
+
+def test_without_one_an_editor_is_trained(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "SHIPPED", tmp_path / "none")
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "training_step", stop)
+    assert "so one is trained first" in demo("--facts", 2, code=130).err
+
+
+def test_edit_takes_the_editor_that_ships_or_a_method_without_training(
+    emendo_command: Emendo, on_the_shelf: str, model: Path, tmp_path: Path
+) -> None:
+    prompt = ("The capital of France is", "Lyon")
+    ways = ("edit", *prompt, "--model", model, "--json")
+    assert "Using mend-tiny" in emendo_command(*ways, "--out", tmp_path / "by-default").err
+    by_name = emendo_command(*ways, "--editor", on_the_shelf, "--out", tmp_path / "by-name")
+    assert Edit.from_pretrained(tmp_path / "by-default").deltas.keys()
+    for one, other in zip(
+        Edit.from_pretrained(tmp_path / "by-default").deltas.values(),
+        Edit.from_pretrained(tmp_path / "by-name").deltas.values(),
+        strict=True,
+    ):
+        assert torch.equal(one.left, other.left) and torch.equal(one.right, other.right)
+    assert "Using" not in by_name.err
+    shutil.rmtree(tmp_path / "shipped")
+    said = emendo_command(*ways).err
+    assert (
+        f"Using {DEFAULT}, the best method that needs no training" in said and "emendo train --model" in said
+    )
+
+
+def test_the_editors_are_listed_with_their_figures(
+    emendo_command: Emendo, on_the_shelf: str, tmp_path: Path
+) -> None:
+    head = tmp_path / "shipped" / on_the_shelf / "editor.json"
+    value = json.loads(head.read_text())
+    value["info"]["figures"] = {"facts": {"edit_success": 0.5, "generalisation": 0.25, "locality": True}}
+    head.write_text(json.dumps(value))
+    said = emendo_command("editors").out
+    assert on_the_shelf in said and "ships with emendo" in said and "0.500" in said and "0.250" in said
+    assert emendo_command("editors", "--json").json[0]["name"] == on_the_shelf
+    shutil.rmtree(tmp_path / "shipped")
+    assert "Train one" in emendo_command("editors").err

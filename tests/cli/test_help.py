@@ -18,7 +18,7 @@ from emendo.train import TrainConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = (
-    *("demo", "data", "train", "edit", "generate", "fuse", "export", "import", "evaluate"),
+    *("demo", "data", "train", "editors", "edit", "generate", "fuse", "export", "import", "evaluate"),
     *("evaluate show", "evaluate compare", "sites"),
     *("apply", "log", "show", "undo", "revert", "diff", "tag", "checkout", "doctor"),
 )

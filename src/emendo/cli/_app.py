@@ -21,6 +21,7 @@ from emendo.cli import (
     diff,
     doctor,
     edit,
+    editors,
     evaluate,
     evaluate_compare,
     evaluate_show,
@@ -50,6 +51,7 @@ MAKING = (
     demo,
     data,
     train,
+    editors,
     edit,
     generate,
     fuse,
@@ -62,7 +64,7 @@ MAKING = (
 )
 KEEPING = (apply, log, show, undo, revert, diff, tag, checkout, doctor)
 COMMANDS = (*MAKING, *KEEPING)
-BARE = (demo, log, undo, doctor)
+BARE = (demo, editors, log, undo, doctor)
 """Commands that do something useful without any argument."""
 
 

@@ -14,7 +14,7 @@ from emendo.cli._runs import editor_folder
 from emendo.cli._settings import RunSettings, editor_config, site_choice
 from emendo.cli.data import unused_fields
 from emendo.data import Record, RecordSet, read_records
-from emendo.editors import EDITORS, Editor, editor_class
+from emendo.editors import DEFAULT, EDITORS, Editor, editor_class, library
 from emendo.errors import DataError, RequestError
 from emendo.models.loading import BUILT_IN, LM, fastest_dtype, load, usable_device
 from emendo.models.sites import Site, find_sites
@@ -74,7 +74,7 @@ class MethodOptions:
 
 
 def load_editor(
-    name: str,
+    name: str | None,
     model: str | None,
     dtype: str,
     device: str | None,
@@ -84,7 +84,9 @@ def load_editor(
     """An editor, and the model it belongs to.
 
     Args:
-        name: the folder of a trained editor or of its run, or a method that needs no training.
+        name: the folder of a trained editor or of its run, the name of one that ships with emendo or of one on the
+            hub, or a method that needs no training; None takes the editor that ships for the model, else
+            :data:`emendo.editors.DEFAULT`.
         model: the model; None takes the one that the editor was trained for, or the built-in one.
         dtype: number format of the model.
         device: device of the model.
@@ -97,17 +99,37 @@ def load_editor(
         RequestError: a method that must be trained first, or settings that do not belong to the editor.
     """
     method = method or MethodOptions()
+    if name is None:
+        return _default(model, dtype, device, method, bool(chat))
     if name in EDITORS and not any((Path(name) / file).exists() for file in ("editor.json", "run.json")):
         return _untrained(name, model, dtype, device, method, bool(chat))
-    editor = Editor.from_pretrained(editor_folder(Path(name)))
-    if any(option is not None for option in (method.settings, method.sites, method.last)):
+    known = Path(name).exists() or name.count("/") != 1
+    shipped = any(entry.name == name for entry in library.shipped())
+    editor = Editor.from_pretrained(editor_folder(Path(name)) if known and not shipped else name)
+    if method != MethodOptions():
         raise RequestError(
             f"--set, --sites and --last are for methods that need no training; the editor in {name} has its own."
         )
     where = model or editor.info.get("model_name") or next(iter(BUILT_IN))
-    lm = load_model(where, dtype, device, chat=editor.chat if chat is None else chat)
+    lm = load_model(where, dtype, device, chat=bool(editor.chat) if chat is None else chat)
     editor.check(lm)
     return lm, editor.to(lm.device)
+
+
+def _default(
+    model: str | None, dtype: str, device: str | None, method: MethodOptions, chat: bool
+) -> tuple[LM, Editor]:
+    """The editor that ships for a model, else a method that needs no training; a note says which."""
+    lm = load_model(model or next(iter(BUILT_IN)), dtype, device, chat=chat)
+    found = library.shipped_for(lm.fingerprint) if method == MethodOptions() else None
+    if found is not None:
+        note(f"Using {found.name}, the trained editor that ships with emendo for this model.")
+        return lm, Editor.from_pretrained(found.name).to(lm.device)
+    note(
+        f"Using {DEFAULT}, the best method that needs no training; an editor trained for {lm.name} does better: "
+        f"emendo train --model {lm.name}"
+    )
+    return lm, _of_method(DEFAULT, lm, method)
 
 
 def _untrained(
@@ -126,16 +148,22 @@ def _untrained(
             f"The {name} editor must be trained first: emendo train --editor {name}{where} --out runs/{name}. Then "
             f"give its folder: --editor runs/{name}."
         )
+    lm = load_model(model or next(iter(BUILT_IN)), dtype, device, chat=chat)
+    return lm, _of_method(name, lm, method)
+
+
+def _of_method(name: str, lm: LM, method: MethodOptions) -> Editor:
+    """A method that needs no training, with its settings, at the chosen sites of a model."""
+    kind = editor_class(name)
     if kind.no_changes and (method.sites or method.last is not None):
         raise RequestError(
             f"--sites and --last choose weight matrices, but {kind.no_changes}: leave them out."
         )
     config = editor_config(name, method.settings or ())
-    lm = load_model(model or next(iter(BUILT_IN)), dtype, device, chat=chat)
     sites: tuple[Site, ...] = ()
     if not kind.no_changes:
         sites = find_sites(lm.model, site_choice(method.sites or ["mlp"]), last=method.last)
-    return lm, kind(sites, config).eval()
+    return kind(sites, config).eval()
 
 
 def read(

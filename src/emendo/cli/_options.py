@@ -61,13 +61,17 @@ TRAINED = ("mend", "enn", "ke", "meta-curvature", "meta-sgd")
 UNTRAINED = ("ft", "ft-kl", "ft-constrained", "lora", "cache", "in-context")
 """Methods that need no training."""
 
-AnyEditor = Annotated[
-    str,
+_EDITOR_HELP = (
+    "A trained editor: the --out folder of emendo train, or its editor/; a name from emendo editors; or an id on the "
+    f"hub. Or a method that needs no training: {', '.join(UNTRAINED)}."
+)
+AnyEditor = Annotated[str, typer.Option("--editor", metavar="EDITOR", help=_EDITOR_HELP)]
+BestEditor = Annotated[
+    str | None,
     typer.Option(
         "--editor",
         metavar="EDITOR",
-        help="A trained editor: the --out folder of emendo train, or its editor/. Or a method that needs no training: "
-        f"{', '.join(UNTRAINED)}.",
+        help=f"{_EDITOR_HELP}  [default: the editor that ships for the model, else the best of these methods]",
     ),
 ]
 AnyModel = Annotated[

@@ -40,7 +40,9 @@ def carry_out(run: Run, lm: LM) -> Run:
     run = run.begin([*records, *validation])
     resume = run.resuming and run.has_checkpoint
     note(_beginning(lm, editor, len(records), len(validation), resume))
-    again = f"emendo {run.command} --out {run.folder}" + (" --resume" if run.command == "train" else "")
+    again = f"emendo train --out {run.folder} --resume"
+    if run.command == "demo":
+        again = f"emendo demo --train --out {run.folder}"
     try:
         with show_progress() as progress:
             result = train(

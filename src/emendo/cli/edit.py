@@ -26,11 +26,14 @@ Prints the most likely answers before and after, and saves the edit. The model i
 small folder that can be applied and removed. With --apply it is made upon the active edits of the model's ledger, and
 applied there unless the guard refuses it.
 
+Without --editor it takes the trained editor that ships with emendo for the model (see emendo editors), else the best
+method that needs no training, and says which.
+
 \b
 Examples:
-  emendo edit --editor runs/demo "The capital of Australia is" "Canberra" --out my-edit
-  emendo edit --editor ft "The capital of Australia is" "Canberra"
-  emendo edit --editor runs/demo "The capital of Australia is" "Canberra" --apply
+  emendo edit "The capital of Australia is" "Canberra" --out my-edit
+  emendo edit "The capital of Australia is" "Canberra" --apply
+  emendo edit --editor runs/mine "The capital of Australia is" "Canberra"
 """
 
 UNRELATED = (
@@ -68,7 +71,7 @@ Apply = Annotated[bool, typer.Option("--apply", help="Apply the edit to the mode
 def run(
     prompt: Prompt,
     target: Target,
-    editor: opt.AnyEditor,
+    editor: opt.BestEditor = None,
     out: Out = None,
     paraphrase: Paraphrases = None,
     neighbour: Neighbours = None,
@@ -146,7 +149,7 @@ def run(
         note("The edit was not saved; give --out FOLDER to keep it.")
     if out is not None:
         command = ["emendo", "generate", "--edit", str(out)]
-        command += [] if edit.fits(lm) else ["--editor", editor]
+        command += [] if edit.fits(lm) or editor is None else ["--editor", editor]
         command += ["--", prompt] if prompt.startswith("-") else [prompt]
         output().print(
             f"Saved in {out}. Try it: {shlex.join(command)}",

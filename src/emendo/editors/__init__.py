@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from emendo._storage import folder_of
+from emendo.editors import library
 from emendo.editors.base import Editor
 from emendo.editors.gradient import GradientEditor
 from emendo.edits.base import WEIGHTS, BaseEdit, edit_head
@@ -26,6 +27,8 @@ EDITORS = {
     "in-context": "emendo.editors.in_context:InContext",
 }
 """Method name -> its class, imported on first use."""
+DEFAULT = "ft"
+"""The method for a model without a trained editor: the best of those that need no training (docs/editors.md)."""
 
 
 def editor_class(name: str) -> type[Editor]:
@@ -74,4 +77,13 @@ def read_edit(folder: str | Path) -> BaseEdit:
     return editor_class(name).makes.from_pretrained(where)
 
 
-__all__ = ["EDITORS", "Editor", "GradientEditor", "editor_class", "read_edit", "trained_class"]
+__all__ = [
+    "DEFAULT",
+    "EDITORS",
+    "Editor",
+    "GradientEditor",
+    "editor_class",
+    "library",
+    "read_edit",
+    "trained_class",
+]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from emendo._outputs import EDITOR
-from emendo._storage import local_path, new_folder, read_json, read_tensors, write_json, write_tensors
+from emendo._storage import new_folder, read_json, read_tensors, upload, write_json, write_tensors
+from emendo.editors._card import card_of
+from emendo.editors.library import HEAD, WEIGHTS, find
 from emendo.edits.edit import BaseEdit, Edit, Origin, Request
 from emendo.errors import FramingWarning, MismatchError, RequestError, StorageError
 from emendo.low_rank import LowRank
@@ -43,6 +46,8 @@ from emendo.models.trunk_cache import TrunkCache
 _E = TypeVar("_E", bound="Editor")
 FORMAT = 2
 """Of ``editor.json``. From 2 on a checksum is required."""
+_STORED = (torch.bfloat16, torch.float16)
+"""Number formats that a file may have in place of the editor's own."""
 
 
 class Editor(nn.Module):
@@ -56,7 +61,7 @@ class Editor(nn.Module):
     Attributes:
         name: the method's name, as on the command line.
         Config: the class of its settings.
-        chat: whether it was trained on prompts in the chat template of that model.
+        chat: whether it was trained on prompts in the chat template of that model; None if on both forms.
         info: how it was trained, as JSON values; saved with it.
     """
 
@@ -75,7 +80,7 @@ class Editor(nn.Module):
         self.config = config if config is not None else self.Config()
         self.fingerprint = fingerprint
         self._checked = 0  # id of the model that has all sites; checking them takes 1% of a tiny model's edit
-        self.chat = False
+        self.chat: bool | None = False
         self.info: dict[str, Any] = {}
 
     @abstractmethod
@@ -171,7 +176,7 @@ class Editor(nn.Module):
             for site in self.sites:
                 _check_site(site, lm)
             self._checked = id(lm.model)
-        if self.fingerprint and self.chat != lm.chat:
+        if self.fingerprint and self.chat is not None and self.chat != lm.chat:
             ways = ("plain prompts", "prompts in the chat template")
             warnings.warn(
                 f"This editor was trained on {ways[self.chat]}, but {lm.name} is given {ways[lm.chat]}: expect less of "
@@ -180,12 +185,50 @@ class Editor(nn.Module):
                 stacklevel=1,  # one place, so that Python shows it once
             )
 
-    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write ``editor.safetensors`` and ``editor.json`` into a folder, all or nothing.
+    def save_pretrained(
+        self, folder: str | Path, *, overwrite: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write ``editor.safetensors``, ``editor.json`` and a card (``README.md``) into a folder, all or nothing.
+
+        Args:
+            folder: the folder.
+            overwrite: replace an older editor in it.
+            dtype: the number format of its matrices in the file, such as ``torch.bfloat16``, which halves the file;
+                by default that of the editor. Reading converts them back.
 
         Raises:
             StorageError: the folder already holds something, or cannot be written.
         """
+        with new_folder(folder, EDITOR, overwrite=overwrite) as new:
+            self._write(new, dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Upload the editor's folder with its card to the Hugging Face hub.
+
+        Args:
+            repo_id: such as ``"user/name"``; created where it does not exist.
+            private: whether a new repository is private.
+            token: a token that may write; by default that of ``hf auth login``.
+            dtype: as of :meth:`save_pretrained`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            StorageError: the hub cannot be reached, or refuses the upload.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            self._write(Path(temporary), dtype)
+            return upload(Path(temporary), repo_id, private=private, token=token)
+
+    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
         head = {
             "format": FORMAT,
             "editor": self.name,
@@ -195,26 +238,33 @@ class Editor(nn.Module):
             "chat": self.chat,
             "info": self.info,
         }
-        with new_folder(folder, EDITOR, overwrite=overwrite) as new:
-            write_tensors(new / _WEIGHTS, self.state_dict())
-            write_json(new / _HEAD, {**head, "checksum": _checksum(head, new / _WEIGHTS)})
+        tensors = self.state_dict()
+        if dtype is not None:  # statistics and step sizes are small, and stay exact
+            tensors = {name: t.to(dtype) if t.dim() > 1 else t for name, t in tensors.items()}
+        write_tensors(folder / WEIGHTS, tensors)
+        write_json(folder / HEAD, {**head, "checksum": _checksum(head, folder / WEIGHTS)})
+        (folder / "README.md").write_text(card_of(head), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read a trained editor from its folder; ``Editor.from_pretrained`` reads every method.
+        """Read a trained editor; ``Editor.from_pretrained`` reads every method.
+
+        Args:
+            folder: its folder, the name of an editor that ships with emendo, or the id of a repository on the hub
+                such as ``"user/name"`` (see :mod:`emendo.editors.library`).
 
         Raises:
             StorageError: a file is missing, damaged, or from a newer emendo; or another method than this class's.
         """
         from emendo.editors import editor_class
 
-        where = local_path(folder)
-        head = read_json(where / _HEAD)
+        where = find(folder)
+        head = read_json(where / HEAD)
         if not isinstance(head, dict) or head.get("format") not in range(1, FORMAT + 1):
-            raise StorageError(f"{where / _HEAD} is not an editor that this version can read.")
-        tensors = read_tensors(where / _WEIGHTS)
+            raise StorageError(f"{where / HEAD} is not an editor that this version can read.")
+        tensors = read_tensors(where / WEIGHTS)
         checksum = head.pop("checksum", None)
-        if (checksum or head["format"] > 1) and checksum != _checksum(head, where / _WEIGHTS):
+        if (checksum or head["format"] > 1) and checksum != _checksum(head, where / WEIGHTS):
             raise StorageError(f"{where} is damaged: its content does not match its checksum.")
         try:
             kind = editor_class(head["editor"])
@@ -223,9 +273,6 @@ class Editor(nn.Module):
             return _restored(kind, head, tensors)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise StorageError(f"{where} is damaged: {error}") from error
-
-
-_HEAD, _WEIGHTS = "editor.json", "editor.safetensors"
 
 
 def _checksum(head: Mapping[str, Any], weights: Path) -> str:
@@ -245,18 +292,20 @@ def _restored(kind: type[_E], head: Mapping[str, Any], tensors: Mapping[str, Ten
     config = kind.Config(**head["config"])
     sites = tuple(_site(values) for values in head["sites"])
     fingerprint, chat, info = head["fingerprint"], head.get("chat", False), head.get("info", {})
-    if not (isinstance(fingerprint, str) and isinstance(chat, bool) and isinstance(info, dict)):
+    if not (isinstance(fingerprint, str) and isinstance(chat, bool | None) and isinstance(info, dict)):
         raise TypeError("fingerprint, chat or info is of another type")
     with torch.device("meta"):  # shapes alone, so that wrong settings take no memory
         expected = kind(sites, config).state_dict()
     for name, tensor in expected.items():
-        if name not in tensors or tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
-            raise ValueError(f"the tensor {name} is missing, or its shape or dtype does not fit the settings")
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise ValueError(f"the tensor {name} is missing, or its shape does not fit the settings")
+        if tensors[name].dtype not in (tensor.dtype, *_STORED):
+            raise ValueError(f"the tensor {name} has a dtype that does not fit the settings")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"the tensor {name} has values that are not finite numbers")
     editor = kind(sites, config, fingerprint)
-    editor.load_state_dict(tensors)
+    editor.load_state_dict(tensors)  # converts what is stored in half precision
     editor.chat, editor.info = chat, info
     return editor.eval()
 

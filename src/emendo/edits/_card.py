@@ -68,7 +68,8 @@ def markdown(text: Any) -> str:
     return re.sub(r"([\\`*_\[\]|!~$])", r"\\\1", html.escape(plain(str(text)), quote=False))
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of cells that are Markdown already."""
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -77,8 +78,8 @@ def _requests(origin: Origin) -> str:
     rows = [(markdown(r.prompt), markdown(r.target)) for r in origin.requests[:_LISTED]]
     if not rows:
         return ""
-    table, more = _table(("prompt", "target"), rows), len(origin.requests) - len(rows)
-    return f"{table}\n\nand {more} more, listed in `edit.json`." if more else table
+    listed, more = table(("prompt", "target"), rows), len(origin.requests) - len(rows)
+    return f"{listed}\n\nand {more} more, listed in `edit.json`." if more else listed
 
 
 def _made(origin: Origin) -> str:
@@ -103,7 +104,7 @@ def _figures(card: Mapping[str, Any]) -> str:
         for key, value in card.items()
         if isinstance(value, bool | int | float)
     ]
-    return "## Measured\n\n" + _table(("figure", "value"), rows) if rows else "Nothing was measured."
+    return "## Measured\n\n" + table(("figure", "value"), rows) if rows else "Nothing was measured."
 
 
 def _answers(card: Mapping[str, Any]) -> str:
@@ -115,7 +116,7 @@ def _answers(card: Mapping[str, Any]) -> str:
         ]
     except (AttributeError, KeyError, TypeError, ValueError):  # a card is free to hold other rows
         return ""
-    return "## Answers\n\n" + _table(("", "prompt", "before", "after"), rows) if rows else ""
+    return "## Answers\n\n" + table(("", "prompt", "before", "after"), rows) if rows else ""
 
 
 def _first(answers: Sequence[Mapping[str, Any]]) -> str:
