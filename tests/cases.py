@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -81,8 +83,13 @@ class Recorded:
 def build_tokenizer(kind: str = "llama", *, bos: bool = False) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer of `VOCABULARY` tokens, dressing texts as the architecture asks.
 
-    With `bos` a decoder's puts a token before every text.
+    With `bos` a decoder's puts a token before every text. Each call gives a copy.
     """
+    return deepcopy(_train_tokenizer(kind, bos))
+
+
+@cache
+def _train_tokenizer(kind: str, bos: bool) -> PreTrainedTokenizerBase:
     known = ARCHITECTURES[kind]
     template = f"{BEGIN} $A" if bos else known.template
     tokenizer = Tokenizer(models.BPE())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from cli.samples import SHORT, Answer, Emendo
 from emendo.cli import _loading as loading
 from emendo.cli import app
 from emendo.data import write_records
+from emendo.data.abilities import abilities
+from emendo.edits import fusing
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -20,6 +23,16 @@ def any_processor() -> Iterator[None]:
     """Models are trained in the same format whatever this processor is fastest with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "fastest_dtype", lambda device: "float32")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def little_text() -> Iterator[None]:
+    """Damage is looked for in a few questions, and edits are fused with a few passages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("emendo.cli._evaluate.abilities", partial(abilities, each=4))
+        patch.setattr(fusing, "_PASSAGES", 16)
+        patch.setattr(fusing, "_FACTS", 20)
         yield
 
 
@@ -46,8 +59,10 @@ def _save(folder: Path, seed: int = 0) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _save(tmp_path_factory.mktemp("models") / "tiny")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = _save(tmp_path_factory.mktemp("models") / "tiny")
+    yield folder
+    assert not (folder / "emendo-ledger").exists(), "a test gave the model of all tests a ledger"
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,7 @@ def test_edit_and_evaluate_take_another_separator(
     emendo_command: Emendo, model: Path, tmp_path: Path
 ) -> None:
     """A template that ends in a line break is edited as typed; other texts as --separator says."""
+    model = Path(shutil.copytree(model, tmp_path / "own"))
     options = ("--editor", "ft", "--set", "steps=2", "--model", model)
     lm = load(model)
     for number, (prompt, between) in enumerate([("### Response:\n", None), ("Q:", "\\n"), ("Q:", "")]):

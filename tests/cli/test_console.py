@@ -173,6 +173,7 @@ def test_error_messages(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
     assert "Bada" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_real_terminal(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     command = [

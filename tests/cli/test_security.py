@@ -32,6 +32,7 @@ class Bomb:
         return exec, (EVIL.format(path=str(self.path)),)
 
 
+@pytest.mark.slow
 def test_the_code_of_a_model_never_runs(emendo_command: Emendo, model: Path, tmp_path: Path) -> None:
     folder, trace = Path(shutil.copytree(model, tmp_path / "model")), tmp_path / "trace"
     config = json.loads((folder / "config.json").read_text())

@@ -146,14 +146,17 @@ def test_eight_processes_at_once_lose_nothing(url: str) -> None:
     assert run("crowd", url, 4) == {"steps": 40, "active": 24}
 
 
+@pytest.mark.slow
 def test_eight_writers_are_never_refused(url: str) -> None:
     assert run("writers", url, 4) == {"active": 32, "checked": 8}
 
 
+@pytest.mark.slow
 def test_eight_processes_migrate_at_once(url: str) -> None:
     run("migrate", url)
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_inside_a_transaction(url: str) -> None:
     run("stop_inside", url)
 

@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 
 def run(task: str, where: Path | str, *numbers: int) -> Any:
@@ -30,16 +30,12 @@ def run(task: str, where: Path | str, *numbers: int) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
 def test_eight_processes_at_once_lose_nothing(tmp_path: Path) -> None:
     assert run("crowd", tmp_path) == {"steps": 80, "active": 48}
 
 
-@pytest.mark.parametrize(
-    ("each", "checked"), [(8, 16), pytest.param(50, 104, marks=pytest.mark.slow)], ids=["few", "many"]
-)
-def test_eight_writers_are_never_refused(tmp_path: Path, each: int, checked: int) -> None:
-    assert run("writers", tmp_path, each) == {"active": 8 * each, "checked": checked}
+def test_eight_writers_are_never_refused(tmp_path: Path) -> None:
+    assert run("writers", tmp_path, 50) == {"active": 400, "checked": 104}
 
 
 def test_eight_processes_migrate_at_once(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import tomllib
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import resources
 from typing import TypeVar
 
@@ -44,6 +44,7 @@ class Atlas:
     sources: dict[str, str]  # package -> version
 
 
+@cache
 def load(split: str | None = None, limit: int | None = None) -> tuple[Record, ...]:
     """Make records of the facts.
 
@@ -70,6 +71,7 @@ def load(split: str | None = None, limit: int | None = None) -> tuple[Record, ..
     return tuple(records)
 
 
+@cache
 def read_atlas() -> Atlas:
     """Read the facts and prompts from the package."""
     folder = resources.files("emendo.data")

@@ -69,8 +69,8 @@ class Damage:
         store.ensure([*self._texts, *self._options])
         few = min(self.edits, edits)
         self._chosen = frozenset(round(i * (edits - 1) / max(1, few - 1)) for i in range(few))
-        nll = [_sum(store.logits([text])[1], text) for text in self._texts]
-        scores = [_nll(store.logits([text])[1], text) for text in self._options]
+        nll = _clean(store, self._texts, _sum)
+        scores = _clean(store, self._options, _nll)
         self._clean = self._perplexity(nll) | self._abilities(scores)
         if self.openings:
             self._clean |= _fluency(lm.generate(list(self.openings), self.long_tokens))
@@ -156,6 +156,18 @@ class Damage:
             right.setdefault(item.family, []).append(best == item.right and math.isfinite(own[best]))
         found = {f"ability_{family}": fmean(values) for family, values in right.items()}
         return found | ({"ability": fmean(found.values())} if found else {})
+
+
+def _clean(
+    store: TrunkCache, texts: Sequence[Text], value: Callable[[Tensor, Text], float]
+) -> list[float]:
+    """The value of each text under the clean model."""
+    found = [0.0] * len(texts)
+    for part in length_buckets(range(len(texts)), lambda place: texts[place].size, FORCED_TOKENS):
+        _, logits = store.logits([texts[place] for place in part])
+        for place, own in zip(part, logits.split([len(texts[i].labels) for i in part]), strict=True):
+            found[place] = value(own, texts[place])
+    return found
 
 
 def _sum(logits: Tensor, text: Text) -> float:
