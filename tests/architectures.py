@@ -216,6 +216,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
+ALIKE = set("gpt_neox gptj mistral qwen2 qwen3 gemma gemma3_text phi roberta distilbert".split())
+"""Architectures built like another one; their tests are in the slow suite."""
+
 _AUTO = {
     "causal": AutoModelForCausalLM,
     "seq2seq": AutoModelForSeq2SeqLM,

@@ -14,6 +14,7 @@ import torch
 import typer.testing
 from hypothesis import settings
 
+from architectures import ALIKE
 from cases import build_lm, unchanged
 from emendo.models import _sampling
 from emendo.models.lm import LM
@@ -21,13 +22,19 @@ from emendo.models.lm import LM
 settings.register_profile("emendo", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("emendo")
 
+gc.set_threshold(100_000, 50, 100)  # each full collection walks all that torch and transformers made
+
 # Otherwise every call of a command builds all commands anew, which takes longer than most of the calls themselves.
 typer.testing._get_command = cache(typer.testing._get_command)
 
 
-def pytest_collection_finish() -> None:
-    """Leave what the imports made out of every later collection of garbage."""
-    gc.freeze()
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of an architecture that is built like another one are slow ones."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if call is not None and call.params.get("kind") in ALIKE:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="session")

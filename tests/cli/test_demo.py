@@ -87,6 +87,7 @@ def test_the_demo(finished: tuple[Path, Answer]) -> None:
     assert figures["damage"]["perplexity"]["edits"] == 3 and "perplexity of plain text" in said.out
 
 
+@pytest.mark.slow
 def test_repeated_it_trains_and_measures_nothing_again(
     demo: Any, finished: tuple[Path, Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +127,7 @@ def test_the_example_is_learnt_from_nowhere() -> None:
         assert all(r.subject not in subjects for r in read_records("atlas", split=split))
 
 
+@pytest.mark.slow
 def test_a_stopped_demo_goes_on(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = loop.training_step, []
 
@@ -154,6 +156,7 @@ def test_a_stopped_demo_goes_on(demo: Any, tmp_path: Path, monkeypatch: pytest.M
     assert len(steps) == 2
 
 
+@pytest.mark.slow
 def test_other_settings_train_anew_and_other_runs_are_left_alone(
     demo: Any,
     emendo_command: Emendo,

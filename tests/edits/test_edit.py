@@ -446,11 +446,11 @@ def test_facts_that_are_edited_twice(tiny_llama: LM) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_attached_and_detached_a_thousand_times(dtype: torch.dtype, lm: LM) -> None:
+def test_attached_and_detached_many_times(dtype: torch.dtype, lm: LM) -> None:
     model = LM(copy.deepcopy(lm.model).to(dtype), lm.tokenizer)
     edit, before = make_edit(model), logits(model)
     with unchanged(model.model):
-        for _ in range(1000):
+        for _ in range(100):
             edit.attach(model).detach()
         assert torch.equal(logits(model), before)
 

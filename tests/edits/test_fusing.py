@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cases import build_lm, unchanged
 from emendo.data import atlas
-from emendo.edits import Edit, Origin, Request, compose, fuse
+from emendo.edits import Edit, Origin, Request, compose, fuse, fusing
 from emendo.errors import MismatchError, RequestError
 from emendo.low_rank import LowRank
 from emendo.models._sampling import own_passages
@@ -154,7 +154,9 @@ def test_neither_order_nor_copies_matter() -> None:
             torch.testing.assert_close(same.deltas[name].dense(), delta.dense(), rtol=1e-5, atol=1e-8)
 
 
-def test_default_passages_are_generated_text_and_built_in_facts() -> None:
+def test_default_passages_are_generated_text_and_built_in_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusing, "_PASSAGES", 20)
+    monkeypatch.setattr(fusing, "_FACTS", 30)
     lm = build_lm("llama")
     sites = find_sites(lm.model, last=1)
     edits = [
@@ -162,8 +164,9 @@ def test_default_passages_are_generated_text_and_built_in_facts() -> None:
         for edit in (one_edit(lm, fact, sites) for fact in FACTS)
     ]
     fused = fuse(lm, edits)
-    told = [f"{fact.prompt} {fact.answer}" for fact in atlas.load("train")[::13]]
-    given = fuse(lm, edits, passages=[*own_passages(lm, 256), *told])
+    facts = atlas.load("train")
+    told = [f"{fact.prompt} {fact.answer}" for fact in facts[:: len(facts) // 30]]
+    given = fuse(lm, edits, passages=[*own_passages(lm, 20), *told])
     assert all(torch.equal(delta.left, given.deltas[name].left) for name, delta in fused.deltas.items())
     assert {delta.left.dtype for delta in fused.deltas.values()} == {torch.float32}
     assert fused.origin.editor == "fused"

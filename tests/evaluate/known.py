@@ -87,6 +87,7 @@ class Oracle(Editor):
     name = "oracle"
     Config = dict
     makes = Known
+    no_changes = "an oracle changes no weights"
 
     def __init__(self, subjects: dict[str, str]) -> None:
         super().__init__(())

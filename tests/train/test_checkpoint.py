@@ -97,7 +97,14 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "how"), [(1, "ctrl-c"), (3, "ctrl-c"), (8, "ctrl-c"), (7, "crash"), (12, "ctrl-c")]
+    ("step", "how"),
+    [
+        (1, "ctrl-c"),
+        pytest.param(3, "ctrl-c", marks=pytest.mark.slow),
+        (8, "ctrl-c"),
+        (7, "crash"),
+        pytest.param(12, "ctrl-c", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_equals_one_that_was_never_stopped(lab: Lab, step: int, how: str) -> None:
     config = replace(CONFIG, checkpoint_every=0.0) if how == "crash" else CONFIG

@@ -158,9 +158,7 @@ class Damage:
         return found | ({"ability": fmean(found.values())} if found else {})
 
 
-def _clean(
-    store: TrunkCache, texts: Sequence[Text], value: Callable[[Tensor, Text], float]
-) -> list[float]:
+def _clean(store: TrunkCache, texts: Sequence[Text], value: Callable[[Tensor, Text], float]) -> list[float]:
     """The value of each text under the clean model."""
     found = [0.0] * len(texts)
     for part in length_buckets(range(len(texts)), lambda place: texts[place].size, FORCED_TOKENS):
