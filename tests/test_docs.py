@@ -16,6 +16,7 @@ from emendo.cli import app
 from emendo.data import write_records
 from emendo.editors.mend import Mend
 from emendo.models.lm import LM
+from emendo.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -45,6 +46,7 @@ def folder(tiny_llama: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setenv("EMENDO_HOME", str(tmp_path))
     monkeypatch.setattr(emendo, "load", lambda name: tiny_llama, raising=False)
     monkeypatch.setattr(emendo.Edit, "push_to_hub", lambda self, name: name)
+    monkeypatch.setattr("emendo.train.TrainConfig", lambda steps: TrainConfig(steps=4, warmup=1))
     saved = emendo.Edit.save_pretrained
     monkeypatch.setattr(emendo.Edit, "save_pretrained", lambda self, name: saved(self, name, overwrite=True))
     return tmp_path

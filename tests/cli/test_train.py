@@ -316,6 +316,7 @@ def test_the_format_that_is_fastest_here_is_taken_and_named(
     )  # goes on in the run's format, here there is nothing to do
     emendo_command("train", "--out", out, "--resume", "--dtype", "fastest", code=2)
     evaluated = emendo_command(
-        *("evaluate", "--editor", out, "--data", facts, "--limit", 3, "--dtype", "fastest", "--json")
+        *("evaluate", "--editor", out, "--data", facts, "--limit", 3, "--dtype", "fastest", "--json"),
+        *("--no-damage", "--no-generated"),
     )
     assert evaluated.json

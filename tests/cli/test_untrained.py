@@ -99,7 +99,13 @@ def _folder(kind: str, path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("t5", "ft"), ("t5", "in-context"), ("bert", "ft"), ("bert", "cache")]
+    ("kind", "name"),
+    [
+        ("t5", "ft"),
+        pytest.param("t5", "in-context", marks=pytest.mark.slow),
+        pytest.param("bert", "ft", marks=pytest.mark.slow),
+        ("bert", "cache"),
+    ],
 )
 def test_other_kinds_of_models(emendo_command: Emendo, tmp_path: Path, kind: str, name: str) -> None:
     folder = _folder(kind, tmp_path / kind)

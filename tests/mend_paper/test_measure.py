@@ -82,10 +82,10 @@ class Slow:
     ("kind", "make", "k"),
     [
         ("gpt2", mend, 1),
-        ("gpt2", enn, 2),
+        pytest.param("gpt2", enn, 2, marks=pytest.mark.slow),
         ("t5", mend, 2),
-        ("t5", enn, 1),
-        ("bert", mend, 1),
+        pytest.param("t5", enn, 1, marks=pytest.mark.slow),
+        pytest.param("bert", mend, 1, marks=pytest.mark.slow),
         ("bert", enn, 2),
     ],
 )

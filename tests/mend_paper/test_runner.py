@@ -84,6 +84,7 @@ def test_tasks_are_loaded_one_after_the_other(tmp_path: Path) -> None:
     assert log.cells == [cells[0], cells[2], cells[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["training", "measuring"])
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     whole, log = Folder(tmp_path / "whole"), Log()

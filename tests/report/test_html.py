@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def read(page: str) -> str:
     return parser.text
 
 
+@cache
 def full(prompt: str = "The capital of Bade is") -> str:
     return render_report(
         info={**INFO, "note": prompt},
