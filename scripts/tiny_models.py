@@ -85,11 +85,28 @@ SIZES: dict[str, Any] = {
 }
 _DECODER_ONLY = ("is_decoder",)
 _NO_KV = {"num_key_value_heads": HEADS}
+_COMPASS = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
+_QWEN4 = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": HEAD_WIDTH,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}
 EXTRA: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": _COMPASS,
+    "cohere_compass": {"text_config": _COMPASS},
     "dbrx": {
         "tie_word_embeddings": False,
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
     },
+    "dots3_note": {
+        "text_config": {"layer_types": ["indexed_attention"] * DEPTH},
+        "vision_config": {"mlp_layer_types": ["dense"] * DEPTH},
+    },
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
     "dots1": {"num_experts_per_tok": 2, "n_shared_experts": 1},
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
@@ -153,7 +170,7 @@ def _settings(default: PreTrainedConfig, kind: str, extra: dict[str, Any]) -> di
                 continue
             if value is None and key in (*_HEAD_WIDTH, "q_lora_rank"):
                 continue
-            if key == "num_key_value_heads" and hasattr(default, "kv_lora_rank"):
+            if key == "num_key_value_heads" and "kv_lora_rank" in vars(default):
                 settings[key] = HEADS
                 continue
             if key == "head_dim" and value == getattr(default, "qk_rope_head_dim", None):  # latent attention
@@ -169,7 +186,10 @@ def _settings(default: PreTrainedConfig, kind: str, extra: dict[str, Any]) -> di
     settings |= {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     if kind == "encoder-decoder" or getattr(default, "is_encoder_decoder", False):
         settings["decoder_start_token_id"] = 0
-    return {**settings, **{k: v for k, v in extra.items() if not isinstance(v, dict)}}
+    return {
+        **settings,
+        **{k: v for k, v in extra.items() if not isinstance(settings.get(k), PreTrainedConfig)},
+    }
 
 
 def tiny_model(kind: str, model_type: str, name: str) -> Any:

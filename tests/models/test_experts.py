@@ -10,49 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cases import CONTEXT, DEPTH, INNER, VOCABULARY, WIDTH, build_tokenizer, unchanged
+from cases import DEPTH, INNER, VOCABULARY, WIDTH, unchanged
 from emendo.editors.mend import Mend, MendConfig
 from emendo.errors import ModelError
 from emendo.low_rank import LowRank, applied
 from emendo.models._experts import ExpertMatrix, open_experts
 from emendo.models.capture import capture
-from emendo.models.lm import LM
 from emendo.models.losses import per_example, token_nll
 from emendo.models.sites import all_sites, find_sites, find_stacks
 from emendo.models.text import Text, collate
 from emendo.models.trunk import Trunk
-
-MIXTURES = ["mixtral", "gpt_oss"]  # the second has biases, transposed weights and a gate of its own
-EXPERTS = 4
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": INNER,
-    "num_hidden_layers": DEPTH,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": CONTEXT,
-    "num_local_experts": EXPERTS,
-    "num_experts": EXPERTS,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-
-
-def mixture(kind: str, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **config))
-        for tensor in model.parameters():
-            if not tensor.any():
-                nn.init.normal_(tensor, std=0.1)
-    if dtype == torch.float64:  # which the fused kernels do not know
-        model.set_experts_implementation("eager")
-    return model.to(dtype).eval().requires_grad_(False)
+from mixtures import EXPERTS, MIXTURES, SIZES, build_mixture, mixture
 
 
 def texts() -> list[Text]:
@@ -101,7 +69,7 @@ def test_opening_the_experts_changes_nothing(kind: str) -> None:
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_the_factors_are_the_gradient_of_the_fused_parameter(kind: str) -> None:
     """Each text's own, by differentiating the model's own kernels in float64."""
-    lm = LM(mixture(kind, torch.float64), build_tokenizer())
+    lm = build_mixture(kind, torch.float64)
     sites, some = find_sites(lm.model, last=2), texts()
     batch = collate(some)
     with unchanged(lm.model):
@@ -134,7 +102,7 @@ def test_the_factors_are_the_gradient_of_the_fused_parameter(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_each_text_under_its_own_change_as_with_changed_weights(kind: str) -> None:
-    lm = LM(mixture(kind, torch.float64), build_tokenizer())
+    lm = build_mixture(kind, torch.float64)
     sites, some = find_sites(lm.model, last=2), texts()
     deltas = {
         site.name: LowRank(
@@ -159,7 +127,7 @@ def test_each_text_under_its_own_change_as_with_changed_weights(kind: str) -> No
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_an_edit_of_experts(kind: str) -> None:
     """Also where no token of the text is routed to some expert; merged it gives the same."""
-    lm = LM(mixture(kind), build_tokenizer())
+    lm = build_mixture(kind)
     editor = Mend(find_sites(lm.model), MendConfig(rank=4, alpha=0.1))
     with unchanged(lm.model):
         edit: Any = editor.edit(lm, "The capital of Fosoba is", "Rome")
@@ -174,7 +142,7 @@ def test_an_edit_of_experts(kind: str) -> None:
 
 
 def test_an_expert_without_tokens_has_no_rows() -> None:
-    lm = LM(mixture("mixtral"), build_tokenizer())
+    lm = build_mixture("mixtral")
     sites = find_sites(lm.model, last=1)
     experts = lm.model.get_submodule("model.layers.3.mlp.experts")
     some = collate([Text((5, 6), 1)])

@@ -51,6 +51,7 @@ READ: Mapping[str, Callable[[Any], bool]] = {
     ),
     "layers_pattern": lambda value: value is None or isinstance(value, str) or _is_texts(value),
     "modules_to_save": lambda value: value is None or _is_texts(value),
+    "target_parameters": lambda value: value is None or _is_texts(value),
 }
 """Options that are read, and the values they can have."""
 
@@ -89,7 +90,6 @@ OFF: Mapping[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (),
     "monteclora_config": (),
     "layer_replication": ([],),
-    "target_parameters": ([],),
     "use_bdlora": (False,),
     "arrow_config": (),
     "kasa_config": (),
@@ -126,6 +126,8 @@ class LoraSettings:
                 f"{folder} is not a LoRA adapter but {values.get('peft_type')!r}; only LoRA can be imported."
             )
         values = {"r": 8, "lora_alpha": 8, **values}
+        if values.get("target_parameters") and values.get("target_modules") is None:
+            values["target_modules"] = []
         for name, value in values.items():
             if name in READ and not READ[name](value):
                 raise StorageError(f"{path} is damaged: {name}={value!r}.")
@@ -171,6 +173,11 @@ class LoraSettings:
         if not _names(modules, name):
             return False
         return isinstance(modules, str) or name in modules or self._transforms(name)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The parameters that are changed as a whole, by their names or the ends of their names."""
+        return list(self.values.get("target_parameters") or ())
 
     def _transforms(self, name: str) -> bool:
         """Whether a module is in one of ``layers_to_transform``."""

@@ -11,6 +11,9 @@ ruin a model that each of them leaves intact. Fusing solves, for each matrix::
 
     dW = Y^T X (X^T X + keep * P^T P / n)^-1
 
+An expert of a mixture has these rows for the tokens that are routed to it. Elsewhere its x_i and p_j count as zero, and
+so does the y_i of an edit under which the token takes another way.
+
 The matrices are solved in the order in which they run, each on its inputs once those before it are changed, so that no
 matrix relies on an effect that another no longer has. Without the second term this is RegMean (Jin et al.,
 ICLR 2023) for changes of weights; the second term and the order are those of MEMIT (Meng et al., ICLR 2023, section 4).
@@ -21,8 +24,9 @@ Nothing is trained, and the order of the edits does not matter. To remove an edi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +36,7 @@ from emendo.data import atlas
 from emendo.edits.edit import Edit, common_origin
 from emendo.errors import RequestError
 from emendo.low_rank import LowRank, applied
+from emendo.models._experts import ExpertMatrix
 from emendo.models._packing import Rows
 from emendo.models._sampling import own_passages
 from emendo.models.lm import LM
@@ -102,13 +107,17 @@ def fuse(
     targets = _targets(lm, store, edits, own)
     fused: dict[str, LowRank] = {}
     missed = total = 0.0
-    for name, moment in moments.items():
+    for group in _groups(moments, lm.model):
         with applied(lm.model, fused):
-            x = _rows(store, texts)[name]
-        y = targets.pop(name)
-        fused[name] = _solved(x, y, keep * moment)
-        missed += float((fused[name](x) - y).square().sum())
-        total += float(y.square().sum())
+            inputs = _rows(store, texts, group)
+        for name in group:
+            x, y = inputs[name], targets.pop(name)
+            wanted = y.at(x.place)
+            total += float(y.rows.square().sum())
+            missed += float(y.rows.square().sum() - wanted.square().sum())
+            if len(x.rows):
+                fused[name] = _solved(x.rows, wanted, keep * moments[name])
+                missed += float((fused[name](x.rows) - wanted).square().sum())
     error = (missed / total) ** 0.5 if total else 0.0
     dtype = torch.promote_types(lm.model.dtype, torch.float32)
     return Edit(
@@ -136,29 +145,82 @@ def _check(lm: LM, edits: Sequence[Edit], paraphrases: Sequence[Sequence[str]], 
         raise RequestError(f"keep must not be negative, but is {keep}.")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Rows of a matrix at some texts: inputs, or outputs.
+
+    Attributes:
+        rows: ``[n, d]``, float64.
+        place: ``[n]`` the number of each row's token among the relevant tokens of all texts, ascending. A matrix that
+            is no expert has a row for every token.
+        count: number of these tokens.
+    """
+
+    rows: Tensor
+    place: Tensor
+    count: int
+
+    def at(self, place: Tensor) -> Tensor:
+        """The rows of some tokens; zero where a token has none."""
+        dense = self.rows.new_zeros(self.count, self.rows.shape[1]).index_copy(0, self.place, self.rows)
+        return dense.index_select(0, place)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[_Rows]) -> _Rows:
+        """The rows of several lists of texts."""
+        starts = [sum(part.count for part in parts[:i]) for i in range(len(parts))]
+        return cls(
+            torch.cat([part.rows for part in parts]),
+            torch.cat([part.place + start for part, start in zip(parts, starts, strict=True)]),
+            sum(part.count for part in parts),
+        )
+
+
 def _second_moments(store: TrunkCache, texts: Sequence[Text]) -> dict[str, Tensor]:
     """For each matrix, in the order in which they run, the mean of ``p p^T`` over its inputs ``p`` at some texts."""
     sums: dict[str, Tensor] = {}
     for start in range(0, len(texts), _TOGETHER):
         for name, p in _rows(store, texts[start : start + _TOGETHER]).items():
-            sums[name] = sums.get(name, 0) + p.T @ p
+            sums[name] = sums.get(name, 0) + p.rows.T @ p.rows
     count = sum(len(text.inputs) for text in texts)
     return {name: total / count for name, total in sums.items()}
 
 
 def _targets(
     lm: LM, store: TrunkCache, edits: Sequence[Edit], texts: Sequence[Sequence[Text]]
-) -> dict[str, Tensor]:
+) -> dict[str, _Rows]:
     """For each matrix, the output that each edit adds at its own texts when applied alone."""
     d_out = {name: len(delta.left) for edit in edits for name, delta in edit.deltas.items()}
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, list[_Rows]] = {}
     for edit, own in zip(edits, texts, strict=True):
         with edit.applied(lm):
             for name, x in _rows(store, own).items():
                 change = edit.deltas.get(name)
-                added = x.new_zeros(len(x), d_out[name]) if change is None else change.to(x.device)(x)
-                found.setdefault(name, []).append(added)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+                rows = x.rows
+                added = (
+                    rows.new_zeros(len(rows), d_out[name]) if change is None else change.to(rows.device)(rows)
+                )
+                found.setdefault(name, []).append(replace(x, rows=added))
+    return {name: _Rows.concatenate(parts) for name, parts in found.items()}
+
+
+def _groups(names: Iterable[str], model: nn.Module) -> list[list[str]]:
+    """Matrices in the order in which they run; those that cannot change each other's inputs together.
+
+    These are the matrices of one parameter of fused experts: a token's way through one expert does not depend on
+    another.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_group(name, model), []).append(name)
+    return list(groups.values())
+
+
+def _group(name: str, model: nn.Module) -> str:
+    if not isinstance(model.get_submodule(name), ExpertMatrix):
+        return name
+    owner, _, parameter = name.rsplit(".", 2)
+    return f"{owner}.{parameter}"
 
 
 def _default_passages(lm: LM, folder: Path | None) -> list[str]:
@@ -174,9 +236,12 @@ def _own_texts(lm: LM, edit: Edit, paraphrases: Sequence[str]) -> list[Text]:
     return to_texts(lm.reading(chat=edit.origin.chat), [request.pair for request in asked])
 
 
-def _rows(store: TrunkCache, texts: Sequence[Text]) -> dict[str, Tensor]:
-    """The input of each matrix at some texts, in float64; the matrices in the order in which they run."""
-    found: dict[str, dict[int, Tensor]] = {}
+def _rows(store: TrunkCache, texts: Sequence[Text], names: Sequence[str] = ()) -> dict[str, _Rows]:
+    """The inputs of matrices (by default all of them) at some texts; the matrices in the order in which they run."""
+    sites = [site for site in store.trunk.sites if not names or site.name in names]
+    found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {site.name: {} for site in sites}
+    counts: dict[str, dict[int, int]] = {site.name: {} for site in sites}
+    order: dict[str, None] = {}  # of the groups
     for places in length_buckets(range(len(texts)), lambda i: texts[i].size, _BATCH_TOKENS):
         chosen = [texts[i] for i in places]
         relevant = store.trunk.relevant_rows(collate(chosen))
@@ -185,18 +250,51 @@ def _rows(store: TrunkCache, texts: Sequence[Text]) -> dict[str, Tensor]:
             name: str, places: Sequence[int] = places, relevant: Mapping[str, Rows] = relevant
         ) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                index, owner = relevant[name].index, relevant[name].owner
-                rows = args[0].flatten(0, -2)[index.to(args[0].device)].double()
-                own = rows.split(torch.bincount(owner, minlength=len(places)).tolist())
-                found.setdefault(name, {}).update(zip(places, own, strict=True))
+                order.setdefault(_group(name, store.model))
+                rows, place, owner = _relevant(args[0].flatten(0, -2), module, relevant[name])
+                own = torch.bincount(owner, minlength=len(places)).tolist()
+                parts = zip(rows.double().split(own), place.split(own), strict=True)
+                found[name].update(zip(places, parts, strict=True))
 
             return hook
 
         with ExitStack() as stack:
-            for name in relevant:
+            for name, own in counts.items():
+                own.update(
+                    zip(
+                        places,
+                        torch.bincount(relevant[name].owner, minlength=len(places)).tolist(),
+                        strict=True,
+                    )
+                )
                 stack.callback(store.model.get_submodule(name).register_forward_hook(keep(name)).remove)
             store.logits(chosen)
-    return {name: torch.cat([own[i] for i in range(len(texts))]) for name, own in found.items()}
+    first = list(order)
+    return {
+        site.name: _in_order(found[site.name], [counts[site.name][i] for i in range(len(texts))], site.d_in)
+        for site in sorted(sites, key=lambda site: first.index(_group(site.name, store.model)))
+    }
+
+
+def _relevant(x: Tensor, module: nn.Module, relevant: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """The relevant ones among a matrix's inputs: the rows, their numbers among their text's, and their texts."""
+    index, owner = relevant.index.to(x.device), relevant.owner.to(x.device)
+    count = torch.bincount(owner)
+    number = torch.arange(len(owner), device=x.device) - (count.cumsum(0) - count)[owner]
+    routed = getattr(module, "rows", None)
+    if routed is None:
+        return x[index], number, owner
+    token, tokens = routed
+    row = index.new_full((tokens,), -1).index_copy(0, token, torch.arange(len(token), device=x.device))[index]
+    seen = row >= 0
+    return x[row[seen]], number[seen], owner[seen]
+
+
+def _in_order(parts: Mapping[int, tuple[Tensor, Tensor]], counts: Sequence[int], d_in: int) -> _Rows:
+    """The rows of all texts, from those of each text and the numbers of their tokens; an expert may have none."""
+    nothing = torch.zeros(0, d_in, dtype=torch.float64), torch.zeros(0, dtype=torch.long)
+    own = [_Rows(*parts.get(i, nothing), count) for i, count in enumerate(counts)]
+    return _Rows.concatenate(own)
 
 
 def _solved(x: Tensor, y: Tensor, moment: Tensor) -> LowRank:

@@ -29,10 +29,20 @@ from emendo._storage import new_folder, read_tensors, write_json, write_tensors
 from emendo._version import __version__
 from emendo.edits._card import card_of
 from emendo.edits._lora_config import LoraSettings
+from emendo.edits._peft_experts import (
+    by_parameter,
+    check_read,
+    experts_of,
+    fused_parameters,
+    stacked,
+    unstacked,
+    wrappers,
+)
 from emendo.edits._weights import Merged, merge
-from emendo.edits.edit import Edit, Origin, check_factors
+from emendo.edits.edit import Edit, Origin
 from emendo.errors import MismatchError, ModelError, RequestError, StorageError
 from emendo.low_rank import LowRank
+from emendo.models._experts import ExpertMatrix
 from emendo.models.lm import LM
 from emendo.models.sites import all_sites
 
@@ -107,7 +117,9 @@ def to_peft(
 
 
 def _config(edit: Edit, lm: LM, rank: int) -> dict[str, Any]:
+    fused = by_parameter(edit.deltas, lm.model)
     transposed = {site.name for site in all_sites(lm.model) if site.transposed}
+    plain = [name for name in edit.deltas if not _is_expert(name, lm.model)]
     return {
         "peft_type": "LORA",
         "task_type": _TASKS[lm.kind],
@@ -115,14 +127,19 @@ def _config(edit: Edit, lm: LM, rank: int) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": list(edit.deltas),
+        "target_modules": plain,
+        **({"target_parameters": list(fused)} if fused else {}),
         "modules_to_save": list(_HEADS) if lm.kind == "classifier" else None,
-        "fan_in_fan_out": not transposed.isdisjoint(edit.deltas),
+        "fan_in_fan_out": not transposed.isdisjoint(plain),
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
         "inference_mode": True,
     }
+
+
+def _is_expert(name: str, model: nn.Module) -> bool:
+    return isinstance(model.get_submodule(name), ExpertMatrix)
 
 
 def _base_name(name: str) -> str:
@@ -135,9 +152,14 @@ def _tensors(edit: Edit, lm: LM, rank: int) -> dict[str, Tensor]:
     """The tensors of an adapter; that of a classifier holds the classifier's own head too."""
     found = {}
     for name, delta in edit.deltas.items():
-        more = rank - delta.rank
-        found[f"{_PREFIX}{name}{_A}"] = nn.functional.pad(delta.right, (0, 0, 0, more))
-        found[f"{_PREFIX}{name}{_B}"] = nn.functional.pad(delta.left, (0, more))
+        if not _is_expert(name, lm.model):
+            more = rank - delta.rank
+            found[f"{_PREFIX}{name}{_A}"] = nn.functional.pad(delta.right, (0, 0, 0, more))
+            found[f"{_PREFIX}{name}{_B}"] = nn.functional.pad(delta.left, (0, more))
+    fused, experts = by_parameter(edit.deltas, lm.model), fused_parameters(lm.model)
+    for wrapper, name in wrappers(lm.model, fused).items():
+        a, b = stacked(fused[name], experts[name], rank)
+        found |= {f"{_PREFIX}{wrapper}{_A}": a, f"{_PREFIX}{wrapper}{_B}": b}
     if lm.kind == "classifier":
         for name, module in lm.model.named_modules():
             if name.endswith(_HEADS):
@@ -178,22 +200,29 @@ def prove(edit: Edit, lm: LM, folder: str | Path, prompts: Sequence[str] | None 
             wrong = _wrong_module(edit, twin)
             found = LM(twin, lm.tokenizer, lm.name, lm.chat).next_logits(prompts)
         except Exception as error:
-            raise ModelError(_failed(f"PEFT cannot load it ({type(error).__name__}: {error})")) from error
+            raise ModelError(
+                _failed(edit, lm, f"PEFT cannot load it ({type(error).__name__}: {error})")
+            ) from error
     if wrong is not None:
-        raise ModelError(_failed(f"PEFT does not apply the change of {wrong}"))
+        raise ModelError(_failed(edit, lm, f"PEFT does not apply the change of {wrong}"))
     difference = float((found - expected).abs().max())
     rounding = 64 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     if not difference <= rounding + 0.02 * float((expected - clean).abs().max()):
         raise ModelError(
-            _failed(f"its logits, loaded by PEFT, differ from the edit's by up to {difference:.2e}")
+            _failed(edit, lm, f"its logits, loaded by PEFT, differ from the edit's by up to {difference:.2e}")
         )
     return difference
 
 
-def _failed(why: str) -> str:
+def _failed(edit: Edit, lm: LM, why: str) -> str:
+    experts = (
+        "The edit changes experts of a mixture, which PEFT supports from version 0.17 on. "
+        if by_parameter(edit.deltas, lm.model)
+        else ""
+    )
     return (
-        f"This edit cannot be exported as a PEFT adapter: {why}. Nothing was written. A checkpoint with the edit "
-        "merged in works with any software: emendo export --to merged, or emendo.edits.to_merged."
+        f"This edit cannot be exported as a PEFT adapter: {why}. {experts}Nothing was written. A checkpoint with the "
+        "edit merged in works with any software: emendo export --to merged, or emendo.edits.to_merged."
     )
 
 
@@ -216,7 +245,14 @@ def _wrong_module(edit: Edit, model: nn.Module) -> str | None:
         if isinstance(factors := getattr(module, "lora_A", None), nn.ModuleDict) and "default" in factors:
             layer: Any = module
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            found[name] = LowRank(b, a).scale(layer.scaling["default"])
+            scale = layer.scaling["default"]
+            parameter = getattr(layer, "parameter_name", None)
+            if parameter is None:
+                found[name] = LowRank(b, a).scale(scale)
+                continue
+            owner = name.replace(".base_layer", "")
+            for index, change in enumerate(unstacked(a, b, layer.num_experts)):
+                found[f"{owner}.{index}.{parameter}"] = change.scale(scale)
     names: dict[str, None] = dict.fromkeys([*edit.deltas, *found])
     for name in names:
         expected, actual = edit.deltas.get(name), found.get(name)
@@ -252,17 +288,13 @@ def from_peft(folder: str | Path, lm: LM) -> Edit:
             "adapter as safetensors: load it with PEFT, and call save_pretrained."
         )
     tensors = read_tensors(file)
+    factors = _factors(tensors, lm.model, where)
     sites = {site.name: site for site in all_sites(lm.model)}
-    deltas = {}
-    for name, (right, left) in _factors(tensors, lm.model, where).items():
+    deltas = experts_of(factors, settings, lm.model, where)
+    for name, (right, left) in factors.items():
         if name not in sites:
             raise MismatchError(f"{lm.name} has no matrix {name!r}, which the adapter in {where} changes.")
-        try:
-            check_factors(name, LowRank(left, right))
-        except ValueError as error:
-            raise StorageError(f"{where} is damaged: {error}") from error
-        if not bool(left.isfinite().all() and right.isfinite().all()):
-            raise StorageError(f"{where} cannot be used: it holds NaN or infinite numbers at {name}.")
+        check_read(name, LowRank(left, right), where)
         if len(right) != settings.rank(name):
             raise StorageError(
                 f"{where} is damaged: {name} has rank {len(right)}, its configuration gives {settings.rank(name)}."

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from emendo.errors import ModelError
 from emendo.models.sites import kind_of
 from emendo.models.text import TokenBatch
 
@@ -90,6 +91,9 @@ def label_logits(
 
     Returns:
         Logits ``[n + m, vocabulary]``.
+
+    Raises:
+        ModelError: the model predicts several tokens at each position.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
@@ -100,6 +104,11 @@ def label_logits(
         return _append(scores.index_select(0, owners), extra)
 
     def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        if args[0].dim() != 3:
+            raise ModelError(
+                f"{type(model).__name__} predicts from hidden states {tuple(args[0].shape)} instead of [texts, tokens, "
+                "width], so it cannot be edited."
+            )
         rows = args[0].flatten(0, 1).index_select(0, positions.to(args[0].device))
         return (_append(rows, extra).unsqueeze(0),)
 

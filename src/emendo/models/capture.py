@@ -116,6 +116,11 @@ def capture(
             idle = [site for site in sites if site.name not in ran]
             if never := [site.name for site in idle if not isinstance(site.module(model), ExpertMatrix)]:
                 raise ModelError(f"The model never ran {never[0]}, so it cannot be edited; leave it out.")
+            if not losses.requires_grad:
+                raise ModelError(
+                    f"{type(model).__name__} computes its blocks without a gradient for their matrices, so it cannot "
+                    "be edited."
+                )
             ends = [call.output for call in calls]
             gradients = torch.autograd.grad(losses.sum(), ends, create_graph=create_graph, allow_unused=True)
     finally:

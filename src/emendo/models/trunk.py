@@ -46,6 +46,7 @@ class Trunk:
         sites: the edited matrices; the trunk ends below the lowest of their blocks.
 
     Attributes:
+        sites: the edited matrices.
         stack: name of the stack that is split: the only one, or the encoder's, which comes first.
         block: index of the first edited block in it; the number of blocks where none is edited.
 
@@ -66,7 +67,7 @@ class Trunk:
         if self.kind != "seq2seq" and self.block == depths[self.stack]:
             raise ModelError("A trunk needs at least one site.")
         self._depths = depths
-        self._sites = sites
+        self.sites = sites
         self._packable: dict[str, str] | None = None
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = self.kind == "causal" and "position_ids" in parameters
@@ -181,7 +182,7 @@ class Trunk:
         """
         rows: dict[str, Rows] = {}
         found = {}
-        for site in self._sites:
+        for site in self.sites:
             last = (
                 self.kind == "causal"
                 and not self._whole
@@ -200,7 +201,7 @@ class Trunk:
     def packing(self, batch: TokenBatch) -> Packing:
         """The rows of a batch that the MLPs of the edited blocks need to compute."""
         if self._packable is None:
-            self._packable = {} if self._whole else packable(self.model, self._sites)
+            self._packable = {} if self._whole else packable(self.model, self.sites)
         relevant = self.relevant_rows(batch, padded=True)
         found = {name: own for name, own in relevant.items() if name in self._packable}
         return Packing({self._packable[name]: own for name, own in found.items()}, found)
