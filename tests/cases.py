@@ -254,6 +254,10 @@ EDITOR_CASES: dict[str, EditorCase] = {
     "ft-kl": EditorCase({"lr": 0.01, "steps": 3, "c_edit": 1.0}),
     "ft-constrained": EditorCase({"lr": 0.01, "steps": 3}),
     "lora": EditorCase({"lr": 0.01, "steps": 3}),
+    "rome": EditorCase(
+        {"lr": 0.3, "steps": 3},
+        refuses={"seq2seq": "rome is for decoders", "classifier": "rome is for decoders"},
+    ),
     "cache": EditorCase(),
     "in-context": EditorCase(refuses={"classifier": "classifier, which answers with classes"}, teaches=False),
 }

@@ -161,8 +161,10 @@ def _of_method(name: str, lm: LM, method: MethodOptions) -> Editor:
         )
     config = editor_config(name, method.settings or ())
     sites: tuple[Site, ...] = ()
-    if not kind.no_changes:
+    if method.sites or method.last is not None:
         sites = find_sites(lm.model, site_choice(method.sites or ["mlp"]), last=method.last)
+    elif not kind.no_changes:
+        sites = kind.default_sites(lm.model)
     return kind(sites, config).eval()
 
 

@@ -23,6 +23,7 @@ EDITORS = {
     "ft-kl": "emendo.editors.ft_kl:FineTuningKl",
     "ft-constrained": "emendo.editors.ft_constrained:ConstrainedFineTuning",
     "lora": "emendo.editors.lora:Lora",
+    "rome": "emendo.editors.rome:Rome",
     "cache": "emendo.editors.cache:Cache",
     "in-context": "emendo.editors.in_context:InContext",
 }

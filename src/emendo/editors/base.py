@@ -38,7 +38,7 @@ from emendo.errors import FramingWarning, MismatchError, RequestError, StorageEr
 from emendo.low_rank import LowRank
 from emendo.models._fingerprint import difference, same_model
 from emendo.models.lm import LM
-from emendo.models.sites import Site
+from emendo.models.sites import Site, find_sites
 from emendo.models.text import Text
 from emendo.models.tokenization import to_texts
 from emendo.models.trunk_cache import TrunkCache
@@ -82,6 +82,11 @@ class Editor(nn.Module):
         self._checked = 0  # id of the model that has all sites; checking them takes 1% of a tiny model's edit
         self.chat: bool | None = False
         self.info: dict[str, Any] = {}
+
+    @classmethod
+    def default_sites(cls, model: nn.Module) -> tuple[Site, ...]:
+        """The matrices that the method edits unless others are chosen: those of the MLPs in the last blocks."""
+        return find_sites(model)
 
     @abstractmethod
     def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
