@@ -1,64 +1,54 @@
-"""Start-up of the command line, as ratios to what it cannot avoid.
+"""The start of the command line, as ratios to what it cannot avoid.
 
-    python benchmarks/startup.py --rounds 5
-
-`emendo --help` against starting Python with typer; `emendo edit` on the built-in model against importing torch and
-transformers and loading the model by hand. Processor seconds of whole processes, interleaved, the median of each.
+`emendo --help` against Python with typer and rich; `emendo edit` against importing torch and transformers, and against
+that and loading the model. Whole processes, interleaved.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import resource
-import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 
-PLAIN = "import typer, rich.console; typer.Typer()"
-LOADED = "import torch, transformers, emendo; emendo.load('smollm2-135m')"
-IMPORTED = "import torch, transformers"
-EDIT = ("edit", "The capital of Australia is", "Canberra", "--json")
-COMMANDS = {
-    "python, typer and rich": (sys.executable, "-c", PLAIN),
-    "emendo --help": (sys.executable, "-m", "emendo", "--help"),
-    "import torch, transformers": (sys.executable, "-c", IMPORTED),
-    "the same, and loading the model": (sys.executable, "-c", LOADED),
-    "emendo edit PROMPT TARGET": (sys.executable, "-m", "emendo", *EDIT),
-}
-PAIRS = (
-    ("emendo --help", "python, typer and rich"),
-    ("emendo edit PROMPT TARGET", "import torch, transformers"),
-    ("emendo edit PROMPT TARGET", "the same, and loading the model"),
-)
+from _common import Spread, interleaved, machine, parser, ratio, table
+
+EDIT = ("edit", "The capital of Australia is", "Canberra", "--json", "--model")
+HELP, TYPER = "emendo --help", "python, typer and rich"
+FIRST, IMPORTS, LOADED = "emendo edit", "import torch, transformers", "the same, and emendo.load"
 
 
-def seconds(command: tuple[str, ...]) -> float:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(
-        command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}
+def process(*arguments: str, threads: int) -> Callable[[], object]:
+    """A Python process with these arguments."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    return lambda: subprocess.run(
+        [sys.executable, *arguments], check=True, capture_output=True, env=environment
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    options = parser(__doc__, rounds=5).parse_args(argv)
+    model, threads = options.model, options.threads
+    imports = "import torch, transformers"
+    cases = {
+        TYPER: process("-c", "import typer, rich.console; typer.Typer()", threads=threads),
+        HELP: process("-m", "emendo", "--help", threads=threads),
+        IMPORTS: process("-c", imports, threads=threads),
+        LOADED: process("-c", f"{imports}, emendo; emendo.load({model!r})", threads=threads),
+        FIRST: process("-m", "emendo", *EDIT, model, threads=threads),
+    }
+    times = interleaved(cases, options)
+    machine(options)
+    table(
+        "Start of the command line, seconds of a whole process",
+        ("process", "seconds", "ratio", "to"),
+        [
+            (HELP, Spread.of(times[HELP]), ratio(times[HELP], times[TYPER]), TYPER),
+            (FIRST, Spread.of(times[FIRST]), ratio(times[FIRST], times[IMPORTS]), IMPORTS),
+            (FIRST, Spread.of(times[FIRST]), ratio(times[FIRST], times[LOADED]), LOADED),
+        ],
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
-    found: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for _ in range(asked.rounds + 1):
-        for name, command in COMMANDS.items():
-            found[name].append(seconds(command))
-    middle = {
-        name: statistics.median(values[1:]) for name, values in found.items()
-    }  # the first round warms up
-    for name, value in middle.items():
-        print(f"{name:<34} {value:6.2f} s of a processor")
-    for one, other in PAIRS:
-        print(f"{one} / {other}: {middle[one] / middle[other]:.2f}")
 
 
 if __name__ == "__main__":

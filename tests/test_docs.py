@@ -14,6 +14,7 @@ import emendo
 from cases import records, unchanged
 from emendo.cli import app
 from emendo.data import write_records
+from emendo.editors import library
 from emendo.editors.mend import Mend
 from emendo.models.lm import LM
 from emendo.train import TrainConfig
@@ -45,8 +46,11 @@ def folder(tiny_llama: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EMENDO_HOME", str(tmp_path))
     monkeypatch.setattr(emendo, "load", lambda name: tiny_llama, raising=False)
-    monkeypatch.setattr(emendo.Edit, "push_to_hub", lambda self, name: name)
     monkeypatch.setattr("emendo.train.TrainConfig", lambda steps: TrainConfig(steps=4, warmup=1))
+    for kind in (emendo.Edit, emendo.Editor):
+        monkeypatch.setattr(kind, "push_to_hub", lambda self, name, **_: name)
+    monkeypatch.setattr(library, "SHIPPED", tmp_path / "shipped")
+    editor.save_pretrained(tmp_path / "shipped" / "mend-smollm2-135m")
     saved = emendo.Edit.save_pretrained
     monkeypatch.setattr(emendo.Edit, "save_pretrained", lambda self, name: saved(self, name, overwrite=True))
     return tmp_path
