@@ -86,8 +86,10 @@ def run(
     device: opt.Device = None,
 ) -> None:
     """Run the demo."""
+    from emendo._outputs import DEMO
     from emendo.cli._demo import of_entry, show_edit, show_scores
     from emendo.cli._loading import load_model
+    from emendo.cli._paths import claim
     from emendo.data import read_records
     from emendo.editors import Editor, library
 
@@ -103,6 +105,7 @@ def run(
     }
     entry = None
     if not asked:
+        claim(out or Path("runs/demo"), DEMO, model=model, overwrite=True)  # before the model is loaded
         lm = load_model(model, dtype or "float32", device)
         entry = library.shipped_for(lm.fingerprint)
         if entry is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, note
 
@@ -53,17 +51,16 @@ def run(as_json: opt.AsJson = False) -> None:
     if not entries:
         note("There are no editors yet. Train one: emendo train --out runs/mine")
         return
-    rows: list[Any] = []
+    columns = [Column(""), *(Column(name, "share") for name in FIGURES)]
     for entry in entries:
         where = "ships with emendo" if entry.ships else "from the hub"
-        head = (
-            f"{entry.name} · {entry.head['editor']} for {entry.info.get('model_name', 'unknown')} · {where}"
-        )
-        rows += [f"{head} · {entry.size / 1e6:.1f} MB"]
-        for facts, found in _figures(entry.info.get("figures")).items():
-            rows += [(facts, *(_number(found.get(name)) for name in FIGURES.values()))]
-    columns = [Column(""), *(Column(name, "share") for name in FIGURES)]
-    print_table(Table(columns, rows))
+        model = entry.info.get("model_name", "unknown")
+        title = f"{entry.name}: {entry.head['editor']} for {model}, {entry.size / 1e6:.1f} MB, {where}"
+        rows = [
+            (facts, *(_number(found.get(name)) for name in FIGURES.values()))
+            for facts, found in _figures(entry.info.get("figures")).items()
+        ]
+        print_table(Table(columns if rows else [], rows, title))
 
 
 def _figures(figures: object) -> dict[str, dict[str, object]]:
