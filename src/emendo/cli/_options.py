@@ -58,7 +58,7 @@ Separator = Annotated[
 ]
 TRAINED = ("mend", "enn", "ke", "meta-curvature", "meta-sgd")
 """Methods that must be trained; written out, so that help pages import nothing."""
-UNTRAINED = ("ft", "ft-kl", "ft-constrained", "lora", "cache", "in-context")
+UNTRAINED = ("ft", "ft-kl", "ft-constrained", "lora", "rome", "cache", "in-context")
 """Methods that need no training."""
 
 _EDITOR_HELP = (

@@ -28,7 +28,7 @@ EDITORS = {
     "in-context": "emendo.editors.in_context:InContext",
 }
 """Method name -> its class, imported on first use."""
-DEFAULT = "ft"
+DEFAULT = "rome"
 """The method for a model without a trained editor: the best of those that need no training (docs/editors.md)."""
 
 
