@@ -8,7 +8,8 @@ from emendo.edits._weights import Merged, merge, weight_norm
 from emendo.edits.base import BaseEdit
 from emendo.edits.edit import Attachment, Edit, as_weights, compose, conflicts, diff
 from emendo.edits.fusing import fuse
-from emendo.edits.peft import Adapter, from_peft, prove, to_merged, to_peft
+from emendo.edits.merged import to_merged
+from emendo.edits.peft import Adapter, from_peft, prove, to_peft
 from emendo.edits.per_request import applied_to_rows
 
 __all__ = [

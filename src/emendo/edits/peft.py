@@ -1,4 +1,4 @@
-"""Edits as PEFT LoRA adapters and as merged checkpoints, and adapters as edits.
+"""Edits as PEFT LoRA adapters, and adapters as edits.
 
 An edit is a LoRA: with ``dW = left @ right`` the adapter has ``lora_A = right [R, d_in]``, ``lora_B = left [d_out, R]``
 and the scale ``lora_alpha / r = 1``. All matrices are padded with zeros to one rank, since some servers ignore
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emendo._outputs import ADAPTER, CHECKPOINT
+from emendo._outputs import ADAPTER
 from emendo._storage import new_folder, read_tensors, write_json, write_tensors
 from emendo._version import __version__
 from emendo.edits._card import card_of
@@ -38,7 +38,6 @@ from emendo.edits._peft_experts import (
     unstacked,
     wrappers,
 )
-from emendo.edits._weights import Merged, merge
 from emendo.edits.edit import Edit, Origin
 from emendo.errors import MismatchError, ModelError, RequestError, StorageError
 from emendo.low_rank import LowRank
@@ -351,51 +350,3 @@ def _factors(
     if odd := [name for name, pair in found.items() if len(pair) < 2]:
         raise StorageError(f"{where} is damaged: {odd[0]} has only one of lora_A and lora_B.")
     return {name: (pair[_A], pair[_B]) for name, pair in found.items()}
-
-
-def to_merged(
-    edit: Edit, lm: LM, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
-) -> Merged:
-    """Write a whole checkpoint with the edit merged into its weights, and the tokenizer.
-
-    Args:
-        edit: the edit.
-        lm: the model; its weights are changed during the call and restored bit for bit.
-        folder: the checkpoint's folder.
-        dtype: of the checkpoint; by default that of the model.
-        overwrite: replace the content of the folder.
-
-    Returns:
-        The rounding error of the merge in that dtype.
-
-    Raises:
-        MismatchError: the edit belongs to another model.
-        ModelError: a matrix is quantised, or transformers cannot save the model.
-        RequestError: the edit holds NaN or infinite numbers.
-        StorageError: the folder is not empty, or cannot be written.
-    """
-    edit.check(lm)
-    edit.check_numbers()
-    with new_folder(folder, CHECKPOINT, overwrite=overwrite) as new:
-        if dtype is None or dtype == lm.model.dtype:
-            merged = merge(lm.model, edit.deltas)
-            try:
-                _save(lm.model, new)
-            finally:
-                merged.restore()
-        else:
-            model = copy.deepcopy(lm.model).to(dtype)
-            merged = merge(model, edit.deltas, keep=False)
-            _save(model, new)
-        lm.tokenizer.save_pretrained(new)
-        head = {"version": __version__, "form": "merged", "merge_loss": merged.loss}
-        write_json(new / "emendo.json", {**head, "fingerprint": edit.origin.fingerprint})
-    return merged
-
-
-def _save(model: Any, folder: Path) -> None:
-    """Save a model with transformers, which refuses some of its own settings (such as those for generation)."""
-    try:
-        model.save_pretrained(folder)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(f"transformers cannot save this model as a checkpoint: {error}") from error

@@ -60,19 +60,21 @@ class ModelFiles:
         key: digest of their paths, sizes and times, and of the number format of the weights.
         versions: the version counters of the parameters just after loading; a change in place raises one.
         folder: where hashes are cached.
+        source: the folder of the files.
     """
 
     key: str
     versions: tuple[int, ...]
     folder: Path
+    source: Path
 
     @classmethod
-    def of(cls, files: Iterable[Path], model: nn.Module, folder: Path) -> Self:
+    def of(cls, source: Path, files: Iterable[Path], model: nn.Module, folder: Path) -> Self:
         """The files of a model that was just loaded from them."""
         stats = [
             (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)
         ]
-        return cls(digest([stats, str(next(model.parameters()).dtype)]), _versions(model), folder)
+        return cls(digest([stats, str(next(model.parameters()).dtype)]), _versions(model), folder, source)
 
 
 def fingerprint(model: nn.Module, tokenizer: Any = None, files: ModelFiles | None = None) -> str:

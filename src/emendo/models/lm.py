@@ -42,7 +42,7 @@ class LM:
         tokenizer: its tokenizer.
         name: the name it was loaded by.
         chat: whether every prompt is put into the tokenizer's chat template.
-        files: the files that it was read from, so that its fingerprint can be cached.
+        files: the files that it was read from; with them its fingerprint can be cached.
 
     Raises:
         ModelError: ``chat`` is set for a tokenizer without a template, or for a model that is not a decoder.

@@ -264,7 +264,7 @@ def _files(name: str, folder: Path | None, model: Any) -> ModelFiles | None:
         found = [
             file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".model")
         ]
-        return ModelFiles.of(found, model, cache_folder() / "fingerprints")
+        return ModelFiles.of(folder, found, model, cache_folder() / "fingerprints")
     except (OSError, TypeError, RuntimeError):
         return None
 
