@@ -100,8 +100,8 @@ def check(row: Row) -> None:
     try:
         model = tiny_model(row.kind, row.type, row.cls)
         ids: dict[str, Any] = {
-            "input_ids": torch.tensor([[5, 6, 2]])
-        }  # some classifiers read at the end token
+            "input_ids": torch.tensor([[5, 6, 7, 8, 9, 10, 11, 2]])
+        }  # some read at the end token
         if "use_cache" in inspect.signature(model.forward).parameters:
             ids["use_cache"] = False
         model(**ids, **({"decoder_input_ids": ids["input_ids"]} if model.config.is_encoder_decoder else {}))

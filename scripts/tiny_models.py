@@ -109,6 +109,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QWEN4,
     "dots1": {"num_experts_per_tok": 2, "n_shared_experts": 1},
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    "layoutlmv3": {"coordinate_size": 12, "shape_size": 8, "input_size": 32},
+    "lilt": {"hidden_size": 96},
+    "mobilebert": {"intra_bottleneck_size": WIDTH},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "esmc": _NO_KV,
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
@@ -125,7 +128,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 1,
     },
     "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16]},
-    "mistral4": {"head_dim": None},
+    "mistral4": {"head_dim": 8},
     "zamba": {
         "num_hidden_layers": 8,
         "layers_block_type": None,

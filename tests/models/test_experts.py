@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from cases import DEPTH, INNER, VOCABULARY, WIDTH, unchanged
 from emendo.editors.mend import Mend, MendConfig
@@ -193,6 +193,25 @@ def test_no_router_and_no_gate_is_a_site(kind: str, router: str) -> None:
     parts = {part for site in all_sites(model) for part in site.name.split(".")}
     assert "down_proj" in parts
     assert not parts & {"router", "gate", "shared_expert_gate"}
+
+
+def test_experts_in_a_list_are_no_sites_whatever_else_it_holds() -> None:
+    """NLLB's experts stand beside a dropout; which tokens are routed to them is not known."""
+    config = AutoConfig.for_model(
+        "nllb-moe",
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        num_experts=EXPERTS,
+        **dict.fromkeys(("encoder_layers", "decoder_layers"), DEPTH),
+        **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), INNER),
+        **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+        **dict.fromkeys(("encoder_sparse_step", "decoder_sparse_step"), 2),
+    )
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    assert any("experts.expert_1.fc1" in name for name, _ in model.named_modules())
+    parts = {part for site in all_sites(model) for part in site.name.split(".")}
+    assert {"fc1", "fc2", "q_proj"} <= parts
+    assert not parts & {"experts", "router", "classifier"}
 
 
 def test_the_language_part_of_a_multimodal_model_is_edited() -> None:

@@ -137,7 +137,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     the config says.
 
     Raises:
-        ModelError: the model has no such list.
+        ModelError: the model has no such list, or no token embeddings.
     """
     found: list[Stack] = []
     for name, module in model.named_modules():
@@ -156,14 +156,23 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 
 def _language_stacks(model: nn.Module, stacks: list[Stack]) -> list[Stack]:
-    """The stacks of the language part; all of them where that cannot be decided."""
+    """The stacks of the language part; all of them where that cannot be decided.
+
+    Raises:
+        ModelError: the model reads no tokens.
+    """
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         return _encoder_decoder(model, stacks) if len(stacks) > 2 else stacks
     if len(stacks) == 1 or config is None:
         return stacks
     text = config.get_text_config(decoder=True)
-    table = _name_of(model, model.get_input_embeddings())  # type: ignore[operator]
+    try:
+        table = _name_of(model, model.get_input_embeddings())  # type: ignore[operator]
+    except NotImplementedError as error:
+        raise ModelError(
+            f"{type(model).__name__} has no table of token embeddings, so it cannot be edited."
+        ) from error
     near = min(_distance(table, stack.name) for stack in stacks)
     chosen = [stack for stack in stacks if _distance(table, stack.name) == near]
     depth = getattr(text, "num_hidden_layers", None)
@@ -259,13 +268,11 @@ def _listed_experts(block: nn.Module) -> set[str]:
 
 
 def _experts(module: nn.Module) -> int:
-    """Number of experts in a module: members of a list, or entries of its 3-D parameters; 0 for other modules."""
+    """Number of experts in a module: list members that hold matrices, or entries of 3-D parameters; 0 for others."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        members = list(module.children())
+        members = [member for member in module.children() if any(map(_matrix_shape, member.modules()))]
         alike = len({type(member) for member in members}) == 1 and len(members) > 1
-        if not alike or _matrix_shape(members[0]) is not None:
-            return 0
-        return len(members) if any(map(_matrix_shape, members[0].modules())) else 0
+        return len(members) if alike and _matrix_shape(members[0]) is None else 0
     fused = [p for p in module.parameters(recurse=False) if p.dim() == 3]
     several = len(fused) > 1 or (fused and "expert" in type(module).__name__.lower())
     return len(fused[0]) if several and len({len(p) for p in fused}) == 1 else 0
