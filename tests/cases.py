@@ -250,6 +250,7 @@ EDITOR_CASES: dict[str, EditorCase] = {
     "ke": EditorCase({"lstm_hidden": 8, "condition": 12, "hidden": 8}),
     "meta-curvature": EditorCase({"alpha": 0.02}),
     "meta-sgd": EditorCase({"alpha": 0.02}),
+    "meta-lstm": EditorCase({"hidden": 3, "alpha": 0.05}),
     "ft": EditorCase({"lr": 0.01, "steps": 3}),
     "ft-kl": EditorCase({"lr": 0.01, "steps": 3, "c_edit": 1.0}),
     "ft-constrained": EditorCase({"lr": 0.01, "steps": 3}),

@@ -56,7 +56,7 @@ Separator = Annotated[
         "needs one]",
     ),
 ]
-TRAINED = ("mend", "enn", "ke", "meta-curvature", "meta-sgd")
+TRAINED = ("mend", "enn", "ke", "meta-curvature", "meta-sgd", "meta-lstm")
 """Methods that must be trained; written out, so that help pages import nothing."""
 UNTRAINED = ("ft", "ft-kl", "ft-constrained", "lora", "rome", "cache", "in-context")
 """Methods that need no training."""

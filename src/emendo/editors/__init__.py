@@ -19,6 +19,7 @@ EDITORS = {
     "ke": "emendo.editors.ke:KnowledgeEditor",
     "meta-curvature": "emendo.editors.meta_curvature:MetaCurvature",
     "meta-sgd": "emendo.editors.meta_sgd:MetaSgd",
+    "meta-lstm": "emendo.editors.meta_lstm:MetaLstm",
     "ft": "emendo.editors.ft:FineTuning",
     "ft-kl": "emendo.editors.ft_kl:FineTuningKl",
     "ft-constrained": "emendo.editors.ft_constrained:ConstrainedFineTuning",
