@@ -254,6 +254,9 @@ EDITOR_CASES: dict[str, EditorCase] = {
     "ft": EditorCase({"lr": 0.01, "steps": 3}),
     "ft-kl": EditorCase({"lr": 0.01, "steps": 3, "c_edit": 1.0}),
     "ft-constrained": EditorCase({"lr": 0.01, "steps": 3}),
+    "ft-penalised": EditorCase({"lr": 0.01, "steps": 3, "coefficient": 0.1}),
+    "diff-pruning": EditorCase({"lr": 0.01, "steps": 3, "gate_lr": 0.1}),
+    "ewc": EditorCase({"lr": 0.01, "steps": 3, "texts": 3}),
     "lora": EditorCase({"lr": 0.01, "steps": 3}),
     "rome": EditorCase(
         {"lr": 0.3, "steps": 3},

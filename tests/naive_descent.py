@@ -27,6 +27,7 @@ def fine_tuned(
     locality: Sequence[Text] = (),
     until: float | None = None,
     project: Callable[[Tensor], Tensor] | None = None,
+    proximal: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], int]:
     """The change of each matrix, `[d_out, d_in]`, and the number of steps: a copy of the model with trained weights."""
     twin = copy.deepcopy(lm.model)
@@ -56,8 +57,21 @@ def fine_tuned(
             with torch.no_grad():
                 for weight, old in zip(weights, start, strict=True):
                     weight.copy_(old + project(weight - old))
+        if proximal is not None:
+            with torch.no_grad():
+                for weight, old in zip(weights, start, strict=True):
+                    weight.copy_(old + proximal(weight - old, _metric(moves, weight)))
     changes = [weight.detach() - old for weight, old in zip(weights, start, strict=True)]
     return {site.name: _as_rows(change, site) for site, change in zip(sites, changes, strict=True)}, done
+
+
+def _metric(moves: torch.optim.Optimizer, weight: Tensor) -> Tensor:
+    """What PyTorch's Adam or RMSprop divided its direction by in the last step."""
+    state, group = moves.state[weight], moves.param_groups[0]
+    if isinstance(moves, torch.optim.RMSprop):
+        return (state["square_avg"].sqrt() + group["eps"]) / group["lr"]
+    second = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])
+    return (second.sqrt() + group["eps"]) / group["lr"]
 
 
 def _logits(model: Any, text: Text) -> Tensor:

@@ -18,7 +18,9 @@ from emendo.editors.cache import Cache, CacheConfig, CacheEdit
 from emendo.evaluate import evaluate
 
 PROMPT = "The capital of Bada is"
-CHEAP = {"ft": "steps=2", "ft-kl": "steps=2", "ft-constrained": "steps=2", "lora": "steps=2"}
+CHEAP = dict.fromkeys(
+    ("ft", "ft-kl", "ft-constrained", "ft-penalised", "diff-pruning", "ewc", "lora"), "steps=2"
+)
 
 
 def settings(name: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from cases import ARCHITECTURES, CONTEXT, EDITOR_CASES, build_lm, records_for, unchanged
 from emendo.data import Record
 from emendo.editors import EDITORS, Editor, GradientEditor, editor_class, read_edit
-from emendo.editors.ft_kl import FineTuningKl
+from emendo.editors._locality import LocalityEditor
 from emendo.edits.edit import BaseEdit, Edit, Request
 from emendo.errors import MismatchError, RequestError
 from emendo.models.lm import LM
@@ -60,7 +60,7 @@ def make(name: str, lm: LM, seed: int = 0) -> Editor:
         find_sites(lm.model, last=1 if lm.kind == "seq2seq" else 2), kind.Config(**EDITOR_CASES[name].config)
     )
     made = records_for(lm, 8)
-    if isinstance(editor, FineTuningKl):
+    if isinstance(editor, LocalityEditor):
         editor.set_locality([probe for record in made[4:] for probe in record.neighbours])
     if isinstance(editor, GradientEditor):
         train(lm, editor, made[4:], [], FAST)

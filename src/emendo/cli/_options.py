@@ -58,7 +58,10 @@ Separator = Annotated[
 ]
 TRAINED = ("mend", "enn", "ke", "meta-curvature", "meta-sgd", "meta-lstm")
 """Methods that must be trained; written out, so that help pages import nothing."""
-UNTRAINED = ("ft", "ft-kl", "ft-constrained", "lora", "rome", "cache", "in-context")
+UNTRAINED = (
+    *("ft", "ft-kl", "ft-constrained", "ft-penalised", "diff-pruning", "ewc"),
+    *("lora", "rome", "cache", "in-context"),
+)
 """Methods that need no training."""
 
 _EDITOR_HELP = (

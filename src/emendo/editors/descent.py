@@ -48,6 +48,9 @@ _BLOCK = 1 << 16  # entries updated at one time, so that they stay in the proces
 Leaves = tuple[Tensor, ...]
 """A dense change ``[d_out, d_in]``, or its factors ``[d_out, r]`` and ``[r, d_in]``."""
 
+Proximal = Callable[[Tensor, Tensor], Tensor]
+"""``leaf`` and ``metric`` -> the ``x`` that minimises ``penalty(x) + sum(metric * (x - leaf)^2) / 2``; of one shape."""
+
 
 def dense(site: Site) -> Leaves:
     """The leaf of a dense change: zeros ``[d_out, d_in]``."""
@@ -69,6 +72,10 @@ class RmsProp:
         square.mul_(self.decay).addcmul_(gradient, gradient, value=1 - self.decay)
         weights.addcdiv_(gradient, square.sqrt().add_(self.eps), value=-self.lr)
 
+    def metric(self, moments: Sequence[Tensor], step: int) -> Tensor:
+        """The ``h`` by which the update divided: ``weights -= direction / h``."""
+        return moments[0].sqrt().add_(self.eps).div_(self.lr)
+
 
 @dataclass(frozen=True, slots=True)
 class Adam:
@@ -87,6 +94,10 @@ class Adam:
         square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
         root = square.sqrt().div_(math.sqrt(1 - second**step)).add_(self.eps)
         weights.addcdiv_(mean, root, value=-self.lr / (1 - first**step))
+
+    def metric(self, moments: Sequence[Tensor], step: int) -> Tensor:
+        """The ``h`` by which the update divided: ``weights -= direction / h``."""
+        return moments[1].sqrt().div_(math.sqrt(1 - self.decay[1] ** step)).add_(self.eps).div_(self.lr)
 
 
 Optimizer = RmsProp | Adam
@@ -123,6 +134,10 @@ class Descent:
         steps: largest number of steps of an edit.
         start: gives the initial leaves of a site.
         project: site name -> a projection that is applied to each of its leaves after every step.
+        proximal: site name -> the proximal operator of a penalty that is added to the loss. It is applied to each of
+            its leaves after every step, in the optimiser's metric, so that the search comes to rest where the
+            penalised loss is stationary, whatever the optimiser (Yun, Lozano, Yang: "Adaptive Proximal Gradient
+            Methods for Structured Neural Networks", NeurIPS 2021).
         until: an edit is finished once its NLL, in nats per target token, is below this; None: once every token of
             every target is the argmax. Checked before each step.
         c_edit: weight of the NLL.
@@ -134,6 +149,7 @@ class Descent:
     steps: int
     start: Callable[[Site], Leaves] = dense
     project: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    proximal: Mapping[str, Proximal] = field(default_factory=dict)
     until: float | None = None
     c_edit: float = 1.0
     locality: Sequence[Text] = ()
@@ -238,6 +254,9 @@ class _Search:
                 update(self.how.optimizer, leaf, slope.scale(scale), moments, fit.step)
                 if name in self.how.project:
                     leaf.copy_(self.how.project[name](leaf))
+                if name in self.how.proximal:
+                    metric = self.how.optimizer.metric(moments, fit.step)
+                    leaf.copy_(self.how.proximal[name](leaf, metric))
 
     def _edit_loss(self, texts: Sequence[Text], weight: float) -> tuple[Tensor, Tensor, dict[str, Factors]]:
         """NLL per target token of each text, whether its whole target is the argmax, and the factors of the loss."""

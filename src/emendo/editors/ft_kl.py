@@ -9,21 +9,15 @@ with one fresh ``x_loc`` at each step, until every target token is the argmax.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from random import Random
 
 from emendo._settings import setting
-from emendo.data import atlas
-from emendo.data.schema import Probe
+from emendo.editors._locality import LocalityEditor
 from emendo.editors.descent import Descent, DescentEditor, FineTuningSettings
-from emendo.errors import RequestError
 from emendo.models.lm import LM
 from emendo.models.text import Text
 from emendo.models.tokenization import to_texts
-
-_POOL = 200  # locality examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +33,16 @@ class FineTuningKlConfig(FineTuningSettings):
     seed: int = setting(0, "Seed of the order of the locality examples.")
 
 
-class FineTuningKl(DescentEditor):
+class FineTuningKl(LocalityEditor, DescentEditor):
     """Fine-tuning with a locality loss; see the module's docstring.
 
-    The locality examples are those of :meth:`set_locality`, or else the first built-in facts
-    (:mod:`emendo.data.atlas`). All requests use them in the same order, so an edit does not depend on the rest of its
+    All requests use the locality examples in the same order, so an edit does not depend on the rest of its
     batch.
     """
 
     name = "ft-kl"
     Config = FineTuningKlConfig
     config: FineTuningKlConfig
-
-    def set_locality(self, probes: Sequence[Probe]) -> None:
-        """Use the first 200 of these probes as locality examples; they are saved with the editor."""
-        self.info["locality"] = [[probe.prompt, probe.answer] for probe in probes[:_POOL]]
 
     def descent(self, lm: LM) -> Descent:
         """The settings of the search on this model."""
@@ -67,21 +56,7 @@ class FineTuningKl(DescentEditor):
         )
 
     def _locality(self, lm: LM) -> list[Text]:
-        """The locality examples, one for each step.
-
-        Raises:
-            RequestError: a classifier has none, since the built-in facts have no classes.
-        """
-        pool = [(prompt, answer) for prompt, answer in self.info.get("locality", [])]
-        if not pool and lm.kind == "classifier":
-            raise RequestError(
-                f"{self.name} needs prompts whose answers must not change, and for a classifier none are built in: "
-                "give some with editor.set_locality([Probe(prompt, class), ...])."
-            )
-        pool = pool or list(self._built_in)
+        """The locality examples, one for each step."""
+        pool = self.locality(lm)
         Random(self.config.seed).shuffle(pool)
         return to_texts(lm, pool[: self.config.steps])
-
-    @cached_property
-    def _built_in(self) -> tuple[tuple[str, str], ...]:
-        return tuple((record.prompt, str(record.answer)) for record in atlas.load("train", _POOL))
