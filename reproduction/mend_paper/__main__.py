@@ -26,6 +26,7 @@ Presets:
   table9    attention matrices instead of MLP matrices
   table11   a cache instead of an editor
   figure4   memory during training
+  norms     fine-tuning under each norm, from loose to tight, beside MEND
 
 \b
 Examples:

@@ -51,6 +51,7 @@ BUDGETS = {
     "atlas-t5": Budget({"steps": 300, "batch": 8, "near": 1, "sibling": 1}, 150, 50),
     "wikitext": Budget({"steps": 60, "batch": 8, "near": 0, "sibling": 0, "text": 2}, 30, 15),
     "counterfact": Budget({"steps": 200, "batch": 8, "near": 1, "sibling": 1}, 60, 20),
+    "counterfact-text": Budget({"steps": 200, "batch": 8, "near": 1, "sibling": 1}, 8, 8),
 }
 
 LEARNING: Mapping[str, Mapping[str, Any]] = {
@@ -68,7 +69,7 @@ SETTINGS: Mapping[tuple[str, str], Mapping[str, Any]] = {
 }
 """Settings of a method on a task."""
 
-SLOW = ("ft", "ft-kl", "lora", "meta-lstm")
+SLOW = ("ft", "ft-kl", "lora", "meta-lstm", "ft-constrained", "ft-penalised", "diff-pruning", "ewc")
 """Editors that run a loop of gradient steps for every edit."""
 
 REFUSES = {("atlas-bert", "in-context"), ("wikitext", "meta-lstm"), ("counterfact", "meta-lstm")}
@@ -99,7 +100,8 @@ class Choice:
     known: Mapping[str, Budget] = field(default_factory=lambda: BUDGETS)
 
     def __post_init__(self) -> None:
-        for what, asked, allowed in (("task", self.tasks, self.known), ("editor", self.editors, EDITORS)):
+        named = dict.fromkeys((*EDITORS, *SLOW))
+        for what, asked, allowed in (("task", self.tasks, self.known), ("editor", self.editors, named)):
             if strange := [name for name in asked if name not in allowed]:
                 raise RequestError(
                     f"There is no {what} {strange[0]!r} here; there are: {', '.join(allowed)}."
@@ -142,6 +144,7 @@ SECONDS: Mapping[str, tuple[float, float, float]] = {
     "atlas-t5": (0.03, 0.06, 0.7),
     "wikitext": (0.3, 1.5, 2.5),
     "counterfact": (0.05, 0.3, 1.5),
+    "counterfact-text": (0.05, 0.5, 1.5),
 }
 """Seconds for a training fact, a test fact and an edit that is a loop of steps, on two processor cores. Measured on
 single cells, to within a factor of about two; testing counterfact, and the loops there and on atlas-t5, are guesses."""

@@ -54,6 +54,7 @@ class Cell:
         seed: of the editor's initial parameters and of the order of the facts.
         dtype: of the model.
         match: determines the cache's radius.
+        shipped: the name of a trained editor to take instead of training one; it has its own settings.
     """
 
     task: str
@@ -68,6 +69,7 @@ class Cell:
     seed: int = 0
     dtype: str = "float32"
     match: Match | None = None
+    shipped: str = ""
 
     def config(self) -> Any:
         """The settings of the method, defaults included; a method with a seed of its own gets the cell's."""
@@ -82,8 +84,8 @@ class Cell:
 
     @property
     def trained(self) -> bool:
-        """Whether the method must be trained."""
-        return editor_class(self.editor).needs_training
+        """Whether an editor must be trained."""
+        return editor_class(self.editor).needs_training and not self.shipped
 
     def plan(self) -> dict[str, Any]:
         """All its settings, known before the model is loaded, as JSON values."""
@@ -100,6 +102,7 @@ class Cell:
             "dtype": self.dtype,
             "match": self.match and {"cell": self.match.cell.plan(), "times": self.match.times},
             "version": VERSION,
+            **({"shipped": self.shipped} if self.shipped else {}),
         }
 
     def key(self, model: str, sizes: Mapping[str, int]) -> dict[str, Any]:

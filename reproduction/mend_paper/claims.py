@@ -64,6 +64,35 @@ def harms_more(more: str, less: str) -> Claim:
     return claim
 
 
+def degrades(path: str, than: str) -> Claim:
+    """Nowhere on a path as much success on the edit prompt as in another row, without more damage of either kind."""
+
+    def claim(grid: Grid) -> Iterator[Statement]:
+        for column in _here(grid):
+            other = success_and_damage(grid, than, column)
+            points = {row: success_and_damage(grid, row, column) for row in grid.preset.paths[path]}
+            found = {row: point for row, point in points.items() if point is not None}
+            if other is None or not found:
+                yield _unknown(f"{path} against {than} in {column.name}")
+                continue
+            goal, *most = other
+            spared = {
+                row: success
+                for row, (success, *damage) in found.items()
+                if all(d <= m for d, m in zip(damage, most, strict=True))
+            }
+            best = max(spared, key=spared.__getitem__, default=None)
+            said = "there is none" if best is None else f"the best is {best} with {number(spared[best])}"
+            yield Statement(
+                best is None or spared[best] < goal,
+                f"{column.name}, {path}: of the points that damage no more than {than}, which changes "
+                f"{number(most[0])} of the answers and raises the perplexity by {number(most[1])}, {said} in success "
+                f"on the edit prompt; {than} has {number(goal)}.",
+            )
+
+    return claim
+
+
 def falls_faster(faster: str, slower: str) -> Claim:
     """From the first to the last row that has both columns, the edit success of one column falls by more."""
 
@@ -112,6 +141,15 @@ def grows_faster(faster: str, slower: str) -> Claim:
         )
 
     return claim
+
+
+def success_and_damage(grid: Grid, row: str, column: Column) -> tuple[float, float, float] | None:
+    """Success on the edit prompt, share of locality answers that change, and rise of the perplexity."""
+    names = ("success", "unchanged", "perplexity_drawdown")
+    success, unchanged, text = (grid.figure(row, column.name, name) for name in names)
+    if success is None or unchanged is None or text is None:
+        return None
+    return success.mean, 1 - unchanged.mean, text.mean
 
 
 def _here(grid: Grid, only: str = "") -> list[Column]:

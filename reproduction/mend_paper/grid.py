@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal
 
@@ -60,6 +60,7 @@ class Preset:
         paper: the paper's figures by row and column name.
         claims: orderings to check.
         along: the name of the horizontal axis, where the rows are numbers.
+        paths: rows that differ in one number alone, from loose to tight, by the name of their method.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Preset:
     paper: Table
     claims: tuple[Claim, ...] = ()
     along: str = ""
+    paths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def seeded(cell: Cell | Memory, seeds: int) -> Sequence[Cell | Memory]:

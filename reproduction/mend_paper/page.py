@@ -46,6 +46,11 @@ def _plots(grid: Grid) -> Iterator[tuple[str, Any]]:
     """Headings and plots of the cells that have been run."""
     if any(grid.figure(*place, "memory") for place in grid.results):
         found = {"Memory against the size of the model": plots.memory(grid)}
+    elif grid.preset.paths:
+        found = {
+            f"Edit success and damage along each path, {column.here}": plots.paths(grid, column)
+            for column in grid.preset.columns
+        }
     elif grid.preset.along:
         found = {f"Along {grid.preset.along}": plots.curves(grid)}
     else:

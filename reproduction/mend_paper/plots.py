@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from emendo.evaluate.intervals import Interval
-from emendo.report.plots import BLUE, GREEN, INK, ORANGE, RED, SKY, axes_of, legend, panels, render
+from emendo.report.plots import BLUE, GREEN, INK, ORANGE, RED, SKY, Format, axes_of, legend, panels, render
+from reproduction.mend_paper.claims import success_and_damage
 from reproduction.mend_paper.grid import Column, Grid
 
 _LOOKS = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (SKY, "v"))
+_POINTS = (*_LOOKS, (INK, "*"), (RED, "P"))
 _WIDE = 5.0  # a perplexity drawdown above this is drawn on a logarithmic scale
 
 
@@ -89,6 +91,36 @@ def _curve(
         y = [value_of(text) for text in quoted.values()]
         name = f"{label}, paper" if label else None
         axes.plot([*map(_number_in, quoted)], y, lw=1.1, ls=(0, (4, 3)), mfc="none", label=name, **shown)
+
+
+def paths(grid: Grid, column: Column, image: Format = "svg") -> bytes | None:
+    """Success on the edit prompt against the damage to other answers and to running text, a line for each path.
+
+    Rows that are on no path are single points. None if nothing has been run.
+    """
+    figure, panes = panels(10.4, 4.4, 2)
+    on_paths = {row for rows in grid.preset.paths.values() for row in rows}
+    single = {row: (row,) for row in grid.preset.rows if row not in on_paths}
+    drawn = False
+    for (name, rows), (colour, marker) in zip({**grid.preset.paths, **single}.items(), _POINTS, strict=False):
+        points = [point for row in rows if (point := success_and_damage(grid, row, column)) is not None]
+        look = {"ms": 13, "ls": "none", "zorder": 4} if name in single else {"ms": 6, "lw": 1.4, "zorder": 3}
+        for axes, part in zip(panes, (1, 2), strict=True):
+            x, y = [point[part] for point in points], [point[0] for point in points]
+            axes.plot(x, y, color=colour, marker=marker, label=name if points else None, **look)
+        drawn = drawn or bool(points)
+    if not drawn:
+        return None
+    panes[1].set_xscale("symlog", linthresh=0.1)
+    for axes, text in zip(
+        panes, ("share of other answers that change", "rise of the perplexity"), strict=True
+    ):
+        axes.set_ylim(-0.05, 1.08)
+        axes.set_xlabel(f"{text} (0: no damage)", color=INK)
+        axes.grid(color=INK, alpha=0.1, lw=0.8)
+    panes[0].set_ylabel("success on the edit prompt", color=INK)
+    legend(panes[0], figure)
+    return render(figure, image)
 
 
 def memory(grid: Grid) -> bytes | None:

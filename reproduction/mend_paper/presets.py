@@ -222,6 +222,50 @@ def _figure4(choice: Choice) -> Preset:
     )
 
 
+SHIPPED = "mend-smollm2-135m"
+"""The trained editor among the norms."""
+STEPS, LAST = 12, 1
+"""Steps of an edit there, and the number of blocks that fine-tuning changes."""
+NORMS: Mapping[str, tuple[str, Mapping[str, Any], str, tuple[float, ...]]] = {
+    "L2 penalty": ("ft-penalised", {"norm": "l2"}, "coefficient", (1.0, 10.0, 100.0, 1000.0)),
+    "L-inf penalty": ("ft-penalised", {"norm": "linf"}, "coefficient", (100.0, 400.0, 1600.0)),
+    "L0 penalty": ("diff-pruning", {"gate_lr": 1.0}, "coefficient", (1e-8, 1e-7, 1e-6)),
+    "EWC": ("ewc", {"texts": 32}, "coefficient", (1e3, 3e4, 1e6)),
+    "L-inf ball": ("ft-constrained", {"norm": "linf"}, "radius", (5e-4, 2e-4, 5e-5)),
+}
+"""The paths: method, settings, the setting that varies, and its values from loose to tight."""
+
+
+def _norms(choice: Choice) -> Preset:
+    task, place = "counterfact-text", _FACTS.name
+    cells: dict[Place, Cell | Memory] = {}
+    if choice.wants(task, "mend"):
+        cells["MEND", place] = choice.cell(task, "mend", shipped=SHIPPED)
+    if choice.wants(task, "ft"):
+        cells["FT", place] = choice.cell(task, "ft", last=LAST)
+    paths = {}
+    for name, (editor, settings, varied, values) in NORMS.items():
+        paths[name] = tuple(f"{name}, {value:g}" for value in values)
+        for row, value in zip(paths[name], values, strict=True):
+            if choice.wants(task, editor):
+                own = {**settings, varied: value, "steps": STEPS}
+                cells[row, place] = choice.cell(task, editor, settings=own, last=LAST)
+    return Preset(
+        "norms",
+        "Norms and a single example",
+        "De Cao et al. (2021) find that a limit on the norm of a change does not keep fine-tuning on one example from "
+        "damaging the rest. Each path is a norm from its loosest to its tightest coefficient or radius. Fine-tuning "
+        "changes the MLP matrices of the last block, one block as Zhu et al. (2020) advise; MEND is the editor that "
+        "ships, for those of the last three. Each edit by itself.",
+        (replace(_FACTS, drawdown="perplexity"),),
+        ("MEND", "FT", *(row for rows in paths.values() for row in rows)),
+        cells,
+        {},
+        tuple(claims.degrades(name, "MEND") for name in paths),
+        paths=paths,
+    )
+
+
 def _editors_by_tasks(choice: Choice, tasks: Iterable[str]) -> dict[Place, Cell | Memory]:
     return {
         (label, _TASKS[task].name): choice.cell(task, editor)
@@ -244,5 +288,6 @@ PRESETS: Mapping[str, Callable[[Choice], Preset]] = {
     "table9": _table9,
     "table11": _table11,
     "figure4": _figure4,
+    "norms": _norms,
 }
 """Every table by its name."""

@@ -83,7 +83,7 @@ class Runner:
         return cell.key(bench.lm.fingerprint, bench.sizes), lambda: self._measured(bench, cell)
 
     def _measured(self, bench: Bench, cell: Cell) -> Result:
-        note = ""
+        note = f"ships as {cell.shipped}" if cell.shipped else ""
         if cell.match is not None:
             radius = cell.match.times * self._radius(bench, cell, cell.match.cell)
             cell, note = replace(cell, settings={**cell.settings, "radius": radius}), f"radius {radius:.4g}"
@@ -97,7 +97,8 @@ class Runner:
             k=cell.k,
             progress=self.view,
         )
-        return Result(figures(scores), training_of(editor), round(time.monotonic() - begin, 1), note)
+        took = {} if cell.shipped else training_of(editor)
+        return Result(figures(scores), took, round(time.monotonic() - begin, 1), note)
 
     def editor(self, bench: Bench, cell: Cell) -> Editor:
         """A cell's editor, trained here or earlier if the method needs training.
@@ -105,6 +106,8 @@ class Runner:
         Raises:
             KeyboardInterrupt: by Ctrl-C; the training's checkpoint is kept.
         """
+        if cell.shipped:
+            return Editor.from_pretrained(cell.shipped)
         sites = find_sites(bench.lm.model, cell.sites, last=cell.last)
         editor: Any = self._trained(bench, cell, sites) if cell.trained else _untrained(bench, cell, sites)
         if cell.editor == FineTuningKl.name:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from reproduction.mend_paper.passages import continuations, read_passages
 Kind = Literal["qa", "fact-checking", "generation"]
 
 _SMOLLM = "smollm2-135m"
+_SHORT = 25  # words of a passage beside CounterFact
 _HELD_BACK = 100  # known facts for validation
 _LAYOUTS = {
     "counterfact-train.json": "a JSON array in the CounterFact layout ('prompt', 'target_new', ...)",
@@ -97,6 +98,15 @@ def _counterfact(name: str, data: Path | None, progress: Progress, validation: i
     )
 
 
+def _counterfact_text(name: str, data: Path | None, progress: Progress) -> Task:
+    found = _counterfact(name, data, progress)
+    passages = read_passages(_file(name, data, "wikitext2-valid.txt")).test
+    short = tuple(" ".join(passage.split()[:_SHORT]) for passage in passages)
+    return replace(
+        found, test_passages=short, note=f"{found.note}; {_SHORT} words each of Wikitext-2 passages"
+    )
+
+
 def _zsre(name: str, data: Path | None, progress: Progress, sizes: tuple[int, int] = (450, 50)) -> Task:
     found = read_records(_file(name, data, "zsre-mend-dev.json"), skip_bad=True)
     train, rest = found[: sizes[0]], found[sizes[0] :]
@@ -170,6 +180,7 @@ def _wikitext(
 
 TASKS: dict[str, Callable[[str, Path | None, Progress], Task]] = {
     "counterfact": _counterfact,
+    "counterfact-text": _counterfact_text,
     "zsre": _zsre,
     "atlas": _atlas,
     "atlas-t5": _questions,
@@ -181,6 +192,7 @@ TASKS: dict[str, Callable[[str, Path | None, Progress], Task]] = {
 
 FILES = {
     "counterfact": ("counterfact-train.json", "counterfact-dev.json"),
+    "counterfact-text": ("counterfact-train.json", "counterfact-dev.json", "wikitext2-valid.txt"),
     "zsre": ("zsre-mend-dev.json",),
     "wikitext": ("wikitext2-valid.txt",),
 }

@@ -171,5 +171,5 @@ def test_a_task_without_its_file_is_named_before_any_work(
 
 
 def test_the_help_names_every_preset() -> None:
-    listed = re.findall(r"^  (\w+\d+)  ", __main__.HELP, re.MULTILINE)
+    listed = re.findall(r"^  (\w+)   +\w", __main__.HELP, re.MULTILINE)
     assert listed == [*PRESETS]
