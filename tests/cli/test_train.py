@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cases import records
+from cases import build_lm, records
 from cli.samples import SHORT
 from emendo import Editor
 from emendo.cli._console import Interrupted
 from emendo.data import read_records, write_records
 from emendo.train import loop
+from emendo.train.presets import MODELS
 
 RESULT = {
     "out",
@@ -320,3 +321,24 @@ def test_the_format_that_is_fastest_here_is_taken_and_named(
         *("--no-damage", "--no-generated"),
     )
     assert evaluated.json
+
+
+def test_a_preset(emendo_command, tmp_path: Path) -> None:
+    lm = build_lm("gpt2", n_layer=6)
+    lm.model.save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+    write_records(records(12), tmp_path / "facts.jsonl")
+    own = ("--model", tmp_path / "model", "--data", tmp_path / "facts.jsonl", "--out", tmp_path / "run")
+    emendo_command("train", "--preset", "mend/distilgpt2", *own, "--steps", 2, "--set", "rank=4")
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert settings["sites"] == list(MODELS["distilgpt2"].sites)
+    assert settings["editor_settings"]["rank"] == 4 and settings["editor_settings"]["alpha_lr"] == 2
+    assert settings["training"]["steps"] == 2 and settings["training"]["lr"] == 5e-5
+    said = emendo_command("train", "--resume", "--preset", "mend/gpt2", "--out", tmp_path / "run", code=2)
+    assert "was started with another" in said.err
+    said = emendo_command("train", "--preset", "mend/bart-base", "--out", tmp_path / "other", code=2)
+    assert "--preset mend/bart-base needs --model FOLDER" in said.err
+    said = emendo_command(
+        "train", "--preset", "mend/gpt2", "--editor", "ke", "--out", tmp_path / "other", code=2
+    )
+    assert "leave --editor out" in said.err

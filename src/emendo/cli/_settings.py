@@ -12,6 +12,7 @@ from emendo.editors import editor_class
 from emendo.errors import RequestError
 from emendo.models.loading import BUILT_IN
 from emendo.train import TrainConfig
+from emendo.train.presets import preset_options
 
 _TEXT_EXAMPLES = "text_examples"
 """The option of ``TrainConfig.text``: ``--text`` names the file."""
@@ -89,6 +90,24 @@ class RunSettings:
     def config(self) -> TrainConfig:
         """The training loop's settings."""
         return TrainConfig(**self.training)
+
+
+def with_preset(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a preset stands for, overridden by those that were given.
+
+    Raises:
+        RequestError: there is no such preset, or it stands for a model that must be given.
+    """
+    preset = preset_options(name)
+    if "model" not in preset and "model" not in given:
+        raise RequestError(
+            f"--preset {name} needs --model FOLDER: the paper edits a checkpoint of De Cao et al. (2021), which "
+            "docs/how-to/paper-models.md says how to convert."
+        )
+    settings = [*preset["settings"], *(given.get("settings") or [])]
+    if given.get("editor", preset["editor"]) != preset["editor"]:
+        raise RequestError(f"--preset {name} is for {preset['editor']}: leave --editor out.")
+    return {**preset, **given, "settings": settings}
 
 
 def site_choice(sites: Sequence[str]) -> str | list[str]:

@@ -24,6 +24,7 @@ Ctrl-C saves the state and stops; --resume continues from there, with the same r
 Examples:
   emendo train --out runs/first --minutes 10
   emendo train --model ./my-model --data facts.jsonl --out runs/mine
+  emendo train --preset mend/gpt2-xl --data completions.json --text passages.txt --out runs/xl
   emendo train --resume --out runs/mine
 """
 
@@ -52,6 +53,15 @@ SkipBad = Annotated[
     bool,
     typer.Option(
         "--skip-bad", help="Leave out malformed records and report their number, instead of stopping."
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="METHOD/MODEL",
+        help="Model, matrices and settings as in the MEND paper, such as mend/gpt-j-6b; an unknown name lists them "
+        "all. Other options override it.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder of the run and its editor.")]
@@ -86,6 +96,7 @@ def _with_training_options(command: Callable[..., None]) -> Callable[..., None]:
 def run(
     ctx: typer.Context,
     out: Out,
+    preset: Preset = None,
     model: opt.Model = opt.MODEL,
     chat: opt.Chat = False,
     data: Data = "atlas",
@@ -108,18 +119,23 @@ def run(
     """Train an editor."""
     from emendo.cli._loading import load_model, named_dtype
     from emendo.cli._runs import new_run, resumed_run
+    from emendo.cli._settings import with_preset
     from emendo.cli._training import carry_out
     from emendo.errors import RequestError
 
-    rest = ("out", "overwrite", "resume", "as_json")
+    rest = ("out", "preset", "overwrite", "resume", "as_json")
     asked = {name: value for name, value in ctx.params.items() if name not in rest}
-    asked["dtype"] = named_dtype(dtype, device)
+    given = {name: value for name, value in asked.items() if _given(ctx, name)}
+    if preset is not None:
+        given = with_preset(preset, given)
+        asked |= given
+    asked["dtype"] = named_dtype(asked["dtype"], device)
+    given |= {"dtype": asked["dtype"]} if "dtype" in given else {}
     if resume and overwrite:
         raise RequestError(
             "--resume continues the run in --out and --overwrite replaces it: give one of them."
         )
     if resume:
-        given = {name: value for name, value in asked.items() if _given(ctx, name)}
         the_run = resumed_run(out, given)
     else:
         the_run = new_run(out, asked, overwrite=overwrite)

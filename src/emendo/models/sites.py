@@ -301,7 +301,7 @@ def find_sites(
         The sites in the model's order.
 
     Raises:
-        ModelError: there is no such block, or nothing matches.
+        ModelError: there is no such block, or nothing matches, or nothing matches one of the patterns.
     """
     stacks = {stack.name: stack for stack in find_stacks(model)}
     patterns = None if isinstance(which, str) and which in ("mlp", "attention", "all") else which
@@ -331,11 +331,12 @@ def find_sites(
     chosen = tuple(site for site in found if wanted(site))
     if chosen and patterns is None:
         chosen = _that_run(model, chosen) or chosen
-    if chosen:
+    unmatched = [p for p in patterns or () if not any(fnmatch.fnmatchcase(site.name, p) for site in chosen)]
+    if chosen and not unmatched:
         return chosen
     names = sorted({site.name for site in found if site.block == stacks[site.stack].depth - 1})
     where = f" in blocks {list(blocks)}" if blocks is not None else ""
-    message = f"No weight matrix matches {which!r}{where}."
+    message = f"No weight matrix matches {unmatched or which!r}{where}."
     if fused := _fused_experts(model, list(stacks)):
         message += (
             f" The experts of this mixture are fused into one tensor ({fused}) in a form that cannot be edited: choose "
