@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from cases import build_lm, records, unchanged
 from emendo.editors.gradient import edit_factors
 from emendo.editors.mend import Mend, MendConfig
+from emendo.edits.edit import Request
 from emendo.low_rank import applied
 from emendo.models.capture import Factors
 from emendo.models.lm import LM
 from emendo.models.losses import per_example, token_kl, token_nll
-from emendo.models.sites import find_sites
-from emendo.models.text import collate
+from emendo.models.sites import Site, find_sites
+from emendo.models.text import Text, collate
 from emendo.models.tokenization import encode
 from emendo.models.trunk import Trunk
+from mixtures import build_mixture
 
 
 def outer_loss(lm: LM, editor: Mend, factors: Mapping[str, Factors]) -> Callable[[], Tensor]:
@@ -107,3 +109,45 @@ def test_it_learns_to_edit(kind: str) -> None:
             value.backward()
             optimiser.step()
     assert float(value.detach()) < 0.5 * start
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_the_first_token_has_its_share(kind: str) -> None:
+    """The untrained editor's edit is a gradient step, less the rest of the row of every text's first token."""
+    build = build_lm if kind == "llama" else build_mixture
+    lm = build(kind, torch.float64)
+    sites = find_sites(lm.model, "all", last=2)
+    editor = Mend(sites, MendConfig(alpha=1, norm=False, first_token=0.25), lm.fingerprint).double().eval()
+    requests = [Request("Bada", "Oslo"), *(Request(r.prompt, r.target) for r in records(2))]
+    with unchanged(lm.model):
+        found = editor.each(lm, requests)
+    for place, text in enumerate(editor.texts(lm, requests)):
+        for site in sites:
+            step = gradient_without_rest_of_first_row(lm, site, text, 0.25)
+            torch.testing.assert_close(found[site.name][place].dense(), -step, rtol=1e-6, atol=1e-9)
+
+
+def gradient_without_rest_of_first_row(lm: LM, site: Site, text: Text, share: float) -> Tensor:
+    """By hand: ``sum_i delta_i u_i^T`` of one text, with the row of its first token times ``share``."""
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = output.detach().requires_grad_()
+        routed = getattr(module, "rows", None)
+        token = torch.arange(len(args[0].flatten(0, -2))) if routed is None else routed[0]
+        seen.append((args[0].detach().flatten(0, -2), output, token))
+        return output
+
+    handle = site.module(lm.model).register_forward_hook(keep)
+    try:
+        logits = lm.model(torch.tensor([text.inputs])).logits[0, text.start - 1 :]
+    finally:
+        handle.remove()
+    total = torch.zeros(site.d_out, site.d_in, dtype=torch.float64)
+    for u, output, token in seen:
+        nll = nn.functional.cross_entropy(logits, torch.tensor(text.labels))
+        (gradient,) = torch.autograd.grad(nll, output, retain_graph=True, allow_unused=True)
+        weight = torch.where(token == 0, share, 1.0).double()
+        if gradient is not None:
+            total += (weight[:, None] * gradient.flatten(0, -2)).T @ u
+    return total

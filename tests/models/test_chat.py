@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cases import BEGIN, EDITOR_CASES, build_lm, records, unchanged
+from cases import BEGIN, EDITOR_CASES, END, build_lm, records, unchanged
 from chats import BEGUN, SPACED, TEMPLATES, TURNS, chat_lm
 from emendo import Edit, Editor, Request, load
 from emendo.editors import EDITORS, editor_class
@@ -26,6 +26,7 @@ from emendo.models.lm import LM
 from emendo.models.sites import find_sites
 from emendo.models.tokenization import to_texts
 from emendo.train import TrainConfig, train
+from emendo.train.episodes import Episodes
 
 PAIRS = [
     ("The capital of Bada is", "Oslo"),  # one token behind a space, else several
@@ -80,6 +81,42 @@ def test_generation_and_next_tokens_read_the_same(name: str) -> None:
         expected = lm.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         assert lm.generate(prompt, 4) == expected
     assert lm.generate(prompts, 4) == [lm.generate(prompt, 4) for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", ["turns", "begun", "spaced"])
+def test_an_edit_teaches_the_end_of_the_turn_too(name: str) -> None:
+    lm = chat_lm(TEMPLATES[name].replace("<|end|>", END), bos=True)
+    end = lm.tokenizer.eos_token_id
+    editor = editor_class("ft")(find_sites(lm.model))
+    taught = editor.texts(lm, [Request(*pair) for pair in PAIRS])
+    assert taught == to_texts(lm, PAIRS, closed=True)
+    for (prompt, answer), text, open_text in zip(PAIRS, taught, to_texts(lm, PAIRS), strict=True):
+        assert text.ids[: len(open_text.ids)] == open_text.ids
+        assert text.ids[-1] == end
+        assert text.start == open_text.start
+        whole: Any = lm.tokenizer.apply_chat_template(turns(lm, prompt, answer))
+        assert tuple(whole["input_ids"][: len(text.ids)]) == text.ids
+    plain = lm.reading(chat=False)
+    assert to_texts(plain, PAIRS, closed=True) == to_texts(plain, PAIRS)
+
+
+def test_training_closes_the_targets_and_no_other_answers() -> None:
+    lm = chat_lm(TURNS.replace("<|end|>", END))
+    (record, *_) = made = records(2)
+    (episode, *_) = Episodes(lm, made[:1], TrainConfig(batch=1, near=1, sibling=0, text=0)).batch(0)
+    targets = to_texts(
+        lm, [(prompt, record.target) for prompt in (record.prompt, *record.paraphrases)], closed=True
+    )
+    assert episode.edit == targets[0]
+    assert episode.paraphrase in targets[1:]
+    assert episode.locality[0] in to_texts(lm, [(probe.prompt, probe.answer) for probe in record.neighbours])
+
+
+def test_a_template_without_an_end_closes_nothing() -> None:
+    lm = chat_lm(
+        TEMPLATES["thinking"].replace("<|end|>", END)
+    )  # its generation prompt is in no finished conversation
+    assert to_texts(lm, PAIRS, closed=True) == to_texts(lm, PAIRS)
 
 
 def test_white_space_of_an_answer_is_kept_instead_of_the_templates_own() -> None:

@@ -118,7 +118,7 @@ class Editor(nn.Module):
         return store
 
     def texts(self, lm: LM, requests: Sequence[Request]) -> list[Text]:
-        """Tokenise the requests and check them.
+        """Tokenise the requests and check them; in a chat template with the end of the answer's turn.
 
         Raises:
             MismatchError: the editor was trained for another model.
@@ -127,7 +127,7 @@ class Editor(nn.Module):
         self.check(lm)
         if not requests:
             raise RequestError("There is nothing to edit: give at least one prompt with its target.")
-        return to_texts(lm, [r.pair for r in requests])
+        return to_texts(lm, [r.pair for r in requests], closed=True)
 
     def edit(
         self, lm: LM, prompt: str | Sequence[Request | tuple[str, str]], target: str | None = None

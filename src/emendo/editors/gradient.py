@@ -45,6 +45,11 @@ class GradientEditor(Editor):
     A method defines :meth:`forward`; everything else has a default.
     """
 
+    @property
+    def first_token(self) -> float:
+        """The share of the row of a text's first token in a change."""
+        return 1.0
+
     @abstractmethod
     def forward(self, factors: Mapping[str, Factors]) -> dict[str, LowRank]:
         """The equations of the method.
@@ -61,7 +66,7 @@ class GradientEditor(Editor):
     ) -> dict[str, Factors]:
         """The input of :meth:`forward` for some texts, on the editor's device; see :func:`edit_factors`."""
         device = next((p.device for p in self.parameters()), None)
-        factors = edit_factors(trunk, self.sites, texts, hidden, packed=True)
+        factors = edit_factors(trunk, self.sites, texts, hidden, packed=True, first_token=self.first_token)
         return factors if device is None else move(factors, device)
 
     def changes(self, trunk: Trunk, texts: Sequence[Text]) -> dict[str, LowRank]:
@@ -136,19 +141,16 @@ class GradientEditor(Editor):
             chosen = [texts[i] for i in part]
             for name, rows in self.factors(store.trunk, chosen, store.gather(chosen)).items():
                 owner = torch.tensor(part).to(rows.owner)[rows.owner]
-                found.setdefault(name, []).append(Factors(rows.u, rows.delta, owner, len(texts)))
+                found.setdefault(name, []).append(Factors(rows.u, rows.delta, owner, len(texts), rows.share))
         bounds = torch.tensor([0, *(len(batch) for batch in batches)]).cumsum(0).tolist()
         split: list[Ahead] = [{} for _ in batches]
         for name in list(found):
             parts = found.pop(name)  # its memory is freed once the parts are concatenated
-            owner, order = torch.cat([part.owner for part in parts]).sort(stable=True)
-            u, delta = (
-                torch.cat([getattr(part, factor) for part in parts])[order] for factor in ("u", "delta")
-            )
-            cuts = torch.searchsorted(owner, torch.tensor(bounds).to(owner)).tolist()
+            joined = Factors.concatenate(parts, len(texts))
+            cuts = torch.searchsorted(joined.owner, torch.tensor(bounds).to(joined.owner)).tolist()
             for i, rows_of in enumerate(split):
-                own = slice(cuts[i], cuts[i + 1])
-                rows_of[name] = Factors(u[own], delta[own], owner[own] - bounds[i], len(batches[i]))
+                u, delta, owner, share = joined.rows(slice(cuts[i], cuts[i + 1]))
+                rows_of[name] = Factors(u, delta, owner - bounds[i], len(batches[i]), share)
         return split
 
     def outer_step(
@@ -238,6 +240,7 @@ def edit_factors(
     create_graph: bool = False,
     seen: Callable[[Tensor, TokenBatch], None] | None = None,
     packed: bool = False,
+    first_token: float = 1.0,
 ) -> dict[str, Factors]:
     """Compute the factors of each text's fine-tuning gradient: NLL of its answer, averaged over its tokens.
 
@@ -250,6 +253,7 @@ def edit_factors(
         create_graph: leave the factors differentiable in the model's parameters.
         seen: called with the logits at the label positions and the batch.
         packed: leave out irrelevant rows; not possible where each example has its own change.
+        first_token: share of the row of a text's first token in a change; for decoders.
     """
     batch = collate(texts)
     packing = trunk.packing(batch) if packed else Packing()
@@ -272,4 +276,13 @@ def edit_factors(
         return per_example(values, batch.owner.to(values.device), len(texts))
 
     owners = {name: rows.owner for name, rows in packing.sites.items()}
-    return capture(trunk.model, sites, loss, create_graph=create_graph, owners=owners)[1]
+    shares = None
+    if first_token != 1 and batch.source_ids is None:
+        share = torch.ones(batch.input_ids.shape)
+        share[:, 0] = first_token
+        kept = packing.sites
+        shares = {
+            site.name: share.flatten()[kept[site.name].index] if site.name in kept else share.flatten()
+            for site in sites
+        }
+    return capture(trunk.model, sites, loss, create_graph=create_graph, owners=owners, shares=shares)[1]

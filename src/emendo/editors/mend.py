@@ -65,6 +65,13 @@ class MendConfig(Settings):
     factors: Literal["both", "u", "delta", "smaller"] = setting(
         "both", "Factors that the network transforms; the other passes through normalised."
     )
+    first_token: float = setting(
+        1.0,
+        "Share in an edit of the row of a text's first token, whose activations are nearly the same in all texts; "
+        "below 1 an edit does less damage elsewhere.",
+        least=0,
+        most=1,
+    )
 
 
 class _Network(nn.Module):
@@ -121,6 +128,11 @@ class Mend(GradientEditor):
             }
         )
         self.alpha = nn.Parameter(torch.full((len(sites),), float(self.config.alpha)))
+
+    @property
+    def first_token(self) -> float:
+        """The setting of that name."""
+        return self.config.first_token
 
     def forward(self, factors: Mapping[str, Factors]) -> dict[str, LowRank]:
         """Transform every row and add up the rows of each example (Eq. 2)."""

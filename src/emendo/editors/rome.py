@@ -301,7 +301,7 @@ def _turn(items: Sequence[Text], step: int, count: int) -> list[Text]:
 def fitting(lm: LM, prompt: str, request: Request) -> list[Text]:
     """A prompt with the target of a request; nothing where they exceed the model's context."""
     try:
-        return to_texts(lm, [(prompt, request.target, request.separator)])
+        return to_texts(lm, [(prompt, request.target, request.separator)], closed=True)
     except RequestError:
         return []
 

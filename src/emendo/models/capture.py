@@ -12,7 +12,7 @@ itself (ENN) requests the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,15 +35,35 @@ class Factors:
         delta: ``[rows, d_out]`` gradients of the loss with respect to its outputs, in the same dtype.
         owner: ``[rows]`` index of the example each row belongs to, ascending.
         examples: how many examples there are.
+        share: ``[rows]`` the share of each row in a change; None where all are whole.
     """
 
     u: Tensor
     delta: Tensor
     owner: Tensor
     examples: int
+    share: Tensor | None = None
+
+    def rows(self, index: Tensor | slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """``u``, ``delta``, ``owner`` and ``share`` of some rows."""
+        share = None if self.share is None else self.share[index]
+        return self.u[index], self.delta[index], self.owner[index], share
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Factors], examples: int) -> Factors:
+        """The rows of several parts, sorted by their examples."""
+        owner, order = torch.cat([part.owner for part in parts]).sort(stable=True)
+        shares = [part.share for part in parts if part.share is not None]
+        return cls(
+            torch.cat([part.u for part in parts])[order],
+            torch.cat([part.delta for part in parts])[order],
+            owner,
+            examples,
+            torch.cat(shares)[order] if shares else None,
+        )
 
     def lowrank(self, left: Tensor, right: Tensor) -> LowRank:
-        """Turn rows into one change for each example, ``sum_i left_i right_i^T`` over the example's rows.
+        """Turn rows into one change for each example, ``sum_i share_i left_i right_i^T`` over the example's rows.
 
         Args:
             left: ``[rows, d_out]``.
@@ -57,6 +77,8 @@ class Factors:
         start = count.cumsum(0) - count
         slot = torch.arange(len(self.owner), device=self.owner.device) - start[self.owner]
         rank = max(1, int(count.max())) if len(count) else 1
+        if self.share is not None:
+            left = left * self.share[:, None]
         flat = self.owner * rank + slot
         padded = [
             put(rows, flat, self.examples * rank).view(self.examples, rank, -1) for rows in (left, right)
@@ -79,6 +101,7 @@ def capture(
     *,
     create_graph: bool = False,
     owners: Mapping[str, Tensor] | None = None,
+    shares: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Factors]]:
     """Run ``loss`` and return its value and the factors of its gradient at every site.
 
@@ -88,6 +111,7 @@ def capture(
         loss: runs the model and returns the loss ``[examples]`` of each example.
         create_graph: keep ``u`` and ``delta`` differentiable in the model's parameters (second order).
         owners: for sites that see packed rows ``[1, rows, d]`` (:mod:`emendo.models._packing`), the rows' examples.
+        shares: by site, the share of every row in a change; an expert's are those of all tokens.
 
     Returns:
         The losses ``[examples]``, detached, and the factors by site name. Rows whose ``u`` or ``delta`` is
@@ -131,11 +155,12 @@ def capture(
     for call, gradient in zip(calls, gradients, strict=True):
         if gradient is None:  # this call is not differentiated, or its output is not used
             continue
-        owner = (owners or {}).get(call.name)
+        owner, share = (owners or {}).get(call.name), (shares or {}).get(call.name)
         if call.routed is not None:
             token, tokens = call.routed
             owner = token // (tokens // examples)
-        found[call.name].append(_rows(call.u, gradient, examples, owner))
+            share = None if share is None else share.to(token.device)[token]
+        found[call.name].append(_rows(call.u, gradient, examples, owner, share))
     for site in idle:  # an expert that no token was routed to
         weight = site.weight(model)
         found[site.name].append(
@@ -160,12 +185,12 @@ def _joined(calls: list[Factors]) -> Factors:
     """The rows of all calls of one site; a block that is shared runs several times in a pass."""
     if len(calls) == 1:
         return calls[0]
-    owner, order = torch.cat([f.owner for f in calls]).sort(stable=True)
-    u, delta = torch.cat([f.u for f in calls])[order], torch.cat([f.delta for f in calls])[order]
-    return Factors(u, delta, owner, calls[0].examples)
+    return Factors.concatenate(calls, calls[0].examples)
 
 
-def _rows(u: Tensor, delta: Tensor, examples: int, owner: Tensor | None) -> Factors:
+def _rows(
+    u: Tensor, delta: Tensor, examples: int, owner: Tensor | None, share: Tensor | None = None
+) -> Factors:
     """The rows ``[..., d]`` that carry gradient, in float32 at least; without ``owner``, examples have equal shares."""
     u, delta = u.reshape(-1, u.shape[-1]), delta.reshape(-1, delta.shape[-1])
     if owner is None and len(u) % examples:
@@ -177,12 +202,19 @@ def _rows(u: Tensor, delta: Tensor, examples: int, owner: Tensor | None) -> Fact
         owner = torch.arange(len(u), device=u.device) // max(1, len(u) // examples)
     owner = owner.to(u.device)[used]
     dtype = torch.promote_types(u.dtype, torch.float32)
-    return Factors(u[used].to(dtype), delta[used].to(dtype), owner, examples)
+    share = None if share is None else share.to(u.device, dtype)[used]
+    return Factors(u[used].to(dtype), delta[used].to(dtype), owner, examples, share)
 
 
 def move(factors: Mapping[str, Factors], device: torch.device) -> dict[str, Factors]:
     """The same factors on another device."""
     return {
-        name: Factors(f.u.to(device), f.delta.to(device), f.owner.to(device), f.examples)
+        name: Factors(
+            f.u.to(device),
+            f.delta.to(device),
+            f.owner.to(device),
+            f.examples,
+            None if f.share is None else f.share.to(device),
+        )
         for name, f in factors.items()
     }

@@ -54,12 +54,14 @@ class Framing:
         frame: maps a prompt to the text that the model reads before the answer.
         separator: maps a prompt and an answer to what stands between them.
         chat: whether prompts are put into a chat template, which brings its own special tokens.
+        end: what ends an answer: a special token, behind the space that some templates put there; often nothing.
     """
 
     description: str
     frame: Callable[[str], str]
     separator: Callable[[str, str], str]
     chat: bool
+    end: str = ""
 
 
 def separator(prompt: str, answer: str) -> str:
@@ -119,7 +121,7 @@ def chat_framing(tokenizer: Any, name: str) -> Framing:
         return text
 
     try:
-        space = _space_before_answer(tokenizer, frame)
+        space, end = _around_answer(tokenizer, frame)
     except Exception as error:  # a template is a program and can raise anything
         raise ModelError(
             f"The chat template of {name} does not accept a user's turn and an answer: {error}"
@@ -128,18 +130,26 @@ def chat_framing(tokenizer: Any, name: str) -> Framing:
     def between(_: str, answer: str) -> str:
         return "" if answer[:1].isspace() else space
 
-    return Framing("a user's turn in the tokenizer's chat template", frame, between, chat=True)
+    return Framing("a user's turn in the tokenizer's chat template", frame, between, chat=True, end=end)
 
 
-def _space_before_answer(tokenizer: Any, frame: Callable[[str], str]) -> str:
-    """The white space that a template puts before the assistant's answer; most put none, Llama 2's puts a space."""
+def _around_answer(tokenizer: Any, frame: Callable[[str], str]) -> tuple[str, str]:
+    """What a template puts around the assistant's answer: white space before it, and what ends it.
+
+    Most put no white space there, Llama 2's puts a space.
+    """
     prompt, answer = "Q", "A"
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     conversation: str = tokenizer.apply_chat_template(turns, tokenize=False)
     before, found, rest = conversation.partition(frame(prompt))
     stripped = rest.lstrip()
-    follows = found and not before and stripped.startswith(answer)
-    return rest[: len(rest) - len(stripped)] if follows else ""
+    if not (found and not before and stripped.startswith(answer)):
+        return "", ""
+    behind = stripped.removeprefix(answer)
+    gap = behind[: len(behind) - len(behind.lstrip(" "))]
+    special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+    end = next((f"{gap}{token}" for token in special if behind.lstrip(" ").startswith(token)), "")
+    return rest[: len(rest) - len(stripped)], end
 
 
 # ------------------------------------------------------------------------------------------------ tokens
@@ -176,7 +186,12 @@ def encode_prompts(
 
 
 def encode(
-    tokenizer: Any, pairs: Sequence[Pair], *, max_tokens: int | None = None, framing: Framing = PLAIN
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    *,
+    max_tokens: int | None = None,
+    framing: Framing = PLAIN,
+    closed: bool = False,
 ) -> list[Text]:
     """Tokenise prompts with their answers as one text each: the prompt, the separator, the answer.
 
@@ -189,6 +204,7 @@ def encode(
         pairs: prompts and answers, exactly as the model reads them.
         max_tokens: the model's context length.
         framing: how the model reads prompts.
+        closed: whether the framing's end of an answer belongs to every answer.
 
     Raises:
         RequestError: an empty prompt or answer, a text longer than ``max_tokens``, or text that is not valid Unicode.
@@ -200,7 +216,7 @@ def encode(
         check_pair(prompt, answer)
         gap = framing.separator(prompt, answer) if not between or between[0] is None else between[0]
         framed.append(framing.frame(prompt))
-        wholes.append(f"{framed[-1]}{gap}{answer}")
+        wholes.append(f"{framed[-1]}{gap}{answer}{framing.end if closed else ''}")
         refuse_too_long(tokenizer, wholes[-1], max_tokens, "text")
     special = not framing.chat
     heads = [_head(text, framing) for text in framed]

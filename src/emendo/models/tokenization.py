@@ -12,13 +12,15 @@ from emendo.models.text import Text
 __all__ = ["encode", "passage_texts", "to_texts"]
 
 
-def to_texts(lm: LM, pairs: Sequence[Pair]) -> list[Text]:
+def to_texts(lm: LM, pairs: Sequence[Pair], *, closed: bool = False) -> list[Text]:
     """Tokenise prompts with their answers as the model reads them (see :mod:`emendo.models.text`).
 
     Args:
         lm: the model.
         pairs: prompts and answers, exactly as typed, and optionally the separator between them, which only decoders
             use (see :mod:`emendo.models.framing`). For a classifier an answer is the name of a class.
+        closed: whether the end of the turn belongs to an answer in a chat template. It does in what an edit teaches:
+            otherwise an edited model repeats its answer.
 
     Raises:
         RequestError: an empty prompt or answer, a text that does not fit the model's context, a token that the model
@@ -26,7 +28,7 @@ def to_texts(lm: LM, pairs: Sequence[Pair]) -> list[Text]:
     """
     match lm.kind:
         case "causal":
-            texts = encode(lm.tokenizer, pairs, max_tokens=lm.context, framing=lm.framing)
+            texts = encode(lm.tokenizer, pairs, max_tokens=lm.context, framing=lm.framing, closed=closed)
         case "seq2seq":
             texts = _sources_and_answers(lm, pairs)
         case "classifier":

@@ -143,15 +143,18 @@ def _shortened(record: Record, variety: int) -> Record:
 
 
 def _encode(lm: LM, records: Sequence[Record]) -> list[_Encoded]:
-    """All texts of all records in one call of the tokenizer."""
+    """All targets in one call of the tokenizer, closed as an edit's are, and all answers that must stay in another."""
     read = [replace(record, consequences=()).texts() for record in records]
-    texts = iter(to_texts(lm, [pair for pairs in read for pair in pairs]))
+    taught = [1 + len(record.paraphrases) for record in records]
+    rows = list(zip(taught, read, strict=True))
+    targets = iter(to_texts(lm, [pair for count, pairs in rows for pair in pairs[:count]], closed=True))
+    answers = iter(to_texts(lm, [pair for count, pairs in rows for pair in pairs[count:]]))
     return [
         _Encoded(
-            edit=next(texts),
-            paraphrases=[next(texts) for _ in r.paraphrases],
-            neighbours=[next(texts) for _ in r.neighbours],
-            unrelated=[next(texts) for _ in r.unrelated],
+            edit=next(targets),
+            paraphrases=[next(targets) for _ in r.paraphrases],
+            neighbours=[next(answers) for _ in r.neighbours],
+            unrelated=[next(answers) for _ in r.unrelated],
             relation=r.relation or (r.prompt.replace(r.subject, "{}") if r.subject else r.prompt),
         )
         for r in records
