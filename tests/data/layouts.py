@@ -400,6 +400,45 @@ SAMPLES = (
             ),
         ),
     ),
+    Sample(
+        "KILT",
+        {
+            "id": "3f5a",
+            "input": "When was WEFS established?",
+            "output": [{"provenance": [{"title": "WEFS"}]}, {"answer": "1987"}, {"answer": "the year 1987"}],
+            "meta": {"template_questions": ["When was WEFS established?"]},
+            "prediction": "1998",
+            "alternatives": ["1997", "1997"],
+            "rephrases": ["When was WEFS set up?", "When has WEFS been established?"],
+            "filtered_rephrases": ["When has WEFS been established?"],
+        },
+        Record(
+            "When was WEFS established?",
+            "1997",
+            id="3f5a",
+            paraphrases=("When has WEFS been established?",),
+            answer="1987",
+        ),
+        ("alternatives (all but one)", "meta", "rephrases"),
+    ),
+    Sample(
+        "Wikitext generation",
+        {
+            "n_tokens": 10,
+            "original": " The red fox crosses the river at night",
+            "completions": " The red fox crosses the river at night, and the mill stands still.",
+        },
+        Record(
+            " The red fox crosses the river at night",
+            ", and the mill stands still.",
+            paraphrases=(
+                "red fox crosses the river at night",
+                "fox crosses the river at night",
+                "the river at night",
+            ),
+            separator="",
+        ),
+    ),
 )
 
 

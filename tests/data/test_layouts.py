@@ -59,8 +59,8 @@ def test_a_layout(sample: Sample, form: str, tmp_path: Path) -> None:
 
 
 MARK = "\N{SECTION SIGN}"
-CUT = (  # sentences of RippleEdits, which are taken apart; what is put into a template or is no text of its own
-    *("edit.prompt", "original_fact.prompt"),
+CUT = (  # texts that are taken apart; what is put into a template or is no text of its own
+    *("edit.prompt", "original_fact.prompt", "original"),
     *("subject", "kind"),
 )
 
@@ -77,7 +77,7 @@ def test_white_space_at_the_end_of_a_text_is_kept(sample: Sample, space: str) ->
             read += 1
             for text, letter, before in zip(texts(record), texts(plain), texts(sample.record), strict=True):
                 assert text == (before + space if letter == before + MARK else before), path
-    assert read >= 2
+    assert read
 
 
 def ended(value: object, end: str, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -380,3 +380,47 @@ def test_a_kind_that_does_not_exist_is_a_problem(tmp_path: Path) -> None:
     bad = {"prompt": "a", "target": "b", "consequences": [{"kind": "far", "prompt": "c", "answer": "d"}]}
     with pytest.raises(DataError, match=r"consequences\[0\]\.kind.*one_hop"):
         read_records(write(tmp_path / "n.json", bad))
+
+
+def test_fever(tmp_path: Path) -> None:
+    claim = {"id": 7, "input": "Nepal borders France.", "output": [{"answer": "REFUTES", "provenance": []}]}
+    asked = {**claim, "prediction": "SUPPORTS", "alternatives": ["REFUTES"], "logit": 1.5}
+    own_words = ["Nepal borders France.", "France is bordered by Nepal."]
+    rephrased = {**asked, "filtered_rephrases": own_words}
+    plain, own = read_records(write(tmp_path / "kilt.json", claim, rephrased))
+    assert plain == Record("Nepal borders France.", "SUPPORTS", id="7", answer="REFUTES")
+    assert (own.target, own.paraphrases) == ("REFUTES", ("France is bordered by Nepal.",))
+
+
+def test_records_of_kilt_that_cannot_be_edited(tmp_path: Path) -> None:
+    raw = SAMPLE["KILT"].raw
+    path = write(tmp_path / "a.json", raw, {**raw, "alternatives": []}, {**raw, "filtered_rephrases": []})
+    found = read_records(path, skip_bad=True, need_paraphrase=True)
+    assert len(found) == 1
+    assert found.reasons == {"without a target": 1, "malformed": 1}
+
+
+def test_one_of_several_alternatives_is_the_target(tmp_path: Path) -> None:
+    raws = [
+        {**SAMPLE["KILT"].raw, "input": f"Who is {i}?", "alternatives": ["you", "he", "she"]}
+        for i in range(40)
+    ]
+    path = write(tmp_path / "a.json", *raws)
+    targets = [record.target for record in read_records(path)]
+    assert set(targets) == {"you", "he", "she"}
+    assert targets == [record.target for record in read_records(path)]
+
+
+def test_the_file_of_the_generation_set(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    passages = ["The mill stands by the river", "A fox sleeps in the mill"]
+    sampled = [" and grinds", ", as ever"]
+    completions = ["".join(pair) for pair in zip(passages, sampled, strict=True)]
+    path.write_text(json.dumps({"n_tokens": 10, "original": passages, "completions": completions}))
+    found = read_records(path)
+    assert [(record.prompt, record.target) for record in found] == list(zip(passages, sampled, strict=True))
+    for record in found:
+        assert all(record.prompt.endswith(text) for text in record.paraphrases)
+        assert all(len(text.split()) >= len(record.prompt.split()) / 2 for text in record.paraphrases)
+    path.write_text(json.dumps({"original": [passages[0] + " in Spain"], "completions": completions[:1]}))
+    assert read_records(path)[0] == found[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import random
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import TypeGuard
@@ -226,3 +228,89 @@ def _asked(question: str, answer: str) -> list[Probe]:
 
 def _is_pair(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def kilt(fields: Fields) -> Record:
+    """FEVER in KILT (Petroni et al. 2021), and zsRE and FEVER as De Cao et al. (2021) augmented KILT's files.
+
+    ``alternatives`` are answers that the model ranks below its ``prediction``: one of them is the target, chosen at
+    random by the prompt. Where there are none, FEVER's target is the other class. The first of the true answers in
+    ``output`` counts, else the prediction. ``filtered_rephrases`` are the back-translations of ``input`` that leave the
+    prediction as it is.
+    """
+    prompt = fields.text("input")
+    answer, prediction = next(_true_answers(fields), None), fields.optional("prediction")
+    alternatives = fields.prompts("alternatives") or _other_class(answer)
+    if not alternatives:
+        fields.problem("alternatives", "at least one other answer", "none", NO_TARGET)
+        return Record("", "")
+    if len(alternatives) > 1:
+        fields.pass_over("alternatives (all but one)")
+    rephrased = fields.prompts("filtered_rephrases")
+    return Record(
+        prompt=prompt,
+        target=random.Random(prompt).choice(alternatives),
+        id=fields.label("id"),
+        paraphrases=tuple(text for text in rephrased if text != prompt),
+        answer=answer or prediction,
+    )
+
+
+_FEVER = ("SUPPORTS", "REFUTES")
+
+
+def _other_class(answer: str | None) -> tuple[str, ...]:
+    return tuple(label for label in _FEVER if label != answer) if answer in _FEVER else ()
+
+
+def _true_answers(fields: Fields) -> Iterator[str]:
+    """The texts under ``answer`` in a list of outputs; others of its items name only where the answer stands."""
+    outputs = fields.get("output")
+    if outputs is not None and not isinstance(outputs, list):
+        fields.problem("output", "a list of objects with 'answer'", describe(outputs))
+        return
+    for item in outputs or ():
+        one = fields.nested("output[]", item)
+        if (text := one.optional("answer")) is not None:
+            yield text
+
+
+def generation(fields: Fields) -> Record:
+    """The Wikitext edits of the MEND paper: passages that go on with tokens sampled from a language model.
+
+    ``completions`` is a passage with its sampled tokens, and ``original`` the passage, alone or with its true
+    continuation: what both begin with, up to a word's end, is the prompt. A paraphrase is a prompt without up to half
+    of its words at the beginning.
+    """
+    completion, original = fields.text("completions"), fields.text("original")
+    fields.used.add("n_tokens")
+    prompt = completion[: _shared(completion, original)]
+    target = completion[len(prompt) :]
+    if not prompt.strip() or not target.strip():
+        fields.problem(
+            "completions", "a text that goes on otherwise than 'original'", describe(completion), NO_TARGET
+        )
+        return Record("", "")
+    return Record(prompt=prompt, target=target, paraphrases=_endings(prompt), separator="")
+
+
+_ENDINGS = 3
+
+
+def _shared(one: str, other: str) -> int:
+    """Length of the beginning that two texts share: all of the other, or whole words."""
+    if one.startswith(other):
+        return len(other)
+    pairs = enumerate(zip(one, other, strict=False))
+    shared = next((i for i, (letter, its) in pairs if letter != its), len(one))
+    while shared and not (one[shared : shared + 1].isspace() and not one[shared - 1].isspace()):
+        shared -= 1
+    return shared
+
+
+def _endings(text: str) -> tuple[str, ...]:
+    """The text without its first words, up to half of them, in a few lengths."""
+    starts = [word.start() for word in re.finditer(r"\S+", text)]
+    removable = starts[1 : len(starts) // 2 + 1]
+    chosen = random.Random(text).sample(removable, min(_ENDINGS, len(removable)))
+    return tuple(text[start:] for start in sorted(chosen))

@@ -206,6 +206,24 @@ LAYOUTS = (
     Layout(
         "DUNE", any_of=("test_inputs",), prompt="edits", paraphrases=("paraphrases",), build=_builders.dune
     ),
+    Layout(
+        "KILT",
+        all_of=("input", "output"),
+        any_of=("id", "prediction", "alternatives"),
+        prompt="input",
+        target="alternatives",
+        paraphrases=("filtered_rephrases",),
+        build=_builders.kilt,
+    ),
+    Layout(
+        "Wikitext generation",
+        all_of=("completions", "original"),
+        any_of=("completions",),
+        prompt="completions",
+        target="completions",
+        paraphrases=("completions",),
+        build=_builders.generation,
+    ),
     Layout("emendo", any_of=("prompt", "target"), paraphrases=("paraphrases",), build=_builders.native),
 )
 """In the order in which they are tried."""
@@ -213,7 +231,8 @@ LAYOUTS = (
 KNOWN = (
     "a record with the keys of a known layout: 'prompt' and 'target' (emendo), 'requested_rewrite' (CounterFact, "
     "MQuAKE), 'prompt' and 'target_new' (KnowEdit, CounterFact with one paraphrase), 'src' and 'alt' (zsRE), 'update' "
-    "and 'ans' (WikiBigEdit), 'question' and 'answer' (UnKE), 'question' and 'object' (HalluEditBench), or 'edit' and "
+    "and 'ans' (WikiBigEdit), 'input' and 'output' (KILT), 'completions' and 'original' (Wikitext generation), "
+    "'question' and 'answer' (UnKE), 'question' and 'object' (HalluEditBench), or 'edit' and "
     "'Compositionality_I' (RippleEdits)"
 )
 """The forms of a record, for an error message."""
