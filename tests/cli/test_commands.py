@@ -217,7 +217,9 @@ def test_edits_of_one_fact_are_said_once(
 ) -> None:
     own = Path(shutil.copytree(model, tmp_path / "own"))
     if command[0] == "export":
-        emendo_command("apply", edit_folder, contradicting, "--model", own, "--force", "--json")
+        emendo_command(
+            "apply", edit_folder, contradicting, "--model", own, "--force", "--into-weights", "--json"
+        )
     places = {"EDIT": edit_folder, "OTHER": contradicting, "OUT": tmp_path / "out", "MODEL": own}
     words = [places.get(word, word) for word in command]
     said = emendo_command(*words)

@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = (
     *("demo", "data", "train", "editors", "edit", "generate", "fuse", "export", "import", "evaluate"),
     *("evaluate show", "evaluate compare", "sites"),
-    *("apply", "log", "show", "undo", "revert", "diff", "tag", "checkout", "doctor"),
+    *("apply", "why", "log", "show", "undo", "revert", "diff", "tag", "checkout", "doctor"),
 )
 
 

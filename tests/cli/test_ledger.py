@@ -17,6 +17,7 @@ from emendo.ledger.place import create_ledger
 
 PROMPT = "The capital of Bada is"
 LOOSE = (
+    "--into-weights",
     "--limit",
     "reached=0",
     *(
@@ -52,7 +53,7 @@ def test_a_life(emendo_command: Emendo, own: Path, edits: list[Path], tmp_path: 
     assert emendo_command("tag", "one", *model).out.startswith("one")
     refused = emendo_command("apply", edits[1], "--limit", "norm=0", code=2).err
     assert "refuses" in refused and "at most 0)" in refused and "--force" in refused
-    forced = emendo_command("apply", edits[1], "--limit", "norm=0", "--force")
+    forced = emendo_command("apply", edits[1], "--limit", "norm=0", "--force", "--into-weights")
     assert "forced" in forced.err and "2 edits active" in forced.out
 
     log = emendo_command("log", *model).out
@@ -93,7 +94,7 @@ def test_a_life(emendo_command: Emendo, own: Path, edits: list[Path], tmp_path: 
 
 
 def test_an_edit_made_upon_the_others(emendo_command: Emendo, own: Path) -> None:
-    common = ("--editor", "ft", "--model", own, "--set", "lr=0.01", "--apply", "--force")
+    common = ("--editor", "ft", "--model", own, "--set", "lr=0.01", "--apply", "--force", "--into-weights")
     first = emendo_command("edit", *common, PROMPT, "Oslo", "--json").json["operation"]
     assert first["active"] == [1]
     said = emendo_command("edit", *common, "The capital of Gude is", "Rome").out

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 from cases import build_lm, plain_logits, records, unchanged
-from emendo.editors._subject import find_subject
+from emendo._subject import find_subject
 from emendo.editors.rome import Background, Rome, RomeConfig, Whitening, contexts, inputs_of, subject_end
 from emendo.edits.edit import Request
 from emendo.low_rank import LowRank, applied

@@ -36,6 +36,7 @@ from emendo.cli import (
     tag,
     train,
     undo,
+    why,
 )
 
 HELP = """Edit language models: give an input and the output you want, get a small, reversible change.
@@ -62,7 +63,7 @@ MAKING = (
     evaluate_compare,
     sites,
 )
-KEEPING = (apply, log, show, undo, revert, diff, tag, checkout, doctor)
+KEEPING = (apply, why, log, show, undo, revert, diff, tag, checkout, doctor)
 COMMANDS = (*MAKING, *KEEPING)
 BARE = (demo, editors, log, undo, doctor)
 """Commands that do something useful without any argument."""

@@ -22,12 +22,14 @@ from emendo.evaluate import Evaluation, evaluate
 from emendo.evaluate.damage import Damage
 from emendo.evaluate.evaluation import SequentialEvaluation
 from emendo.evaluate.harness import Harness
+from emendo.evaluate.routed import evaluate_routed
 from emendo.evaluate.run_folder import RunFolder, editor_digest, versions
 from emendo.evaluate.sequential import RETENTION, evaluate_sequence
 from emendo.ledger.guard import targets_reached
 from emendo.ledger.health import Health, Limits
 from emendo.ledger.probes import ProbeRunner, Probes
 from emendo.low_rank import LowRank, applied
+from emendo.memory import FALSE_FIRES
 from emendo.models.lm import LM
 from emendo.report.html import write_report
 from emendo.report.markdown import summary
@@ -49,6 +51,9 @@ class EvaluateOptions:
         batch: the number of edits at once.
         together: the number of facts in one edit.
         sequential: make one edit after the other.
+        routed: put all edits into one memory, where the prompt decides which one is in force.
+        false_fires: the share of the prompts about other subjects that may fire an edit of a memory.
+        subjects: tell the memory the subjects that the records name.
         ask_after: the checkpoints of a sequence.
         damage: measure damage.
         guard: let the ledger's guard refuse edits of a sequence.
@@ -64,6 +69,9 @@ class EvaluateOptions:
     batch: int = 25
     together: int = 1
     sequential: bool = False
+    routed: bool = False
+    false_fires: float = FALSE_FIRES
+    subjects: bool = False
     ask_after: Sequence[int] = RETENTION
     damage: bool = True
     guard: bool = False
@@ -74,6 +82,12 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if self.sequential and self.together != 1:
             raise RequestError("--sequential makes one edit of each fact; leave --together out.")
+        if self.routed and (self.sequential or self.together != 1 or self.harness is not None):
+            raise RequestError(
+                "--routed keeps each edit by itself; leave --together, --sequential and --lm-eval out."
+            )
+        if not self.routed and (self.subjects or self.false_fires != FALSE_FIRES):
+            raise RequestError("--subjects and --false-fires are for --routed; give it too.")
         if self.guard and not self.sequential:
             raise RequestError("--guard checks edits made one after the other; give --sequential too.")
         if self.text is not None and not self.damage:
@@ -145,10 +159,10 @@ class Job:
         Raises:
             RequestError: there is no folder to share, or the edits cannot be shared.
         """
-        if out is None or self.options.sequential:
+        if out is None or self.options.sequential or self.options.routed:
             raise RequestError(
                 "Several processes share a run through its folder: give --out. Edits one after the other "
-                "(--sequential) cannot be shared."
+                "(--sequential) or in one memory (--routed) cannot be shared."
             )
         if team.first:
             self._begin(damage, out, overwrite)
@@ -191,6 +205,18 @@ class Job:
                     harness=options.harness,
                     progress=progress,
                 )
+            elif options.routed:
+                found = evaluate_routed(
+                    self.lm,
+                    self.editor,
+                    records,
+                    generated=options.generated,
+                    batch=options.batch,
+                    false_fires=options.false_fires,
+                    subjects=options.subjects,
+                    parts=run,
+                    progress=progress,
+                )
             else:
                 found = evaluate(
                     self.lm,
@@ -211,7 +237,7 @@ class Job:
         return replace(found, protocol={**found.protocol, "not_used": unused}) if unused else found
 
     def _damage(self) -> Damage | None:
-        if not self.options.damage or self.lm.kind != "causal":
+        if not self.options.damage or self.options.routed or self.lm.kind != "causal":
             return None
         texts = PASSAGES[:4] if self.options.text is None else passages(self.options.text)[:_PASSAGES]
         return Damage(texts, abilities(self.records), OPENINGS if self.options.generated else ())
@@ -237,6 +263,8 @@ class Job:
             inputs["guard"] = options.guard
             if options.generated:
                 inputs["retained_generated"] = True
+        if options.routed:
+            inputs["routed"] = [options.false_fires, options.subjects]
         if options.harness is not None:
             inputs["lm_eval"] = options.harness.asked()
         if damage is not None:

@@ -35,6 +35,27 @@ Paraphrases = Annotated[
         "--paraphrase", metavar="TEXT", help="A paraphrase that must reach the target too (may be repeated)."
     ),
 ]
+IntoWeights = Annotated[
+    bool,
+    typer.Option(
+        "--into-weights",
+        help="Add the edit to the weights, where it changes every answer, instead of putting it into the memory.",
+    ),
+]
+Aliases = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--alias", metavar="NAME", help="Another name of the subject, for the memory (may be repeated)."
+    ),
+]
+Subject = Annotated[
+    str | None,
+    typer.Option(
+        "--subject",
+        metavar="NAME",
+        help="The subject as the prompt names it, for the memory.  [default: guessed]",
+    ),
+]
 _GUARD = "Guard"
 Probes = Annotated[
     str | None,
@@ -131,6 +152,24 @@ def _present_name(limit: str) -> str:
             note(f"Warning: --limit {old} is now called {now}; the old name will be removed.")
             return f"{now}{sign}{value}"
     return limit
+
+
+def scope(
+    into_weights: bool, subject: str | None, paraphrases: Sequence[str] | None, aliases: Sequence[str] | None
+) -> dict[str, Any] | None:
+    """The scope of an edit from the options; None puts it into the weights.
+
+    Raises:
+        RequestError: options for the memory and for the weights.
+    """
+    from emendo.errors import RequestError
+
+    if into_weights and (subject or aliases):
+        raise RequestError("--subject and --alias are for the memory; leave --into-weights out.")
+    if into_weights:
+        return None
+    given = {"subject": subject, "paraphrases": paraphrases, "aliases": aliases}
+    return {name: value for name, value in given.items() if value}
 
 
 def state_of(text: str) -> int | str:

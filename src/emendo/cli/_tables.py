@@ -83,6 +83,7 @@ def evaluation(values: Mapping[str, Any]) -> None:
     else:
         print_table(figures.scores(values))
         print_table(figures.damage(values))
+        print_table(figures.routing(values))
     print_table(figures.harness(values.get("lm_eval")))
 
 

@@ -16,16 +16,19 @@ if TYPE_CHECKING:
     from emendo.ledger import Entry, Operation
     from emendo.ledger.workspace import Workspace
 
-HELP = """Apply edits to a model's ledger, each on top of the active ones, if the guard admits it.
+HELP = """Apply edits to a model's ledger, if the guard admits them.
 
+An edit goes into the model's memory: a prompt that asks for its fact is answered with it, and every other prompt as
+without it, so that any number of edits can be active (emendo why PROMPT shows which one answers). With --into-weights
+it is added to the weights, on top of those that are there.
 The guard tests the edited model: is the target the answer, to paraphrases too; do unrelated prompts keep their answers;
 does plain text stay as likely; how large is the change. An edit beyond the limits is refused, unless --force is given.
-The model's files are never changed: the working model is the base model with the active edits, which are put together
-when it is loaded (emendo generate --ledger, emendo export --ledger).
+The model's files are never changed: the working model is put together when it is loaded (emendo generate --ledger).
 
 \b
 Examples:
   emendo apply my-edit
+  emendo apply my-edit --alias "Down Under"
   emendo apply my-edit --paraphrase "Australia's capital city is" --limit perplexity=1.02
 """
 
@@ -39,6 +42,9 @@ def run(
     model: opt.SameModel = None,
     ledger: shared.Where = None,
     paraphrase: shared.Paraphrases = None,
+    alias: shared.Aliases = None,
+    subject: shared.Subject = None,
+    into_weights: shared.IntoWeights = False,
     force: shared.Force = False,
     by: shared.By = None,
     reason: shared.Note = "",
@@ -55,13 +61,14 @@ def run(
     from emendo.errors import RequestError
 
     changes = [read_edit(folder) for folder in edits]
-    if paraphrase and len(changes) > 1:
-        raise RequestError("--paraphrase belongs to one edit; apply them one by one.")
+    if (paraphrase or alias or subject) and len(changes) > 1:
+        raise RequestError("--paraphrase, --alias and --subject belong to one edit; apply them one by one.")
+    scope = shared.scope(into_weights, subject, paraphrase, alias)
     lm = load_model(model or changes[0].origin.model, dtype, device)
     work = shared.open_workspace(lm, ledger, create=True, probes=probes, passage=passage, limits=limit)
     operations = []
     for change in changes:
-        step = work.apply(change, paraphrases=paraphrase or (), force=force, by=by, note=reason)
+        step = work.apply(change, paraphrases=paraphrase or (), scope=scope, force=force, by=by, note=reason)
         if as_json:
             operations.append(applied_as_values(work, step))
         else:
@@ -79,10 +86,17 @@ def print_applied(work: Workspace, step: Operation) -> None:
     console.print(shared.health_line(step.health), style="dim", soft_wrap=True)
     if step.forced and step.health:
         note(f"The guard refused it, and it was forced: {'; '.join(step.health['problems'])}.")
+    if captured := (step.health or {}).get("captured"):
+        taken = ", ".join(map(str, captured))
+        note(
+            Text.assemble(
+                ("Warning:", "yellow"), f" it also answers the prompts of other edits in the memory: {taken}."
+            )
+        )
     for other in _edited_before(work, step):
         line = Text.assemble(("Warning:", "yellow"), f" edit {other.id} is active and has the same prompt: ")
         line.append(shared.requests_line(other))
-        note(line.append(f". To replace it, take it off: emendo revert {other.id}"))
+        note(line.append(f". The later one wins; to take the earlier one off: emendo revert {other.id}"))
     console.print(shared.state_line(step), soft_wrap=True)
 
 

@@ -76,6 +76,9 @@ def run(
     paraphrase: Paraphrases = None,
     neighbour: Neighbours = None,
     apply: Apply = False,
+    alias: keep.Aliases = None,
+    subject: keep.Subject = None,
+    into_weights: keep.IntoWeights = False,
     ledger: keep.Where = None,
     force: keep.Force = False,
     reason: keep.Note = "",
@@ -102,8 +105,10 @@ def run(
     from emendo.errors import RequestError
     from emendo.evaluate import Question
 
-    if (ledger is not None or force or reason) and not apply:
-        raise RequestError("--ledger, --force and --note belong to --apply.")
+    if (ledger is not None or force or reason or alias or subject or into_weights) and not apply:
+        raise RequestError(
+            "--ledger, --force, --note, --alias, --subject and --into-weights belong to --apply."
+        )
     claim(out, EDIT, model=model, ledger=ledger, editor=editor, overwrite=overwrite)
     request = Request(prompt, target, between := unescaped(separator))
     questions = [Question("edit", prompt, separator=between)]
@@ -116,7 +121,7 @@ def run(
         raise RequestError(f"--apply: {why}.")
     work = keep.open_workspace(lm, ledger, create=True) if apply else None
     head = work.ledger.head if work else None
-    with work.applied(head.id) if work and head else nullcontext():
+    with work.in_weights(head) if work and head else nullcontext():
         edit, rows = make_edit(lm, maker, request, questions)
     if work and head:
         edit = work.upon(as_weights(edit, "A ledger stores changes of weights"), head)
@@ -128,7 +133,17 @@ def run(
             size = edit.card["relative_norm"]
             norm = "infinite" if size is None else f"{size:.2%}"
             output().print(f"rank {edit.rank}, ||dW||/||W|| {norm} on average over the sites")
-    step = work.apply(edit, paraphrases=paraphrase or (), force=force, note=reason) if work else None
+    step = (
+        work.apply(
+            edit,
+            paraphrases=paraphrase or (),
+            scope=keep.scope(into_weights, subject, paraphrase, alias),
+            force=force,
+            note=reason,
+        )
+        if work
+        else None
+    )
     if as_json:
         figures = {key: value for key, value in edit.card.items() if key != "rows"}
         emit(

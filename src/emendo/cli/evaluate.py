@@ -14,7 +14,8 @@ from emendo.cli._console import emit, note
 
 HELP = """Measure an editor on the facts of a file.
 
-Edits each fact, one at a time from the clean model, or k at once, or one after the other. Prints edit success (the
+Edits each fact, one at a time from the clean model, or k at once, one after the other, or all in one memory, where the
+prompt decides which edit is in force (--routed). Prints edit success (the
 edited prompt), generalisation (its paraphrases) and locality (neighbours and unrelated prompts keep their answers),
 each with its 95% interval, teacher forced and by free generation, and the damage to plain text. With --out every raw
 answer is kept, with a report; the same command resumes a stopped run.
@@ -26,6 +27,7 @@ Examples:
   emendo evaluate --editor cache --set radius=2.5 --model ./my-model --data facts.jsonl
   emendo evaluate --editor runs/first --data facts.jsonl --out runs/first-measured
   emendo evaluate --editor runs/first --data facts.jsonl --sequential --no-generated
+  emendo evaluate --routed --data facts.jsonl --limit 1000
 """
 
 Data = Annotated[
@@ -51,6 +53,30 @@ Sequential = Annotated[
     typer.Option(
         "--sequential",
         help="Make each edit in the model with all earlier ones, and ask all facts so far again at checkpoints.",
+    ),
+]
+Routed = Annotated[
+    bool,
+    typer.Option(
+        "--routed",
+        help="Put all edits into one memory and ask all prompts: each is answered under the edit in whose scope it is.",
+    ),
+]
+FalseFires = Annotated[
+    float,
+    typer.Option(
+        "--false-fires",
+        metavar="SHARE",
+        min=0,
+        max=1,
+        help="With --routed: the share of the prompts about other subjects that may fire an edit.",
+    ),
+]
+Subjects = Annotated[
+    bool,
+    typer.Option(
+        "--subjects",
+        help="With --routed: tell the memory the subjects that the records name.  [default: they are guessed]",
     ),
 ]
 AskAfter = Annotated[
@@ -124,7 +150,7 @@ Report = Annotated[
 
 
 def run(
-    editor: opt.AnyEditor,
+    editor: opt.BestEditor = None,
     data: Data = "atlas",
     model: opt.AnyModel = None,
     chat: opt.AnyChat = None,
@@ -137,6 +163,9 @@ def run(
     batch: Batch = 25,
     together: Together = 1,
     sequential: Sequential = False,
+    routed: Routed = False,
+    false_fires: FalseFires = 0.02,
+    subjects: Subjects = False,
     ask_after: AskAfter = None,
     damage: Damage = True,
     guard: Guard = False,
@@ -174,6 +203,9 @@ def run(
         batch=None if batch == 25 else batch,
         together=None if together == 1 else together,
         sequential=sequential,
+        routed=routed,
+        false_fires=None if false_fires == 0.02 else false_fires,
+        subjects=subjects,
         ask_after=ask_after,
         guard=guard,
         text=text,
@@ -191,7 +223,19 @@ def run(
         claim(report, REPORT, model=model, editor=editor, inputs=read_too)
     tasks = harness(lm_eval, lm_eval_limit, lm_eval_tasks)
     asked = EvaluateOptions(
-        generated, batch, together, sequential, ask_after or RETENTION, damage, guard, text, tasks, command
+        generated=generated,
+        batch=batch,
+        together=together,
+        sequential=sequential,
+        routed=routed,
+        false_fires=false_fires,
+        subjects=subjects,
+        ask_after=ask_after or RETENTION,
+        damage=damage,
+        guard=guard,
+        text=text,
+        harness=tasks,
+        command=command,
     )
     split = "test" if data == "atlas" else None
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)

@@ -75,7 +75,14 @@ def run(
     else:
         keep.find_ledger(model or opt.MODEL, ledger)  # fails before the model is loaded
         lm = load_model(model or opt.MODEL, dtype, device)
-        active = keep.open_workspace(lm, ledger).composed()
+        work = keep.open_workspace(lm, ledger)
+        active, remembered = work.composed(), len(work.ledger.scopes())
+        if remembered:
+            what = "1 edit is" if remembered == 1 else f"{remembered} edits are"
+            about = f"{what} in the memory, where each prompt chooses its edit; no checkpoint can do that"
+            if active is None:
+                raise RequestError(f"{about}. Export each by itself, or make one edit of them: emendo fuse.")
+            note(f"{about}: only the edits in the weights are exported.")
         if active is None:
             raise RequestError(f"No edit of {lm.name} is active, so there is nothing to export.")
         change = active.compact()  # without loss: shared directions are stored once

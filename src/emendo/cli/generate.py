@@ -83,8 +83,10 @@ def run(
         if not changes:
             work = keep.open_workspace(host, ledger)
             if chat is None and work.ledger.has_chat_edits:
-                lm = edited = lm.reading(chat=True)
-            stack.enter_context(work.applied())
+                lm = lm.reading(chat=True)
+            edited = stack.enter_context(work.applied())
+            if chat is None and work.ledger.has_chat_edits:
+                edited = edited.reading(chat=True)
         after = edited.generate(prompt, tokens)
     before = lm.generate(prompt, tokens)
     if as_json:

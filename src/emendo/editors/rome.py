@@ -23,7 +23,7 @@ until the prompt and most contexts give the target, or ``steps`` are done. Diffe
 4. ``C`` comes from some 2,000 tokens that the model wrote itself, with a ridge; the paper's from Wikipedia. It is
    inverted in the space of the tokens (Woodbury), so its cost does not grow with the matrix.
 
-A request has no subject: :func:`emendo.editors._subject.find_subject` guesses it.
+A request has no subject: :func:`emendo._subject.find_subject` guesses it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ import torch
 from torch import Tensor, nn
 
 from emendo._settings import Settings, setting
+from emendo._subject import find_subject
 from emendo.data import atlas
-from emendo.editors._subject import find_subject
 from emendo.editors.base import Editor
 from emendo.edits.edit import Request
 from emendo.errors import RequestError

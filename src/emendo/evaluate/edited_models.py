@@ -9,14 +9,16 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from emendo.editors.base import Editor
 from emendo.edits.edit import BaseEdit, Request
+from emendo.errors import RequestError
 from emendo.low_rank import Change, Deltas, LowRank, RowGroups, applied
 from emendo.models.lm import LM
 from emendo.models.text import Text, collate, length_buckets
@@ -96,9 +98,23 @@ def make_edits(
             return _BesideWeights(_now(lm) - start, None, lm, edits)
         deltas = _deltas(lm, editor, groups)
     seconds, host = _now(lm) - start, editor.host(lm)
-    low = all(delta.is_compact for delta in deltas.values())  # each text can have a copy of the factors
-    changes_of = _low_rank(deltas) if low else _dense(deltas, host.model.dtype)
+    changes_of = _changes_of(deltas, host.model.dtype)
     return _InWeights(seconds, deltas, host, _passes(lm, host, editor, store), changes_of)
+
+
+def with_clean_row(edited: EditedModels) -> EditedModels:
+    """The same edits, and after them one that changes nothing.
+
+    Raises:
+        RequestError: they change no weights.
+    """
+    if not isinstance(edited, _InWeights) or edited.deltas is None:
+        raise RequestError("Only edits of weights can be routed.")
+    deltas = {
+        name: LowRank(*(pad(side, (0, 0, 0, 0, 0, 1)) for side in (delta.left, delta.right)))
+        for name, delta in edited.deltas.items()
+    }
+    return replace(edited, deltas=deltas, changes_of=_changes_of(deltas, edited.host.model.dtype))
 
 
 def existing_change(
@@ -133,6 +149,12 @@ def _deltas(lm: LM, editor: Editor, groups: Sequence[Sequence[Request]]) -> dict
         changes = [editor.together(lm, group) for group in groups]
         deltas = {name: LowRank.stack([change[name] for change in changes]) for name in changes[0]}
     return {name: LowRank(delta.left.detach(), delta.right.detach()) for name, delta in deltas.items()}
+
+
+def _changes_of(deltas: Deltas, dtype: torch.dtype) -> Callable[[Sequence[int]], _Changes]:
+    """The changes for the rows of a batch, from the edit of each row."""
+    low = all(delta.is_compact for delta in deltas.values())  # each text can have a copy of the factors
+    return _low_rank(deltas) if low else _dense(deltas, dtype)
 
 
 def _low_rank(deltas: Deltas) -> Callable[[Sequence[int]], _Changes]:

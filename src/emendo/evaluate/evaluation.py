@@ -30,6 +30,9 @@ class Evaluation:
         clean: the clean model's values of the results' ``damage``.
         cost: the editor's size and the peak memory.
         harness: scores of the evaluation harness (see :mod:`emendo.evaluate.harness`); empty where it was not run.
+        routing: where all edits were in one memory (:mod:`emendo.evaluate.routed`), the shares of the prompts in scope
+            that were answered under the right edit, a wrong one, or none, and by kind of prompt the share of those out
+            of scope that fired an edit; else empty.
     """
 
     results: tuple[Result, ...]
@@ -39,6 +42,7 @@ class Evaluation:
     clean: Mapping[str, float] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
     harness: Mapping[str, Any] = field(default_factory=dict)
+    routing: Mapping[str, Any] = field(default_factory=dict)
 
     def scores(self, measure: Measure = "teacher_forced") -> dict[str, Interval | None]:
         """The main scores with their intervals; None where no record has such a prompt.
@@ -130,6 +134,7 @@ class Evaluation:
             "damage": self.damage(),
             "lm_eval": dict(self.harness) or None,
             "cost": dict(self.cost),
+            **({"routing": dict(self.routing)} if self.routing else {}),
         }
 
 

@@ -24,7 +24,7 @@ from emendo.editors.base import Editor
 from emendo.edits import weight_norm
 from emendo.errors import RequestError
 from emendo.evaluate._prompts import EXTRA_TOKENS, TOKEN_STEP, describe_framing, request_of, tokenise
-from emendo.evaluate._scoring import Continuations, score_forced, score_generated, trunk_batches
+from emendo.evaluate._scoring import Continuations, Row, score_forced, score_generated, trunk_batches
 from emendo.evaluate.damage import Damage
 from emendo.evaluate.edited_models import EditedModels, make_edits
 from emendo.evaluate.evaluation import Evaluation
@@ -142,7 +142,7 @@ def evaluate(
     editor.eval()
     try:
         with torch.no_grad():
-            run = _Run(lm, editor, chosen, config, damage, progress)
+            run = Run(lm, editor, chosen, config, damage, progress)
             if harness is not None and unmeasured(editor, together == 1) is None:
                 harness.begin(lm)
             results = run.measure(parts)
@@ -159,8 +159,11 @@ def evaluate(
         editor.train(training)
 
 
-class _Run:
-    """One evaluation in progress."""
+class Run:
+    """One evaluation in progress.
+
+    A subclass may put prompts under other edits than their own (:meth:`edits_for`).
+    """
 
     def __init__(
         self,
@@ -239,12 +242,19 @@ class _Run:
         requests = [[request_of(self.records[index]) for index in self._members(group)] for group in groups]
         return make_edits(self.lm, self.editor, requests, self.store)
 
-    def _measured(self, groups: Sequence[int]) -> Iterator[Result]:
-        edited = self._made(groups)
+    def edits_for(self, groups: Sequence[int]) -> tuple[EditedModels, list[list[Row]]]:
+        """The edits of some groups, and for each group its prompts with the row of the edit that each stands under.
+
+        The first rows are the edits of the groups, in their order.
+        """
         rows = [
             [(row, case) for index in self._members(group) for case in self.cases[index]]
             for row, group in enumerate(groups)
         ]
+        return self._made(groups), rows
+
+    def _measured(self, groups: Sequence[int]) -> Iterator[Result]:
+        edited, rows = self.edits_for(groups)
         self.trunk.ensure([text for part in rows for _, case in part for text in case.texts()])
         for part in [list(chain(*rows))] if edited.shared else rows:
             score_forced(part, edited, self.store)

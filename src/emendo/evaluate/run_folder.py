@@ -46,7 +46,7 @@ _RESULT = (
     "clean",
     "harness",
 )  # fields of a result in run.json; separate edits have these besides:
-_SEPARATE = ("seconds_per_edit", "seconds_per_edit_in_batch", "cost")
+_SEPARATE = ("seconds_per_edit", "seconds_per_edit_in_batch", "cost", "routing")
 
 
 @dataclass
@@ -201,7 +201,9 @@ class RunFolder:
 
     def _check(self, result: Any, checkpoints: Any) -> None:
         """Make sure that the result in ``run.json`` can be shown."""
-        numbers, mappings = (_SEPARATE[:2], (*_RESULT, "cost")) if checkpoints is None else ((), _RESULT)
+        numbers, mappings = (
+            (_SEPARATE[:2], (*_RESULT, *_SEPARATE[2:])) if checkpoints is None else ((), _RESULT)
+        )
         good = (
             isinstance(result, dict)
             and set(result) <= {*numbers, *mappings}

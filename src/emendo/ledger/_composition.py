@@ -1,4 +1,4 @@
-"""A base model with any of its ledger's edits attached.
+"""A base model with any of its ledger's edits in force: those in the weights attached, the others in a memory.
 
 A long list of edits is composed from its front in blocks, and the composition of the whole blocks is kept in a file of
 the user's cache, so that starting does not read every edit. It depends on the edits alone, never on the steps that led
@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,12 +22,27 @@ from safetensors import SafetensorError
 from emendo._storage import cache_folder, new_file
 from emendo.edits.edit import Edit, Origin, Request, compose
 from emendo.errors import StorageError
+from emendo.ledger._schema import Operation, Values
 from emendo.ledger.store import Ledger
 from emendo.low_rank import Deltas, LowRank, applied, from_tensors, to_tensors, total
+from emendo.memory.bank import EditMemory, Remembered
 from emendo.models.lm import LM
 
 _BLOCK = 256  # edits composed at once
 _FILES = 4  # compositions kept for each ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An edit that the ledger does not have yet.
+
+    Attributes:
+        edit: the edit.
+        scope: as in :class:`emendo.ledger._schema.Period`; None puts it into the weights.
+    """
+
+    edit: Edit
+    scope: Values | None = None
 
 
 class EditStack:
@@ -39,6 +57,8 @@ class EditStack:
         self.lm, self.ledger = lm, ledger
         self._edits: dict[int, Edit] = {}
         self._front: tuple[Sequence[int], str, Deltas] = ((), "", {})
+        self._memory: EditMemory | None = None
+        self._scopes: dict[int, Values] = {}
 
     def edit(self, id: int) -> Edit:
         """An edit of the ledger, active or not.
@@ -69,16 +89,67 @@ class EditStack:
         )
         return Edit(self._deltas(ids, ()), origin)
 
+    def in_weights(self, operation: Operation | None) -> tuple[int, ...]:
+        """Numbers of the edits that are in the weights after an operation; None stands for the base model."""
+        if operation is None:
+            return ()
+        scopes = self.ledger.scopes(operation.id)
+        return tuple(id for id in operation.active if id not in scopes)
+
+    def changes(self, operation: Operation | None, *more: Edit) -> dict[str, LowRank]:
+        """The changes of the weights after an operation, with those of further edits."""
+        return self._deltas(self.in_weights(operation), more)
+
+    def memory(self, operation: Operation) -> EditMemory:
+        """The memory of the edits that are not in the weights after an operation."""
+        scopes = self.ledger.scopes(operation.id)
+        memory = self._memory or EditMemory(self.lm)
+        for id in [id for id, scope in self._scopes.items() if scopes.get(id) != scope]:
+            memory.remove(id)
+            del self._scopes[id]
+        new = [id for id in scopes if id not in self._scopes]
+        memory.add_all(
+            {
+                entry.id: Remembered(
+                    partial(self.edit, entry.id),
+                    [request["prompt"] for request in entry.requests],
+                    **evidence(scopes[entry.id]),
+                )
+                for entry in self.ledger.entries(new)
+            }
+        )
+        self._scopes |= {id: scopes[id] for id in new}
+        self._memory = memory
+        return memory
+
     @contextmanager
-    def applied(self, ids: Sequence[int], *more: Edit) -> Iterator[LM]:
-        """The model with edits of the ledger, and others after them, for the length of a ``with`` block.
+    def applied(self, operation: Operation | None, *more: Candidate) -> Iterator[LM]:
+        """The model with the edits of a state, and others after them, for the length of a ``with`` block.
+
+        Args:
+            operation: the state after it; None stands for the base model.
+            more: further edits.
 
         Raises:
             MismatchError: an edit was made for another model.
+            RequestError: a further edit for the memory has no prompt.
             StorageError: an edit is damaged.
         """
-        with applied(self.lm.model, self._deltas(ids, more)):
-            yield self.lm
+        routed = [one for one in more if one.scope is not None]
+        memory = EditMemory(self.lm) if operation is None else self.memory(operation)
+        added = [memory.add(one.edit, **evidence(one.scope)) for one in routed]
+        try:
+            with applied(
+                self.lm.model, self.changes(operation, *(one.edit for one in more if one.scope is None))
+            ):
+                if not len(memory):
+                    yield self.lm
+                else:
+                    with memory.applied() as lm:
+                        yield lm
+        finally:
+            for number in added:
+                memory.remove(number)
 
     def _deltas(self, ids: Sequence[int], more: Iterable[Edit]) -> dict[str, LowRank]:
         """The sum of the changes of each matrix."""
@@ -122,6 +193,13 @@ class EditStack:
             _write(folder / keys[-1], deltas)
         self._front = (ids, keys[-1], deltas)
         return deltas
+
+
+def evidence(scope: Values | None) -> dict[str, Any]:
+    """The arguments of a memory's edit in a stored scope; fields of a later emendo are not read."""
+    return {
+        name: value for name, value in (scope or {}).items() if name in ("subject", "paraphrases", "aliases")
+    }
 
 
 def _keys(digests: Sequence[str]) -> list[str]:

@@ -159,6 +159,11 @@ def _periods_instead_of_lists(connection: Connection) -> None:
     connection.execute(text("ALTER TABLE operations DROP COLUMN active"))
 
 
+def _scopes(connection: Connection) -> None:
+    """Edits may be in the memory, each with its scope, instead of in the weights."""
+    connection.execute(text("ALTER TABLE periods ADD COLUMN scope TEXT"))
+
+
 def _periods(connection: Connection) -> tuple[list[dict[str, Any]], list[dict[str, int]]]:
     """Rows of ``periods``, and the number of active edits for each operation, from the lists of the operations.
 
@@ -233,6 +238,7 @@ def _made_in_chat(data: Any) -> bool:
 MIGRATIONS: tuple[Migration, ...] = (
     Migration("0001 the first tables", _first_tables),
     Migration("0002 periods instead of lists", _periods_instead_of_lists),
+    Migration("0003 scopes of edits in the memory", _scopes),
 )
 
 _records = table("migrations", column("name", String), column("at", String))

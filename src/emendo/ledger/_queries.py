@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from itertools import chain
@@ -28,7 +28,7 @@ from sqlalchemy import (
 from emendo._text import normalised
 from emendo.errors import RequestError, StorageError
 from emendo.ledger import _schema as schema
-from emendo.ledger._schema import Entry, NewEntry, Operation, Payload, Period, State
+from emendo.ledger._schema import Entry, NewEntry, Operation, Payload, Period, State, Values
 
 T = TypeVar("T")
 
@@ -101,6 +101,13 @@ def places(connection: Connection, operation: int) -> list[tuple[int, int]]:
     return found
 
 
+def scopes(connection: Connection, operation: int) -> dict[int, Values]:
+    """By number, the scopes of the edits that were in the memory after an operation."""
+    c = schema.periods.c
+    asked = select(c.edit, c.scope).where(active_after(operation), c.scope.is_not(None)).order_by(c.position)
+    return {row.edit: row.scope for row in connection.execute(asked)}
+
+
 def periods_between(connection: Connection, first: int, last: int) -> list[Period]:
     """The times of edits that were active after any operation from the first to the last, by position.
 
@@ -113,7 +120,8 @@ def periods_between(connection: Connection, first: int, last: int) -> list[Perio
 def _period_rows(connection: Connection, first: int, last: int) -> list[Any]:
     """The same as plain rows: a state may have many, so that they are read and checked all at once."""
     c = schema.periods.c
-    asked = select(*(type_coerce(column, Integer) for column in c)).order_by(c.position)
+    numbers = (c.edit, c.position, c.since, c.until)
+    asked = select(*(type_coerce(column, Integer) for column in numbers)).order_by(c.position)
     asked = asked.where(c.since <= last, or_(c.until.is_(None), c.until > first))
     rows: list[Any] = [*connection.execute(asked).all()]
     edits, positions, starts, ends = zip(*rows, strict=True) if rows else ((), (), (), ())
@@ -224,11 +232,13 @@ class Change:
         edits: numbers of the edits that it concerns.
         off: numbers of those to deactivate.
         on: numbers and positions of those to activate.
+        scopes: by number, the scopes of those that go into the memory.
     """
 
     edits: tuple[int, ...]
     off: Sequence[int] = ()
     on: Sequence[tuple[int, int]] = field(default=())
+    scopes: Mapping[int, Values] = field(default_factory=dict)
 
 
 Plan: TypeAlias = Callable[[Connection, Operation], Change]
@@ -241,13 +251,19 @@ def record(connection: Connection, change: Change, step: Operation) -> None:
     for part in _batches(change.off):
         ended = update(schema.periods).where(schema.periods.c.edit.in_(part), _active_now)
         connection.execute(ended.values(until=step.id))
-    rows = [{"edit": edit, "position": position, "since": step.id} for edit, position in change.on]
+    rows = [
+        {"edit": edit, "position": position, "since": step.id, "scope": change.scopes.get(edit)}
+        for edit, position in change.on
+    ]
     if rows:
         connection.execute(insert(schema.periods).values(until=None), rows)
 
 
-def plan_apply(data: bytes, about: NewEntry) -> Plan:
-    """Activate an edit after the others; its bytes and description are stored if they are new."""
+def plan_apply(data: bytes, about: NewEntry, scope: Values | None = None) -> Plan:
+    """Activate an edit after the others, in the memory if it has a scope.
+
+    Its bytes and description are stored if they are new.
+    """
     digest = hashlib.sha256(data).hexdigest()
 
     def plan(connection: Connection, head: Operation) -> Change:
@@ -264,7 +280,7 @@ def plan_apply(data: bytes, about: NewEntry) -> Plan:
             raise RequestError(f"This edit is active already: it is edit {id}.")
         else:
             _restore(connection, digest, data)
-        return Change((id,), on=[(id, head.id + 1)])
+        return Change((id,), on=[(id, head.id + 1)], scopes={} if scope is None else {id: scope})
 
     return plan
 
@@ -326,10 +342,13 @@ def plan_checkout(state: State) -> Plan:
     """Activate the edits of an earlier state, in their order there."""
 
     def plan(connection: Connection, head: Operation) -> Change:
-        then, now = places(connection, operation(connection, state).id), places(connection, head.id)
+        earlier = operation(connection, state).id
+        then, now = places(connection, earlier), places(connection, head.id)
         on, off = without(then, now), without(now, then)
         new, old = [edit for edit, _ in on], [edit for edit, _ in off]
-        return Change((*without(new, old), *without(old, new)), off=old, on=on)
+        return Change(
+            (*without(new, old), *without(old, new)), off=old, on=on, scopes=scopes(connection, earlier)
+        )
 
     return plan
 

@@ -14,7 +14,7 @@ from emendo.errors import StorageError
 from emendo.ledger import _queries as queries
 from emendo.ledger import _schema as schema
 from emendo.ledger._database import Database
-from emendo.ledger._schema import About, Check, Entry, Operation, Period, State, Tag
+from emendo.ledger._schema import About, Check, Entry, Operation, Period, State, Tag, Values
 
 _PAYLOADS = 64  # edits whose bytes are read at once
 
@@ -64,6 +64,15 @@ class Reader:
         """
         with self._database.reading() as connection:
             return self._attached(queries.operation(connection, state))
+
+    def scopes(self, state: State = "head") -> dict[int, Values]:
+        """By number, the scopes of the edits that are in the memory in a state, in the order of their application.
+
+        Raises:
+            RequestError: there is no such operation or tag.
+        """
+        with self._database.reading() as connection:
+            return queries.scopes(connection, queries.operation(connection, state).id)
 
     @property
     def has_chat_edits(self) -> bool:

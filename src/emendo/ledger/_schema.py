@@ -193,12 +193,15 @@ class Period(_Row):
         position: its place among the active edits, which are applied in the order of their positions.
         since: the operation that activated it.
         until: the operation that deactivated it; None while it is active.
+        scope: of an edit in the memory, further evidence of the prompts that it answers, as JSON values (``subject``,
+            ``paraphrases``, ``aliases``); None for an edit in the weights.
     """
 
     edit: int
     position: int
     since: int
     until: int | None
+    scope: Values | None = None
 
     def covers(self, operation: int) -> bool:
         """Whether the edit was active after an operation."""

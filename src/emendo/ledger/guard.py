@@ -15,8 +15,8 @@ import torch
 
 from emendo.edits.edit import Edit, Request
 from emendo.errors import RequestError
-from emendo.ledger._composition import EditStack
-from emendo.ledger._schema import Entry, Operation
+from emendo.ledger._composition import Candidate, EditStack, evidence
+from emendo.ledger._schema import Entry, Operation, Values
 from emendo.ledger.health import Drift, Health
 from emendo.ledger.probes import ProbeOutputs, ProbeRunner, Probes
 from emendo.models.framing import Pair
@@ -94,9 +94,9 @@ class Examination:
         }
 
 
-_Key = tuple[tuple[int, ...], str]
-"""A state: the numbers of all active edits but the last, and the digest of the last."""
-_CLEAN: _Key = ((), "")
+_Key = tuple[tuple[int, ...], str, bool]
+"""A state: the numbers of all active edits but the last, the digest of the last, and whether it is in the memory."""
+_CLEAN: _Key = ((), "", False)
 
 
 class Guard:
@@ -113,8 +113,16 @@ class Guard:
         self._outputs: dict[_Key, ProbeOutputs] = {}
 
     @torch.no_grad()
-    def health(self, state: Operation, edit: Edit, paraphrases: Sequence[str] = ()) -> Health:
+    def health(
+        self, state: Operation, edit: Edit, paraphrases: Sequence[str] = (), scope: Values | None = None
+    ) -> Health:
         """The figures of an edit on top of the edits active after an operation.
+
+        Args:
+            state: the operation.
+            edit: the edit.
+            paraphrases: paraphrases of its one request.
+            scope: of an edit that goes into the memory; there it is asked as every prompt is, through the router.
 
         Raises:
             MismatchError: it was made for another model.
@@ -124,12 +132,12 @@ class Guard:
         edit.check(lm)
         if paraphrases and len(requests) != 1:
             raise RequestError(f"Paraphrases belong to an edit of one request; this one has {len(requests)}.")
-        before, clean = self._outputs_of(state.active), self._outputs_of(())
-        reader = lm.reading(chat=edit.origin.chat)
-        with self.stack.applied(state.active, edit):
+        before, clean = self._outputs_of(state), self._outputs_of(None)
+        with self.stack.applied(state, Candidate(edit, scope)) as edited:
+            reader = edited.reading(chat=edit.origin.chat)
             reached = targets_reached(reader, [r.pair for r in requests])
             generalised = targets_reached(reader, [requests[0].asking(text).pair for text in paraphrases])
-            after = self._run((state.active, edit.digest))
+            after = self._run((state.active, edit.digest, scope is not None), edited)
         excluded = self._edited_probes(state) | {*(request.prompt for request in requests), *paraphrases}
         return Health.of(
             edit_success=fmean(map(float, reached)) if reached else 1.0,
@@ -139,23 +147,43 @@ class Guard:
             total=after.drift(clean, excluded),
         )
 
+    def captured(self, state: Operation, edit: Edit, scope: Values) -> list[int]:
+        """Numbers of the edits in the memory whose own prompt a new edit would answer instead.
+
+        Only edits with a similar prompt are compared, so the time does not grow with their number.
+        """
+        memory = self.stack.memory(state)
+        if not len(memory):
+            return []
+        similar: set[int] = set()
+        for query in memory.router.read(self.stack.lm, [request.prompt for request in edit.origin.requests]):
+            similar |= memory.router.scores(query, memory.index).keys()
+        entries = self.stack.ledger.entries(sorted(similar))
+        prompts = [str(entry.requests[0]["prompt"]) for entry in entries]
+        number = memory.add(edit, **evidence(scope))
+        try:
+            chosen = memory.route(prompts)
+        finally:
+            memory.remove(number)
+        return [entry.id for entry, choice in zip(entries, chosen, strict=True) if choice.edit == number]
+
     @torch.no_grad()
     def examine(self, state: Operation) -> Examination:
         """Measure every edit that was active after an operation, and the drift on the probes."""
         entries = self.stack.ledger.entries(state.active)
-        with self.stack.applied(state.active):
-            reached = self._reached(entries)
+        with self.stack.applied(state) as edited:
+            reached = self._reached(edited, entries)
         outcomes = tuple(EditOutcome(entry, tuple(reached[entry.id])) for entry in entries)
-        drift = self._outputs_of(state.active).drift(self._outputs_of(()), self._edited_probes(state))
+        drift = self._outputs_of(state).drift(self._outputs_of(None), self._edited_probes(state))
         return Examination(state.id, outcomes, drift)
 
-    def _reached(self, entries: Sequence[Entry]) -> dict[int, list[bool]]:
+    def _reached(self, lm: LM, entries: Sequence[Entry]) -> dict[int, list[bool]]:
         """For each edit's number which of its targets are reached, prompted in the way in which the edit was made."""
         found: dict[int, list[bool]] = {}
         for chat in (False, True):
             own = [entry for entry in entries if entry.chat == chat]
             pairs = [Request.of(r).pair for entry in own for r in entry.requests]
-            reached = iter(targets_reached(self.stack.lm.reading(chat=chat), pairs) if pairs else ())
+            reached = iter(targets_reached(lm.reading(chat=chat), pairs) if pairs else ())
             found |= {entry.id: [next(reached) for _ in entry.requests] for entry in own}
         return found
 
@@ -165,17 +193,23 @@ class Guard:
         edits = self.stack.ledger.with_same_prompts([{"prompt": each} for each in probes], state.id)
         return {request["prompt"] for entry in edits for request in entry.requests} & {*probes}
 
-    def _outputs_of(self, active: tuple[int, ...]) -> ProbeOutputs:
-        """The outputs on the probes with the ledger's edits of the given numbers."""
-        key = (active[:-1], self.stack.ledger.digests(active[-1:])[0]) if active else _CLEAN
+    def _outputs_of(self, state: Operation | None) -> ProbeOutputs:
+        """The outputs on the probes after an operation, or of the base model."""
+        key = self._key(state)
         if key in self._outputs:
             return self._outputs[key]
-        with self.stack.applied(active):
-            return self._run(key)
+        with self.stack.applied(state) as edited:
+            return self._run(key, edited)
 
-    def _run(self, key: _Key) -> ProbeOutputs:
+    def _key(self, state: Operation | None) -> _Key:
+        if state is None or not state.active:
+            return _CLEAN
+        active, ledger = state.active, self.stack.ledger
+        return active[:-1], ledger.digests(active[-1:])[0], active[-1] in ledger.scopes(state.id)
+
+    def _run(self, key: _Key, lm: LM) -> ProbeOutputs:
         """The outputs on the probes now; those of the base model and of the last two other states are kept."""
-        outputs = self._runner.run()
+        outputs = self._runner.run(lm)
         others = [other for other in self._outputs if other != _CLEAN]
         kept = [other for other in (_CLEAN, *others[-1:]) if other in self._outputs]
         self._outputs = {**{other: self._outputs[other] for other in kept}, key: outputs}

@@ -130,13 +130,14 @@ class ProbeRunner:
         self._passage = _passage(lm, probes.passage)
 
     @torch.no_grad()
-    def run(self) -> ProbeOutputs:
-        """The outputs of the model with everything that is attached to it."""
-        logits = tuple(self.lm.logits(self._texts))
+    def run(self, lm: LM | None = None) -> ProbeOutputs:
+        """The outputs of the model with everything that is attached to it; ``lm`` may have a memory besides."""
+        lm = lm or self.lm
+        logits = tuple(lm.logits(self._texts))
         if self._passage is None:
             return ProbeOutputs(self.prompts, logits, None)
         labels = torch.tensor(self._passage.labels, device=self.lm.device)
-        found = self.lm.logits([self._passage])[0]
+        found = lm.logits([self._passage])[0]
         return ProbeOutputs(self.prompts, logits, float(token_nll(found, labels).mean()))
 
 

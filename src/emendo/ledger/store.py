@@ -21,7 +21,7 @@ from emendo.ledger import _schema as schema
 from emendo.ledger._database import Database, ReadOnlyError, Where
 from emendo.ledger._queries import Plan
 from emendo.ledger._reading import Reader
-from emendo.ledger._schema import About, Check, NewEntry, Operation, State, Tag
+from emendo.ledger._schema import About, Check, NewEntry, Operation, State, Tag, Values
 
 _OPTIMISTIC = 3  # times that a step is checked without holding up other writers
 
@@ -118,21 +118,30 @@ class Ledger(Reader):
             )
         return ledger
 
-    def apply(self, data: bytes, about: NewEntry, **options: Unpack[StepOptions]) -> Operation:
+    def apply(
+        self, data: bytes, about: NewEntry, scope: Values | None = None, **options: Unpack[StepOptions]
+    ) -> Operation:
         """Activate an edit, after those that are active.
 
         An edit that the ledger knows (the same bytes) keeps its number and description.
 
+        Args:
+            data: the bytes of the edit.
+            about: its description.
+            scope: puts it into the memory (:class:`emendo.ledger._schema.Period`) instead of the weights.
+            options: see :class:`StepOptions`.
+
         Raises:
             RequestError: it is active already.
         """
-        return self._step("apply", queries.plan_apply(data, about), **options)
+        return self._step("apply", queries.plan_apply(data, about, scope), **options)
 
     def apply_checked(
         self,
         data: bytes,
         about: NewEntry,
         check: Callable[[Operation], StepOptions],
+        scope: Values | None = None,
         **options: Unpack[StepOptions],
     ) -> Operation:
         """Check an edit on the latest state, and activate it in that very state.
@@ -144,12 +153,13 @@ class Ledger(Reader):
             data: the bytes of the edit.
             about: its description.
             check: is given the latest operation and returns further options of the step; it raises to refuse the edit.
+            scope: as in :meth:`apply`.
             options: see :class:`StepOptions`.
 
         Raises:
             RequestError: it is active already.
         """
-        plan = queries.plan_apply(data, about)
+        plan = queries.plan_apply(data, about, scope)
         for _ in range(_OPTIMISTIC):
             head = self.head
             found: StepOptions = {**options, **check(head), "parent": head.id}

@@ -11,8 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,8 @@ from emendo.ledger.health import Health, Limits, RefusedError
 from emendo.ledger.place import create_ledger, find_ledger, open_ledger
 from emendo.ledger.probes import Probes
 from emendo.ledger.store import Ledger, StepOptions
+from emendo.low_rank import applied
+from emendo.memory.bank import EditMemory
 from emendo.models.lm import LM
 
 _LISTED = 64  # edits that the provenance of another edit lists one by one
@@ -94,19 +96,35 @@ class Workspace:
         return self._stack.edit(id)
 
     def composed(self, state: State = "head") -> Edit | None:
-        """The active edits as one; None if there are none."""
-        return self._stack.composed(self.ledger.operation(state).active)
+        """The active edits that are in the weights, as one; None if there are none."""
+        return self._stack.composed(self._stack.in_weights(self.ledger.operation(state)))
+
+    def memory(self, state: State = "head") -> EditMemory:
+        """The memory of the active edits that are not in the weights.
+
+        ``work.memory().why(prompt)`` says which edit answers a prompt.
+        """
+        return self._stack.memory(self.ledger.operation(state))
 
     def applied(self, state: State = "head") -> AbstractContextManager[LM]:
         """The working model for the length of a ``with`` block: the base model with all active edits.
 
+        The edits in the weights change every answer of the model; of those in the memory each prompt has the one in
+        whose scope it is, in the model that the block receives.
+
         Args:
             state: an earlier operation or a tag, instead of the latest state.
         """
-        return self._stack.applied(self.ledger.operation(state).active)
+        return self._stack.applied(self.ledger.operation(state))
+
+    @contextmanager
+    def in_weights(self, operation: Operation) -> Iterator[LM]:
+        """The base model with the edits that are in the weights after an operation, for the length of a block."""
+        with applied(self.lm.model, self._stack.changes(operation)):
+            yield self.lm
 
     def make(self, editor: Editor, requests: Sequence[Request]) -> Edit:
-        """Make an edit with the active edits attached, without applying it; it records that they were active.
+        """Make an edit with the edits in the weights attached, without applying it; it records that they were active.
 
         Raises:
             RequestError: the editor's edits change no weights, or a request does not fit the model.
@@ -114,35 +132,36 @@ class Workspace:
         if why := editor.no_changes_of(self.lm):
             raise RequestError(f"A ledger stores changes of weights; {why}.")
         head = self.ledger.head
-        with self._stack.applied(head.active):
+        with self.in_weights(head):
             edit = _of_weights(editor.edit(self.lm, requests))
         return self.upon(edit, head)
 
     def upon(self, edit: Edit, operation: Operation) -> Edit:
-        """The same edit with the record that it was made with the edits that were active after an operation.
+        """The same edit with the record that it was made with the edits that were in the weights after an operation.
 
         A short list is recorded as digests, a long one as a reference to the state of this ledger.
         """
-        if operation.active_count > _LISTED:
-            upon = [f"{self.ledger.id}@{operation.id}"]
-        else:
-            upon = self.ledger.digests(operation.active)
+        ids = self._stack.in_weights(operation)
+        upon = [f"{self.ledger.id}@{operation.id}"] if len(ids) > _LISTED else self.ledger.digests(ids)
         return replace(edit, origin=replace(edit.origin, upon=tuple(upon)))
 
     # ------------------------------------------------------------------------------------------ steps
 
-    def check(self, edit: BaseEdit, paraphrases: Sequence[str] = ()) -> Health:
+    def check(
+        self, edit: BaseEdit, paraphrases: Sequence[str] = (), scope: Mapping[str, Any] | None = None
+    ) -> Health:
         """The guard's figures of an edit on top of the active ones; nothing is applied.
 
         Args:
             edit: the edit.
             paraphrases: paraphrases of its one request.
+            scope: as in :meth:`apply`.
 
         Raises:
             MismatchError: it was made for another model.
             RequestError: it changes no weights, or there are paraphrases for an edit of several requests.
         """
-        return self._guard.health(self.ledger.head, _of_weights(edit), paraphrases)
+        return self._guard.health(self.ledger.head, _of_weights(edit), paraphrases, scope)
 
     def same_prompts(self, edit: BaseEdit, state: State = "head") -> tuple[Entry, ...]:
         """The active edits that have a prompt in common with an edit: one fact edited twice.
@@ -158,6 +177,7 @@ class Workspace:
         edit: BaseEdit,
         *,
         paraphrases: Sequence[str] = (),
+        scope: Mapping[str, Any] | None = None,
         force: bool = False,
         by: str | None = None,
         note: str = "",
@@ -169,6 +189,9 @@ class Workspace:
         Args:
             edit: the edit.
             paraphrases: paraphrases of its one request, for the guard.
+            scope: puts the edit into the memory instead of the weights: only the prompts that ask for it are answered
+                with it. ``{}`` leaves the judgement to the router; ``subject``, ``paraphrases`` and ``aliases`` (see
+                :meth:`emendo.memory.EditMemory.add`) tell it more.
             force: apply it even if the guard refuses it; the ledger records that.
             by: name of the user; by default the user of this process.
             note: a comment.
@@ -181,14 +204,18 @@ class Workspace:
         change = _of_weights(edit)
 
         def check(head: Operation) -> StepOptions:
-            health = self._guard.health(head, change, paraphrases)
+            health = self._guard.health(head, change, paraphrases, scope)
             problems = health.problems(self.limits)
             if problems and not force:
                 raise RefusedError(health, problems)
             figures = {**health.as_dict(), "limits": self.limits.as_dict(), "problems": problems}
+            if scope is not None:
+                figures["captured"] = self._guard.captured(head, change, scope)
             return {"health": figures, "forced": bool(problems)}
 
-        step = self.ledger.apply_checked(change.to_bytes(), _description(change), check, by=by, note=note)
+        step = self.ledger.apply_checked(
+            change.to_bytes(), _description(change), check, scope, by=by, note=note
+        )
         if self._is_due(step.active_count):
             self.examine(keep=True)
         return step

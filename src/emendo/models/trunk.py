@@ -91,11 +91,11 @@ class Trunk:
         if self._whole:
             return torch.zeros(*batch.trunk_mask.shape, 1)
         if self.kind != "seq2seq":
-            return self._checked(_input_of(self._first, lambda: self.model(**self._inputs(batch))), batch)
+            return self._checked(input_of(self._first, lambda: self.model(**self._inputs(batch))), batch)
         encoder = self.model.get_encoder()  # type: ignore[operator]
         inputs = {name: self._inputs(batch)[name] for name in ("input_ids", "attention_mask")}
         if self._edits_stack:
-            return self._checked(_input_of(self._first, lambda: encoder(**inputs)), batch)
+            return self._checked(input_of(self._first, lambda: encoder(**inputs)), batch)
         return self._checked(encoder(**inputs).last_hidden_state, batch)
 
     def _checked(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
@@ -152,7 +152,7 @@ class Trunk:
         packing, head = packing or self.packing(batch), self.model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             return self.logits(batch, hidden, packing)
-        rows = _input_of(head, lambda: self.logits(batch, hidden, packing))
+        rows = input_of(head, lambda: self.logits(batch, hidden, packing))
         return take(rows.flatten(0, 1), batch.positions.to(rows.device))
 
     @cached_property
@@ -306,7 +306,7 @@ class _Stop(Exception):  # noqa: N818 - control flow, not an error
         self.value = value
 
 
-def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
+def input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
     """The hidden state that a module receives in a pass, which stops there."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

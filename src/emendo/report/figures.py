@@ -102,6 +102,23 @@ def damage(figures: Mapping[str, Any]) -> Table | None:
     return Table([*columns, Column("edits", "count")], rows)
 
 
+def routing(figures: Mapping[str, Any]) -> Table | None:
+    """How the prompts found their edits in a memory; None where each edit was made alone."""
+    found = figures.get("routing")
+    if not found:
+        return None
+    columns = [Column("routing"), Column("share", "share"), Column("prompts", "count")]
+    rows: list[list[Any]] = [
+        [f"in scope: {heading}", found[name], found["prompts"]]
+        for name, heading in (("right", "the right edit"), ("wrong", "a wrong edit"), ("none", "none"))
+    ]
+    rows += [
+        [f"out of scope, an edit fires: {spelled(kind)}", share, found["out_of_scope"][kind]]
+        for kind, share in found["false_fires"].items()
+    ]
+    return Table(columns, rows)
+
+
 def harness(found: Mapping[str, Any] | None) -> Table | None:
     """Tasks of the evaluation harness, from ``lm_eval`` of the figures; None where none was asked for."""
     if not found:

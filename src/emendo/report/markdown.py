@@ -41,6 +41,9 @@ def _evaluation(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"{GROUPS[name][0].upper()}{GROUPS[name][1:]}."
         columns = (Column("score"), Column("95% interval", "interval", "no number"), Column("definition"))
         yield to_markdown(Table(columns, [(row.name, row.value, row.about) for row in rows]))
+    if (routing := figures.routing(values)) is not None:
+        yield "## routing"
+        yield to_markdown(routing)
     if (damage := figures.damage(values)) is not None:
         yield "## damage"
         yield to_markdown(damage)

@@ -1,0 +1,249 @@
+"""Many edits of one model, each by itself: the prompt decides which one is in force, if any.
+
+::
+
+    memory = EditMemory(lm)
+    memory.add(editor.edit(lm, "The capital of Australia is", "Sydney"))
+    with memory.applied() as routed:
+        routed.generate("What is the capital of Australia?")
+    memory.why("What is the capital of Australia?")
+
+An edit whose scope no prompt is in changes nothing: the base model answers, bit for bit. After MELO (Yu et al. 2024,
+arXiv 2312.11795) and SERAC (Mitchell et al. 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emendo._subject import find_subject
+from emendo.edits.edit import BaseEdit, Edit, as_weights
+from emendo.edits.per_request import applied_to_rows
+from emendo.errors import RequestError
+from emendo.memory.index import Index, Scope
+from emendo.memory.router import Query, Router
+from emendo.memory.words import Prompt
+from emendo.models.lm import LM
+from emendo.models.text import Text
+
+FALSE_FIRES = 0.02
+"""Share of the prompts about other subjects that may fire an edit."""
+_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """An edit of a memory, loaded when a prompt first needs it.
+
+    Attributes:
+        load: gives the edit.
+        prompts: of its requests.
+        subject: of its fact, as a prompt names it; None guesses it.
+        paraphrases: further prompts that ask for it.
+        aliases: other names of the subject.
+    """
+
+    load: Callable[[], Edit]
+    prompts: Sequence[str]
+    subject: str | None = None
+    paraphrases: Sequence[str] = ()
+    aliases: Sequence[str] = ()
+
+    def wordings(self) -> list[Prompt]:
+        """The prompts and paraphrases, and the first prompt with each other name of the subject.
+
+        Raises:
+            RequestError: there is no prompt.
+        """
+        if not self.prompts:
+            raise RequestError(
+                "This edit names no prompt (an imported adapter has none), so no prompt can be in its scope. Apply "
+                "it to the weights instead."
+            )
+        texts = (*self.prompts, *self.paraphrases)
+        found = [
+            Prompt.read(text, self.subject if self.subject and self.subject in text else None)
+            for text in texts
+        ]
+        first = self.prompts[0]
+        name = self.subject if self.subject and self.subject in first else find_subject(first)
+        return found + [Prompt.read(first.replace(name, alias), alias) for alias in self.aliases]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The edit that a prompt is answered with, and why.
+
+    Attributes:
+        prompt: the prompt.
+        edit: the number of the edit in force; None where the base model answers.
+        best: the number of the edit with the highest score; None if none was compared.
+        score: its score, from 0 to 1.
+        runner_up: the number of the edit with the second highest score.
+        runner_up_score: its score.
+        threshold: an edit is in force from this score on.
+    """
+
+    prompt: str
+    edit: int | None
+    best: int | None
+    score: float
+    runner_up: int | None
+    runner_up_score: float
+    threshold: float
+
+
+class EditMemory:
+    """Edits with their scopes.
+
+    Args:
+        lm: the model; its weights are never changed.
+        router: by default the one that ships for the model, or the lexical one.
+        false_fires: the share of the prompts about other subjects that may fire an edit.
+    """
+
+    def __init__(self, lm: LM, router: Router | None = None, *, false_fires: float = FALSE_FIRES) -> None:
+        self.lm = lm
+        self.router = router or Router.shipped_for(lm)
+        self.threshold = self.router.judge.threshold(false_fires)
+        self.index = Index(self.router.key_size)
+        self._edits: dict[int, Callable[[], Edit]] = {}
+
+    @property
+    def numbers(self) -> Set[int]:
+        """The numbers of its edits."""
+        return self._edits.keys()
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def add(
+        self,
+        edit: BaseEdit,
+        *,
+        number: int | None = None,
+        subject: str | None = None,
+        paraphrases: Sequence[str] = (),
+        aliases: Sequence[str] = (),
+    ) -> int:
+        """Add an edit; returns its number.
+
+        Args:
+            edit: a change of weights with at least one request.
+            number: of the edit; by default the next one.
+            subject: of its fact, as the prompt names it; by default it is guessed.
+            paraphrases: further prompts that ask for it.
+            aliases: other names of the subject.
+
+        Raises:
+            RequestError: the edit has no prompt, so no prompt can be in its scope; it changes no weights; or the number
+                is taken.
+            MismatchError: it was made for another model.
+        """
+        change = as_weights(edit, "A memory holds changes of weights")
+        change.check(self.lm)
+        prompts = [request.prompt for request in change.origin.requests]
+        number = max(self._edits, default=0) + 1 if number is None else number
+        self.add_all({number: Remembered(lambda: change, prompts, subject, paraphrases, aliases)})
+        return number
+
+    def add_all(self, edits: Mapping[int, Remembered]) -> None:
+        """Add many edits by their numbers.
+
+        Raises:
+            RequestError: an edit has no prompt, or a number is taken.
+        """
+        if taken := edits.keys() & self._edits.keys():
+            raise RequestError(f"The memory has an edit {min(taken)} already.")
+        scopes = [Scope(number, prompt) for number, edit in edits.items() for prompt in edit.wordings()]
+        self.index.add(scopes, self.router.keys(self.lm, [scope.prompt.text for scope in scopes]))
+        self._edits |= {number: edit.load for number, edit in edits.items()}
+
+    def remove(self, number: int) -> None:
+        """Take an edit out; all other prompts are answered as before, bit for bit.
+
+        Raises:
+            RequestError: there is no such edit.
+        """
+        if number not in self._edits:
+            raise RequestError(f"The memory has no edit {number}.")
+        del self._edits[number]
+        self.index.remove(number)
+
+    def edit(self, number: int) -> Edit:
+        """An edit by its number."""
+        return self._edits[number]()
+
+    def route(self, prompts: Sequence[str]) -> list[Choice]:
+        """Choose an edit, or none, for each prompt."""
+        if not self._edits:
+            return [Choice(prompt, None, None, 0.0, None, 0.0, self.threshold) for prompt in prompts]
+        return [self.choose(query) for query in self.router.read(self.lm, prompts)]
+
+    def choose(self, query: Query) -> Choice:
+        """Choose an edit, or none, for a prompt that was read. Of two edits with one score the later one wins."""
+        scores = self.router.scores(query, self.index)
+        ranked = sorted(((score, number) for number, score in scores.items()), reverse=True)
+        (first, best), (second, runner_up) = (*ranked[:2], *[(0.0, None)] * 2)[:2]
+        return Choice(
+            query.prompt.text,
+            best if first >= self.threshold else None,
+            best,
+            first,
+            runner_up,
+            second,
+            self.threshold,
+        )
+
+    def why(self, prompt: str) -> Choice:
+        """The edit that answers a prompt, its score, the runner-up, and the threshold."""
+        return self.route([prompt])[0]
+
+    @contextmanager
+    def applied(self) -> Iterator[LM]:
+        """The model whose every prompt is answered with the edit in whose scope it is, for the length of a block."""
+        lm = self.lm
+        yield RoutedLM(lm.model, lm.tokenizer, lm.name, lm.chat, files=lm.files, memory=self)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedLM(LM):
+    """A model with a memory; every row of a batch runs under the edit that its prompt chooses."""
+
+    memory: EditMemory = field(kw_only=True)
+
+    @contextmanager
+    def _routed(self, prompts: Sequence[str]) -> Iterator[LM]:
+        choices = self.memory.route(prompts)
+        sets = [[] if choice.edit is None else [self.memory.edit(choice.edit)] for choice in choices]
+        plain = LM(self.model, self.tokenizer, self.name, self.chat, files=self.files)
+        if any(sets):
+            with applied_to_rows(plain, sets) as rows:
+                yield rows
+        else:
+            yield plain
+
+    @torch.no_grad()
+    def generate(self, prompts: str | list[str], max_new_tokens: int = 20) -> Any:
+        """See :meth:`emendo.models.lm.LM.generate`."""
+        several = [prompts] if isinstance(prompts, str) else prompts
+        with self._routed(several) as lm:
+            return lm.generate(prompts, max_new_tokens)
+
+    @torch.no_grad()
+    def logits(self, texts: Sequence[Text]) -> list[Tensor]:
+        """See :meth:`emendo.models.lm.LM.logits`; a text is routed by the prompt before its answer."""
+        with self._routed([self._prompt(text) for text in texts]) as lm:
+            return lm.logits(texts)
+
+    def _prompt(self, text: Text) -> str:
+        """The prompt of a text, without a chat template."""
+        said: str = self.tokenizer.decode(text.source or text.ids[: text.start])
+        before, _, after = self.framing.frame(_MARK).partition(_MARK)
+        return said.removeprefix(before).removesuffix(after)
