@@ -8,6 +8,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -219,6 +220,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 ALIKE = set("gpt_neox gptj mistral qwen2 qwen3 gemma gemma3_text phi roberta distilbert".split())
 """Architectures built like another one; their tests are in the slow suite."""
 
+VARIANTS = {"gpt_neo", "gemma2", "t5-gated"}
+"""Architectures that differ from another one inside their blocks alone, which `tests/models` is about."""
+
 _AUTO = {
     "causal": AutoModelForCausalLM,
     "seq2seq": AutoModelForSeq2SeqLM,
@@ -246,10 +250,14 @@ def build_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
     key = repr((kind, dtype, seed, config))
     if key not in _BUILT:
         _BUILT[key] = _build_model(kind, dtype, seed, config)
-    return deepcopy(_BUILT[key])
+    model = deepcopy(_BUILT[key])
+    ORIGINALS[model] = _BUILT[key]
+    return model
 
 
 _BUILT: dict[str, Any] = {}
+ORIGINALS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+"""The model of which another one is a copy."""
 
 
 def _build_model(kind: str, dtype: torch.dtype, seed: int, config: dict[str, Any]) -> Any:

@@ -16,6 +16,8 @@ from emendo.cli import app
 from emendo.data import write_records
 from emendo.data.abilities import abilities
 from emendo.edits import fusing
+from emendo.evaluate.intervals import bootstrap_interval
+from emendo.report import _health_plot, plots
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -33,6 +35,17 @@ def little_text() -> Iterator[None]:
         patch.setattr("emendo.cli._evaluate.abilities", partial(abilities, each=4))
         patch.setattr(fusing, "_PASSAGES", 16)
         patch.setattr(fusing, "_FACTS", 20)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def blank_plots() -> Iterator[None]:
+    """The plots of reports are blank, and intervals are of few resamples; both have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        blank = b'<svg xmlns="http://www.w3.org/2000/svg"></svg>'
+        patch.setattr(_health_plot, "render", plots.render)  # `doctor --plot` writes a file of its own
+        patch.setattr(plots, "render", lambda figure, image="svg": blank)
+        patch.setitem(bootstrap_interval.__kwdefaults__, "draws", 100)
         yield
 
 

@@ -22,6 +22,8 @@ SHORT = (
     "2",
 )
 """Options of a training run of a second."""
+BRIEF = (*SHORT, "--steps", "2", "--warmup", "1", "--validate-on", "2")
+"""Options of a run of two steps, where it does not matter what is learnt."""
 
 
 @dataclass(frozen=True)

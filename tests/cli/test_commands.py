@@ -89,7 +89,9 @@ def test_generate_shows_both_sides(emendo_command: Emendo, edit_folder: Path, mo
     assert said["before"] == lm.generate(PROMPT, 5)
     with edit.applied(lm):
         assert said["after"] == lm.generate(PROMPT, 5)
-    lines = emendo_command("generate", "--edit", edit_folder, PROMPT).out.splitlines()
+    shown = emendo_command("generate", "--edit", edit_folder, PROMPT)
+    assert "more than once" not in shown.err
+    lines = shown.out.splitlines()
     assert lines[0].startswith(f"without the edit  {PROMPT} ")
     assert lines[1].startswith(f"with the edit     {PROMPT} ")
 
@@ -97,13 +99,13 @@ def test_generate_shows_both_sides(emendo_command: Emendo, edit_folder: Path, mo
 def test_evaluate_json_is_the_evaluation(
     emendo_command: Emendo, trained: Path, model: Path, facts: Path
 ) -> None:
-    said = emendo_command("evaluate", "--editor", trained, "--data", facts, "--limit", 5, "--json").json
+    said = emendo_command("evaluate", "--editor", trained, "--data", facts, "--limit", 3, "--json").json
     assert {"records", "protocol", "seconds_per_edit", "teacher_forced", "generated"} <= said.keys()
-    assert said["records"] == 5
+    assert said["records"] == 3
     for measure in ("teacher_forced", "generated"):
         for score in ("edit_success", "generalisation", "locality"):
             assert said[measure][score].keys() == {"mean", "low", "high"}
-    direct = evaluate(load(model), Editor.from_pretrained(trained / "editor"), read_records(facts), limit=5)
+    direct = evaluate(load(model), Editor.from_pretrained(trained / "editor"), read_records(facts), limit=3)
     expected = json.loads(json.dumps(direct.as_dict()))
     for key in ("teacher_forced", "generated", "token_level", "locality_kl", "rank"):
         assert said[key] == expected[key], key
@@ -225,8 +227,6 @@ def test_edits_of_one_fact_are_said_once(
     said = emendo_command(*words)
     assert said.err.count("edited more than once") == 1
     assert "1 prompt(s) edited more than once: 'The capital of Bada is' to 'Oslo', 'Rome'." in said.err
-    alone = emendo_command("generate", "--edit", edit_folder, PROMPT)
-    assert "more than once" not in alone.err
 
 
 def test_fuse_keeps_the_text_of_a_file(emendo_command: Emendo, edit_folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import torch
 from cli.samples import Answer, Emendo
 from emendo import Edit, Editor
 from emendo.cli import _demo as measuring
+from emendo.cli import _training
+from emendo.cli._console import Interrupted
 from emendo.data import read_records
 from emendo.editors import DEFAULT, library
 from emendo.evaluate import evaluate
@@ -195,21 +197,34 @@ def test_with_an_editor_that_ships_nothing_is_trained(
     assert "2 facts" in first.out and "What next" in first.out and "--editor" not in first.out
     again = demo("--facts", 2)
     assert len(measured) == 1 and again.out == first.out
-    said = demo("--train", "--steps", 2, "--limit", 40, "--facts", 2)
-    assert "With" not in said.err and len(steps) == 2
-    assert (
-        "already holds something" in demo("--facts", 2, code=2).err
-    )  # the editor it trained is not replaced
+
+
+@pytest.mark.slow
+def test_one_can_be_trained_where_another_ships(
+    demo: Any, on_the_shelf: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo("--facts", 2)
+    steps = count(monkeypatch, loop, "training_step", loop.training_step)
+    demo("--train", "--steps", 2, "--limit", 40, "--facts", 2)
+    assert len(steps) == 2
+
+
+def test_an_editor_that_was_trained_is_not_replaced(
+    demo: Any, on_the_shelf: str, finished: tuple[Path, Answer], tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "demo")
+    assert "already holds something" in demo("--facts", 2, code=2).err
 
 
 def test_without_one_an_editor_is_trained(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "SHIPPED", tmp_path / "none")
 
     def stop(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
+        raise Interrupted("training")
 
-    monkeypatch.setattr(loop, "training_step", stop)
-    assert "so one is trained first" in demo("--facts", 2, code=130).err
+    monkeypatch.setattr(_training, "carry_out", stop)
+    said = demo("--facts", 2, code=130).err
+    assert "so one is trained first" in said and "Stopped: training" in said
 
 
 def test_edit_takes_the_editor_that_ships_or_a_method_without_training(

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from cases import build_lm, records
-from cli.samples import SHORT
+from cli.samples import BRIEF, SHORT
 from emendo import Editor
 from emendo.cli._console import Interrupted
 from emendo.data import read_records, write_records
@@ -71,19 +71,19 @@ def test_the_folder_of_a_run(trained: Path, model: Path, facts: Path) -> None:
 
 def test_json(emendo_command, model: Path, facts: Path, tmp_path: Path) -> None:
     said = emendo_command(
-        "train", "--model", model, "--data", facts, "--out", tmp_path / "run", *SHORT, "--json"
+        "train", "--model", model, "--data", facts, "--out", tmp_path / "run", *BRIEF, "--json"
     )
     assert said.json.keys() == RESULT
     assert said.json["records"] == 24 and said.json["validation_records"] == 6  # a fifth of thirty
-    assert said.json["steps"] == 12 and said.json["skipped"] == 0
+    assert said.json["steps"] == 2 and said.json["skipped"] == 0
     assert said.json["validation"].keys() >= {"step", "loss", "success", "generalisation", "locality"}
     assert "Ctrl-C saves and stops" in said.err
 
 
 def test_for_people(emendo_command, model: Path, facts: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    said = emendo_command("train", "--model", model, "--data", facts, "--out", run, *SHORT)
-    assert "Trained on 24 facts: 12 steps in 0 min" in said.out
+    said = emendo_command("train", "--model", model, "--data", facts, "--out", run, *BRIEF)
+    assert "Trained on 24 facts: 2 steps in 0 min" in said.out
     assert "locality" in said.out and f"emendo edit --editor {run}" in said.out
 
 
@@ -92,7 +92,7 @@ def test_validation_of_its_own_and_a_limit(emendo_command, model: Path, facts: P
     write_records(records(40)[30:], held)
     said = emendo_command(
         *("train", "--model", model, "--data", facts, "--validation", held, "--limit", 9),
-        *("--out", tmp_path / "run", *SHORT, "--json"),
+        *("--out", tmp_path / "run", *SHORT, "--steps", 2, "--json"),
     )
     assert (said.json["records"], said.json["validation_records"]) == (9, 10)
 
@@ -101,8 +101,8 @@ def test_the_built_in_facts_and_plain_text(emendo_command, model: Path, tmp_path
     text = tmp_path / "text.txt"
     text.write_text("= A heading =\n\nAll of this is one long line of plain text to keep as it is.\n")
     said = emendo_command(
-        *("train", "--model", model, "--limit", 20, "--text", text, "--validate-on", 5),
-        *("--out", tmp_path / "run", *SHORT, "--json"),
+        *("train", "--model", model, "--limit", 20, "--text", text),
+        *("--out", tmp_path / "run", *BRIEF, "--validate-on", 5, "--json"),
     )
     assert (said.json["records"], said.json["validation_records"]) == (20, 5)
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
@@ -138,7 +138,7 @@ def test_skip_bad_says_how_many(emendo_command, model: Path, facts: Path, tmp_pa
             data,
             "--out",
             tmp_path / "run",
-            *SHORT,
+            *BRIEF,
             "--skip-bad",
             "--json",
         )
@@ -149,7 +149,7 @@ def test_skip_bad_says_how_many(emendo_command, model: Path, facts: Path, tmp_pa
 
 def test_a_folder_that_holds_a_run(emendo_command, model: Path, facts: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = ("train", "--model", model, "--data", facts, "--out", out, *SHORT)
+    command = ("train", "--model", model, "--data", facts, "--out", out, *BRIEF)
     emendo_command(*command)
     (out / "mine.txt").write_text("my own")
     before = weights(out)
@@ -158,7 +158,7 @@ def test_a_folder_that_holds_a_run(emendo_command, model: Path, facts: Path, tmp
     assert "--overwrite" in said.err and "--resume" in said.err
     bad = tmp_path / "bad.jsonl"
     write_records([*records(3), type(records(1)[0])("A prompt", "word " * 300, paraphrases=("A",))], bad)
-    refused = ("train", "--model", model, "--data", bad, "--out", out, "--overwrite", *SHORT)
+    refused = ("train", "--model", model, "--data", bad, "--out", out, "--overwrite", *BRIEF)
     assert "context is 256" in emendo_command(*refused, code=2).err
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(out).items())  # not lost
     emendo_command(*command, "--seed", 1, "--overwrite")
@@ -225,7 +225,7 @@ def test_resume_from_another_folder_with_relative_paths(
 ) -> None:
     monkeypatch.chdir(facts.parent)
     monkeypatch.setattr(loop, "training_step", lambda *_: signal.raise_signal(signal.SIGINT))
-    emendo_command("train", "--model", model, "--data", facts.name, "--out", tmp_path / "a", *SHORT, code=130)
+    emendo_command("train", "--model", model, "--data", facts.name, "--out", tmp_path / "a", *BRIEF, code=130)
     monkeypatch.undo()
     emendo_command("train", "--resume", "--out", tmp_path / "a")
 
@@ -237,7 +237,7 @@ def test_changed_data_cannot_be_resumed(
     data.write_text(facts.read_text())
     with monkeypatch.context() as patch:
         patch.setattr(loop, "training_step", lambda *_: signal.raise_signal(signal.SIGINT))
-        emendo_command("train", "--model", model, "--data", data, "--out", out, *SHORT, code=130)
+        emendo_command("train", "--model", model, "--data", data, "--out", out, *BRIEF, code=130)
     write_records([*read_records(facts)[:29], records(31)[30]], data)
     assert "are not those" in emendo_command("train", "--resume", "--out", out, code=2).err
 
@@ -300,7 +300,7 @@ def test_the_format_that_is_fastest_here_is_taken_and_named(
     emendo_command, model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    command = ("train", "--model", model, "--data", facts, "--out", out, *SHORT)
+    command = ("train", "--model", model, "--data", facts, "--out", out, *BRIEF)
 
     def kept() -> str:
         return json.loads((out / "run.json").read_text())["settings"]["dtype"]

@@ -55,7 +55,7 @@ def test_from_the_edit_to_its_use(emendo_command: Emendo, model: Path, tmp_path:
         assert shown["after"] == edited.generate(PROMPT, 4)
 
 
-@pytest.mark.parametrize("name", UNTRAINED)
+@pytest.mark.parametrize("name", ["ft", "rome", "cache", "in-context"])
 def test_evaluate(emendo_command: Emendo, model: Path, facts: Path, name: str) -> None:
     command = (
         "evaluate",

@@ -21,8 +21,6 @@ from emendo.models.tokenization import to_texts
 from emendo.models.trunk import Trunk
 from naive_descent import fine_tuned
 
-KINDS = ("gpt2", "llama", "opt", "t5-gated", "bart", "bert")
-
 
 def texts_of(lm: LM, n: int) -> list[Text]:
     """Made-up facts that the model does not say yet."""
@@ -50,7 +48,13 @@ USUAL = {RMSPROP: partial(torch.optim.RMSprop, lr=1e-4), ADAM: partial(torch.opt
 
 
 @pytest.mark.parametrize(
-    ("kind", "how"), [*((kind, RMSPROP) for kind in KINDS), ("gpt2", ADAM), ("bart", ADAM)]
+    ("kind", "how"),
+    [
+        *((kind, RMSPROP) for kind in ("llama", "bart", "bert")),
+        ("gpt2", ADAM),
+        *(pytest.param(kind, RMSPROP, marks=pytest.mark.slow) for kind in ("gpt2", "opt", "t5-gated")),
+        pytest.param("bart", ADAM, marks=pytest.mark.slow),
+    ],
 )
 def test_it_is_fine_tuning(kind: str, how: Descent) -> None:
     """Several in one batch, each by itself; several as one edit, with a locality loss that begins again."""

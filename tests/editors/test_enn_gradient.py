@@ -151,13 +151,13 @@ def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     ("kind", "config", "together"),
     [
         ("gpt2", {}, 1),
-        ("gpt2", {"inner_steps": 2}, 1),
+        pytest.param("gpt2", {"inner_steps": 2}, 1, marks=pytest.mark.slow),  # as Llama below
         ("gpt2", {"inner_steps": 2, "first_order": True}, 1),
         ("gpt2", {"edit_loss": "hinge", "c_base": 2.5, "trains": "suffix"}, 2),
         ("llama", {"inner_steps": 2, "trains": "suffix"}, 1),
         ("llama", {"first_order": True, "c_base": 0.0}, 1),
         ("t5", {"trains": "suffix"}, 1),
-        ("bart", {}, 1),
+        pytest.param("bart", {}, 1, marks=pytest.mark.slow),  # as T5
         ("bert", {}, 1),
     ],
 )

@@ -90,6 +90,17 @@ def ready(request: pytest.FixtureRequest, editors: Callable[[str, str], Ready]) 
     return editors(*request.param)
 
 
+@pytest.fixture(
+    params=[
+        pytest.param(cell, id="-".join(cell), marks=[] if cell[1] == "llama" else [pytest.mark.slow])
+        for cell in CELLS
+    ]
+)
+def sample(request: pytest.FixtureRequest, editors: Callable[[str, str], Ready]) -> Ready:
+    """For what does not depend on the kind of model: the other kinds are in the slow suite."""
+    return editors(*request.param)
+
+
 def answers(lm: LM, facts: list[Request]) -> Tensor:
     """The logits of all targets, one after the other, `[labels, vocabulary]`."""
     return torch.cat(lm.logits(to_texts(lm, [(fact.prompt, fact.target) for fact in facts])))
@@ -165,33 +176,33 @@ def test_several_facts_make_one_edit(ready: Ready) -> None:
     assert torch.equal(edited(ready, ready.editor.edit(ready.lm, pairs), ready.facts), after)
 
 
-def test_separate_edits_in_one_batch_are_those_made_alone(ready: Ready) -> None:
-    if ready.editor.no_changes:
+def test_separate_edits_in_one_batch_are_those_made_alone(sample: Ready) -> None:
+    if sample.editor.no_changes:
         with pytest.raises(RequestError, match="changes no weights"):
-            ready.editor.each(ready.lm, ready.facts)
+            sample.editor.each(sample.lm, sample.facts)
         return
-    with unchanged(ready.lm.model):
-        each = ready.editor.each(ready.lm, ready.facts)
-    assert list(each) == [site.name for site in ready.editor.sites]
-    for i, fact in enumerate(ready.facts):
-        alone = ready.editor.edit(ready.lm, fact.prompt, fact.target)
+    with unchanged(sample.lm.model):
+        each = sample.editor.each(sample.lm, sample.facts)
+    assert list(each) == [site.name for site in sample.editor.sites]
+    for i, fact in enumerate(sample.facts):
+        alone = sample.editor.edit(sample.lm, fact.prompt, fact.target)
         assert isinstance(alone, Edit)
         for name, delta in each.items():
             expected = alone.deltas[name].dense()
             assert (delta[i].dense() - expected).norm() <= 5e-2 * expected.norm(), f"{name}, fact {i}"
 
 
-def test_a_target_of_one_token_and_one_of_many(ready: Ready) -> None:
-    lm, prompt = ready.lm, ready.facts[0].prompt
+def test_a_target_of_one_token_and_one_of_many(sample: Ready) -> None:
+    lm, prompt = sample.lm, sample.facts[0].prompt
     short, long = to_texts(lm, [(prompt, target) for target in targets(lm, prompt)])
     assert len(short.labels) == (1 if lm.kind != "seq2seq" else 2)  # with its end token
     assert len(long.labels) > 8 or lm.kind == "classifier"
     for target in targets(lm, prompt):
         fact = [Request(prompt, target)]
         with unchanged(lm.model):
-            after = edited(ready, ready.editor.edit(lm, prompt, target), fact)
+            after = edited(sample, sample.editor.edit(lm, prompt, target), fact)
         assert after.isfinite().all()
-        assert not torch.allclose(after, answers(ready.host, fact))
+        assert not torch.allclose(after, answers(sample.host, fact))
 
 
 def test_what_it_cannot_edit_is_said(ready: Ready) -> None:
@@ -224,49 +235,49 @@ def test_a_classifier_is_asked_for_its_classes(name: str, editors: Callable[[str
         ready.editor.edit(ready.lm, ready.facts[0].prompt, "Paris")
 
 
-def test_the_same_seed_gives_the_same_edit(ready: Ready) -> None:
+def test_the_same_seed_gives_the_same_edit(sample: Ready) -> None:
     """Bit for bit: asked again, whatever was drawn meanwhile, and made anew."""
-    first = edited(ready, ready.edit, ready.facts)
+    first = edited(sample, sample.edit, sample.facts)
     torch.rand(3)
-    fact = ready.facts[0]
+    fact = sample.facts[0]
     assert torch.equal(
-        edited(ready, ready.editor.edit(ready.lm, fact.prompt, fact.target), ready.facts), first
+        edited(sample, sample.editor.edit(sample.lm, fact.prompt, fact.target), sample.facts), first
     )
-    again = prepare(ready.editor.name, ready.lm)
-    assert torch.equal(edited(again, again.edit, ready.facts), first)
+    again = prepare(sample.editor.name, sample.lm)
+    assert torch.equal(edited(again, again.edit, sample.facts), first)
 
 
-def test_saved_and_loaded_it_answers_the_same(ready: Ready, tmp_path: Path) -> None:
-    expected = edited(ready, ready.edit, ready.facts)
-    ready.edit.save_pretrained(tmp_path / "edit")
+def test_saved_and_loaded_it_answers_the_same(sample: Ready, tmp_path: Path) -> None:
+    expected = edited(sample, sample.edit, sample.facts)
+    sample.edit.save_pretrained(tmp_path / "edit")
     edit = read_edit(tmp_path / "edit")
-    assert type(edit) is type(ready.edit)
-    assert edit.origin == ready.edit.origin
-    assert torch.equal(edited(ready, edit, ready.facts), expected)
-    ready.editor.save_pretrained(tmp_path / "editor")
+    assert type(edit) is type(sample.edit)
+    assert edit.origin == sample.edit.origin
+    assert torch.equal(edited(sample, edit, sample.facts), expected)
+    sample.editor.save_pretrained(tmp_path / "editor")
     editor = Editor.from_pretrained(tmp_path / "editor")
-    assert type(editor) is type(ready.editor)
-    assert (editor.config, editor.sites) == (ready.editor.config, ready.editor.sites)
-    edit = editor.edit(ready.lm, ready.facts[0].prompt, ready.facts[0].target)
-    assert torch.equal(edited(replace(ready, editor=editor), edit, ready.facts), expected)
+    assert type(editor) is type(sample.editor)
+    assert (editor.config, editor.sites) == (sample.editor.config, sample.editor.sites)
+    edit = editor.edit(sample.lm, sample.facts[0].prompt, sample.facts[0].target)
+    assert torch.equal(edited(replace(sample, editor=editor), edit, sample.facts), expected)
 
 
-def test_another_model_is_refused(ready: Ready) -> None:
-    other = model(ready.lm.name.removeprefix("tiny-"), seed=1)
+def test_another_model_is_refused(sample: Ready) -> None:
+    other = model(sample.lm.name.removeprefix("tiny-"), seed=1)
     with unchanged(other.model):
-        with pytest.raises(MismatchError), ready.edit.applied(other):
+        with pytest.raises(MismatchError), sample.edit.applied(other):
             pytest.fail("an edit was applied to another model")
-        if ready.editor.needs_training:
+        if sample.editor.needs_training:
             with pytest.raises(MismatchError, match="was trained for"):
-                ready.editor.edit(other, ready.facts[0].prompt, ready.facts[0].target)
+                sample.editor.edit(other, sample.facts[0].prompt, sample.facts[0].target)
 
 
-def test_a_model_in_half_precision(ready: Ready) -> None:
+def test_a_model_in_half_precision(sample: Ready) -> None:
     """Whatever was trained in float32 edits the same model in bfloat16, and stays in float32 itself."""
-    half = LM(copy.deepcopy(ready.lm.model).bfloat16(), ready.lm.tokenizer, ready.lm.name)
-    low, fact = replace(ready, lm=half), ready.facts[0]
+    half = LM(copy.deepcopy(sample.lm.model).bfloat16(), sample.lm.tokenizer, sample.lm.name)
+    low, fact = replace(sample, lm=half), sample.facts[0]
     with unchanged(half.model):
-        edit = ready.editor.edit(half, fact.prompt, fact.target)
+        edit = sample.editor.edit(half, fact.prompt, fact.target)
         before, after = answers(low.host, [fact]), edited(low, edit, [fact])
     assert after.isfinite().all()
     assert not torch.equal(after, before)

@@ -155,8 +155,8 @@ def test_neither_order_nor_copies_matter() -> None:
 
 
 def test_default_passages_are_generated_text_and_built_in_facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusing, "_PASSAGES", 20)
-    monkeypatch.setattr(fusing, "_FACTS", 30)
+    monkeypatch.setattr(fusing, "_PASSAGES", 6)
+    monkeypatch.setattr(fusing, "_FACTS", 10)
     lm = build_lm("llama")
     sites = find_sites(lm.model, last=1)
     edits = [
@@ -165,8 +165,8 @@ def test_default_passages_are_generated_text_and_built_in_facts(monkeypatch: pyt
     ]
     fused = fuse(lm, edits)
     facts = atlas.load("train")
-    told = [f"{fact.prompt} {fact.answer}" for fact in facts[:: len(facts) // 30]]
-    given = fuse(lm, edits, passages=[*own_passages(lm, 20), *told])
+    told = [f"{fact.prompt} {fact.answer}" for fact in facts[:: len(facts) // 10]]
+    given = fuse(lm, edits, passages=[*own_passages(lm, 6), *told])
     assert all(torch.equal(delta.left, given.deltas[name].left) for name, delta in fused.deltas.items())
     assert {delta.left.dtype for delta in fused.deltas.values()} == {torch.float32}
     assert fused.origin.editor == "fused"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,19 @@ def save_adapter(folder: Path, options: dict[str, Any]) -> Tensor:
     return other.next_logits(PROMPTS).detach()
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "plain"
+    save_adapter(folder, {})
+    return folder
+
+
+@pytest.fixture
+def plain(saved: Path, tmp_path: Path) -> Path:
+    """An adapter without any option, to be changed."""
+    return Path(shutil.copytree(saved, tmp_path / "plain"))
+
+
 @pytest.mark.parametrize("options", SAME.values(), ids=SAME.keys())
 def test_an_imported_adapter_has_the_effect_that_peft_gives_it(
     tmp_path: Path, tiny_llama: LM, options: dict[str, Any]
@@ -119,24 +133,22 @@ def change(folder: Path, **values: Any) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_option_that_does_more_is_refused(tmp_path: Path, tiny_llama: LM, name: str) -> None:
-    save_adapter(tmp_path, {})
-    from_peft(tmp_path, tiny_llama)
-    change(tmp_path, **{name: REFUSED[name]})
+def test_an_option_that_does_more_is_refused(plain: Path, tiny_llama: LM, name: str) -> None:
+    from_peft(plain, tiny_llama)
+    change(plain, **{name: REFUSED[name]})
     with pytest.raises(RequestError, match=f"{REFUSED[name]!r}" if name == "peft_type" else name):
-        from_peft(tmp_path, tiny_llama)
+        from_peft(plain, tiny_llama)
 
 
 @pytest.mark.parametrize(
     "init", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "new", 3, 1]
 )
 def test_an_initialisation_that_may_change_the_base_weights_is_refused(
-    tmp_path: Path, tiny_llama: LM, init: Any
+    plain: Path, tiny_llama: LM, init: Any
 ) -> None:
-    save_adapter(tmp_path, {})
-    change(tmp_path, init_lora_weights=init)
+    change(plain, init_lora_weights=init)
     with pytest.raises(RequestError, match="init_lora_weights"):
-        from_peft(tmp_path, tiny_llama)
+        from_peft(plain, tiny_llama)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -173,14 +185,13 @@ def test_every_option_of_the_installed_peft_is_known() -> None:
 @pytest.mark.parametrize(
     ("value", "refused"), [(None, False), (False, False), ([], False), (1, True), ("a", True)]
 )
-def test_an_unknown_option_must_be_off(tmp_path: Path, tiny_llama: LM, value: Any, refused: bool) -> None:
-    save_adapter(tmp_path, {})
-    change(tmp_path, of_a_later_version=value)
+def test_an_unknown_option_must_be_off(plain: Path, tiny_llama: LM, value: Any, refused: bool) -> None:
+    change(plain, of_a_later_version=value)
     if refused:
         with pytest.raises(RequestError, match="of_a_later_version"):
-            from_peft(tmp_path, tiny_llama)
+            from_peft(plain, tiny_llama)
     else:
-        from_peft(tmp_path, tiny_llama)
+        from_peft(plain, tiny_llama)
 
 
 UP = "base_model.model.model.layers.0.mlp.up_proj"
@@ -249,12 +260,11 @@ BAD: dict[str, tuple[Callable[[Path], None], type[EmendoError], str]] = {
 
 @pytest.mark.parametrize(("damage", "error", "words"), BAD.values(), ids=BAD.keys())
 def test_a_bad_adapter_is_named(
-    tmp_path: Path, tiny_llama: LM, damage: Callable[[Path], None], error: type[EmendoError], words: str
+    plain: Path, tiny_llama: LM, damage: Callable[[Path], None], error: type[EmendoError], words: str
 ) -> None:
-    save_adapter(tmp_path, {})
-    damage(tmp_path)
+    damage(plain)
     with pytest.raises(error, match=words):
-        from_peft(tmp_path, tiny_llama)
+        from_peft(plain, tiny_llama)
 
 
 def test_factors_of_half_precision_are_scaled_as_peft_scales_them(tmp_path: Path, tiny_llama: LM) -> None:

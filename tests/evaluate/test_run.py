@@ -50,8 +50,8 @@ def mixed(n: int) -> list[Record]:
 @pytest.mark.parametrize(("kind", "alpha", "bos"), [("llama", 0.3, False), ("gpt2", 0.1, True)])
 def test_equals_separate_edits_of_the_dense_weights(kind: str, alpha: float, bos: bool) -> None:
     lm = build_lm(kind, bos=bos)
-    editor, chosen = mend(lm, alpha), mixed(6)
-    found = evaluate(lm, editor, chosen, batch=4, new_tokens=6)
+    editor, chosen = mend(lm, alpha), mixed(4)
+    found = evaluate(lm, editor, chosen, batch=3, new_tokens=5)
     assert [result.record for result in found.results] == chosen
     verdicts = set()
     for result in found.results:
@@ -85,9 +85,9 @@ def test_equals_separate_edits_of_the_dense_weights(kind: str, alpha: float, bos
                 assert outcome.prompt.startswith(f"{result.record.prompt} {result.record.target}. ")
                 assert outcome.text_after is outcome.generated is None
                 continue
-            slow = greedy(lm, model, outcome.prompt, 6)
+            slow = greedy(lm, model, outcome.prompt, 5)
             assert outcome.text_after == slow
-            clean = greedy(lm, lm.model, outcome.prompt, 6)
+            clean = greedy(lm, lm.model, outcome.prompt, 5)
             assert outcome.text_before == (None if outcome.kind == "paraphrase" else clean)
             same = same_answer(clean, slow, outcome.answer) if local else answer_match(slow, outcome.answer)
             assert outcome.generated == same
@@ -117,8 +117,8 @@ def check_answer(outcome: Outcome, name: str, before: Tensor, after: Tensor, lab
 
 
 def test_the_batch_size_changes_nothing(tiny_llama: LM) -> None:
-    editor, chosen = mend(tiny_llama, 0.3), mixed(5)
-    one, many = (evaluate(tiny_llama, editor, chosen, batch=batch) for batch in (1, 5))
+    editor, chosen = mend(tiny_llama, 0.3), mixed(4)
+    one, many = (evaluate(tiny_llama, editor, chosen, batch=batch) for batch in (1, 4))
     for alone, together in zip(one.results, many.results, strict=True):
         assert [o.kind for o in alone.outcomes] == [o.kind for o in together.outcomes]
         for a, b in zip(alone.outcomes, together.outcomes, strict=True):
@@ -129,7 +129,7 @@ def test_the_batch_size_changes_nothing(tiny_llama: LM) -> None:
 
 
 def test_scores_are_means_over_facts_of_means_over_prompts(tiny_llama: LM) -> None:
-    found = evaluate(tiny_llama, mend(tiny_llama, 0.3), mixed(6))
+    found = evaluate(tiny_llama, mend(tiny_llama, 0.3), mixed(4))
     for measure in ("teacher_forced", "generated"):
         scores = found.scores(measure)
         for name, kinds in {

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from cases import (
     ARCHITECTURES,
@@ -229,3 +230,24 @@ def test_generation_projects_contiguous_rows(tiny_llama: LM) -> None:
     watch.remove()
     assert seen and all(seen) and torch.equal(plain, same)
     assert not head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["perceiver", "canine"])
+def test_a_model_without_token_embeddings_is_named(name: str) -> None:
+    """Perceiver's table is a parameter; CANINE hashes characters."""
+    sizes = {
+        "num_hidden_layers": 1,
+        "num_latents": 4,
+        "d_latents": 8,
+        "d_model": 8,
+        "num_self_attends_per_block": 1,
+    }
+    heads = {
+        "num_self_attention_heads": 1,
+        "num_cross_attention_heads": 1,
+        "num_attention_heads": 1,
+        "hidden_size": 64,
+    }
+    config = AutoConfig.for_model(name, **sizes, **heads)
+    with pytest.raises(ModelError, match="has no table of token embeddings"):
+        LM(AutoModelForSequenceClassification.from_config(config), build_lm("bert").tokenizer)

@@ -16,7 +16,7 @@ from emendo.models._experts import open_experts
 from emendo.models._fingerprint import ModelFiles, fingerprint
 from emendo.models._forward import contiguous_projection, label_logits, model_inputs
 from emendo.models.framing import PLAIN, Framing, chat_framing, check_prompts, encode_prompts, refuse_too_long
-from emendo.models.sites import Kind, kind_of
+from emendo.models.sites import Kind, kind_of, token_embeddings
 from emendo.models.text import Text, collate, length_buckets, padded
 
 _BATCH_TOKENS = 1024  # padded tokens of one pass
@@ -45,7 +45,8 @@ class LM:
         files: the files that it was read from; with them its fingerprint can be cached.
 
     Raises:
-        ModelError: ``chat`` is set for a tokenizer without a template, or for a model that is not a decoder.
+        ModelError: the model has no token embeddings; or ``chat`` is set for a tokenizer without a template, or for a
+            model that is not a decoder.
     """
 
     model: PreTrainedModel
@@ -55,6 +56,7 @@ class LM:
     files: ModelFiles | None = field(default=None, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        token_embeddings(self.model)
         open_experts(self.model)
         if self.chat and self.kind != "causal":
             raise ModelError(

@@ -50,6 +50,21 @@ def kind_of(model: nn.Module) -> Kind:
     )
 
 
+def token_embeddings(model: nn.Module) -> nn.Module:
+    """The table of token embeddings.
+
+    Raises:
+        ModelError: the model has none; Perceiver reads bytes through a parameter, CANINE through hashes.
+    """
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        table = None
+    if not isinstance(table, nn.Module) or not isinstance(getattr(table, "weight", None), Tensor):
+        raise ModelError(f"{type(model).__name__} has no table of token embeddings, so it cannot be edited.")
+    return table
+
+
 @dataclass(frozen=True, slots=True)
 class Stack:
     """A list of blocks: its dotted name in the model, and its number of blocks."""
@@ -167,12 +182,7 @@ def _language_stacks(model: nn.Module, stacks: list[Stack]) -> list[Stack]:
     if len(stacks) == 1 or config is None:
         return stacks
     text = config.get_text_config(decoder=True)
-    try:
-        table = _name_of(model, model.get_input_embeddings())  # type: ignore[operator]
-    except NotImplementedError as error:
-        raise ModelError(
-            f"{type(model).__name__} has no table of token embeddings, so it cannot be edited."
-        ) from error
+    table = _name_of(model, token_embeddings(model))
     near = min(_distance(table, stack.name) for stack in stacks)
     chosen = [stack for stack in stacks if _distance(table, stack.name) == near]
     depth = getattr(text, "num_hidden_layers", None)
