@@ -46,7 +46,7 @@ def test_the_values_move_as_autograd_says(kind: str) -> None:
     """The reference reads every text by itself, through the whole model, with logits and no trunk."""
     lm = build_lm(kind, torch.float64)
     sites = find_sites(lm.model, last=2)
-    config = RomeConfig(steps=3, lr=0.05, contexts=2, per_step=2, until=1e-9, stay=11)
+    config = RomeConfig(steps=3, lr=0.05, contexts=2, per_step=2, until=1e-9, enough=1e-9, stay=11)
     editor = Rome(sites, config)
     with unchanged(lm.model):
         (found,) = [{name: change[0] for name, change in editor.each(lm, [fact()]).items()}]
@@ -74,13 +74,86 @@ def test_the_values_move_as_autograd_says(kind: str) -> None:
         torch.testing.assert_close(change.left, values[name].detach(), rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_kl_is_that_of_two_whole_passes(kind: str) -> None:
+    """The reference reads every text by itself through the whole model, without and with the change."""
+    lm = build_lm(kind, torch.float64)
+    search = Rome(find_sites(lm.model, last=2), RomeConfig(stay=11)).search(lm, fact())
+    torch.manual_seed(0)
+    values = [torch.randn(site.d_out, 1, dtype=torch.float64, requires_grad=True) for site in search.sites]
+    changes = {
+        site.name: LowRank(value, search.right[site.name])
+        for site, value in zip(search.sites, values, strict=True)
+    }
+    _, kl = search._losses(changes, 0)
+    slopes = torch.autograd.grad(kl.sum(), values)
+    expected = []
+    for text in search.stay:
+        before = plain_logits(lm.model, collate([text])).log_softmax(-1)
+        with applied(lm.model, changes):
+            after = plain_logits(lm.model, collate([text])).log_softmax(-1)
+        expected.append(kl_div(after, before.detach(), log_target=True, reduction="batchmean"))
+    assert torch.stack(expected).mean() > 1e-4
+    torch.testing.assert_close(kl, torch.stack(expected), rtol=1e-6, atol=1e-9)
+    for slope, slow in zip(slopes, torch.autograd.grad(torch.stack(expected).sum(), values), strict=True):
+        assert slow.abs().max() > 1e-4
+        torch.testing.assert_close(slope, slow, rtol=1e-5, atol=1e-8)
+
+
+def test_the_weight_of_the_kl_changes_the_values_and_lowers_the_kl(tiny_llama: LM) -> None:
+    kls, values = [], []
+    for weight in (0.0, 30.0):
+        config = RomeConfig(steps=6, stay=11, until=1e-9, enough=1e-9, c_kl=weight)
+        search = Rome(Rome.default_sites(tiny_llama.model), config).search(tiny_llama, fact())
+        changes = search.run()
+        values.append(torch.cat([change.left for change in changes.values()]))
+        kls.append(float(search._losses(changes, 0)[1].mean()))
+    assert kls[1] < 0.9 * kls[0]
+    assert (values[0] - values[1]).norm() > 0.05 * values[0].norm()
+
+
+def test_the_kl_is_on_texts_that_the_directions_do_not_leave_out(tiny_llama: LM) -> None:
+    editor = Rome(Rome.default_sites(tiny_llama.model))
+    search, background = editor.search(tiny_llama, fact()), editor.background(tiny_llama)
+    left_out = [text.ids for text in (*search.near, *background.texts)]
+    assert len(search.near) >= 6
+    assert len(search.stay) >= 9
+    for text in search.stay:
+        assert all(other[: len(text.ids)] != text.ids for other in left_out)
+
+
+def test_an_edit_is_as_small_as_its_contexts_allow(tiny_llama: LM) -> None:
+    """The reference reads every context by itself, through the whole model, at sixteen factors."""
+    search = Rome(Rome.default_sites(tiny_llama.model), RomeConfig(contexts=3)).search(tiny_llama, fact())
+    torch.manual_seed(0)
+    site = search.sites[0]
+
+    def losses(factor: float) -> list[float]:
+        with applied(tiny_llama.model, {site.name: change.scale(factor)}):
+            return [
+                float(
+                    cross_entropy(plain_logits(tiny_llama.model, collate([text])), torch.tensor(text.labels))
+                )
+                for text in search.texts
+            ]
+
+    change = LowRank(torch.zeros(site.d_out, 1, requires_grad=True), search.right[site.name])
+    (slope,) = torch.autograd.grad(search._losses({site.name: change}, 0)[0].sum(), [change.left])
+    change = LowRank(-slope / slope.norm() * search.unit * 10, change.right)
+    worst = [max(losses(i / 16)) for i in range(17)]
+    assert worst == sorted(worst, reverse=True)  # so that a smallest factor exists
+    search.config = RomeConfig(enough=(worst[10] + worst[11]) / 2)
+    assert search.smallest_factor({site.name: change}) == 11 / 16
+    search.config = RomeConfig(enough=worst[16] / 2)
+    assert search.smallest_factor({site.name: change}) == 1
+
+
 def test_the_values_are_what_the_key_is_answered(tiny_llama: LM) -> None:
     editor = Rome(Rome.default_sites(tiny_llama.model), RomeConfig(steps=3))
     changes = editor.each(tiny_llama, [fact()])
     search = editor.search(tiny_llama, fact())
-    keyed = search.texts[:4]
-    rows = inputs_of(search.store, editor.sites, keyed)
-    ends = [subject_end(tiny_llama, text, find_subject(fact().prompt)) for text in keyed]
+    rows = inputs_of(search.store, editor.sites, search.texts)
+    ends = [subject_end(tiny_llama, text, find_subject(fact().prompt)) for text in search.texts]
     for name, change in changes.items():
         key = torch.stack([own[end] for own, end in zip(rows[name], ends, strict=True)]).mean(0)
         torch.testing.assert_close(change[0](key), change.left[0, :, 0], rtol=1e-3, atol=1e-5)

@@ -1,7 +1,7 @@
 """ROME with many contexts: a rank-1 write where the subject stands, in several blocks, that needs no training.
 
 After Meng, Bau, Andonian, Belinkov: "Locating and Editing Factual Associations in GPT", NeurIPS 2022 (arXiv
-2202.05262), section 3.1. At each matrix, with ``k`` the mean input at the subject's last token over several contexts::
+2202.05262), section 3.1. At each matrix, with ``k`` the mean input at the subject's last token over the contexts::
 
     D = v q^T      q = C^-1 k / (k^T C^-1 k)      C = E[u u^T] + ridge * E[u^T u] / d_in * I
 
@@ -11,7 +11,8 @@ smallest. The values ``v`` of all matrices are found by Adam through the whole m
     minimise over v    NLL(target | prompt) + mean over contexts NLL(target | context)
                        + c_kl * mean over what must stay KL(W || W + D)
 
-until the prompt and most contexts give the target, or ``steps`` are done. Differences to the paper:
+until the prompt and most contexts give the target, or ``steps`` are done. Then all values are multiplied with the
+smallest factor at which they still give it, at a lower probability. Differences to the paper:
 
 1. Several blocks are written and their values found together; the paper writes one. The values act in training where
    they act later, at every token that resembles ``k``; the paper adds its ``v`` at the subject alone.
@@ -19,7 +20,8 @@ until the prompt and most contexts give the target, or ``steps`` are done. Diffe
    the subject followed by words of the model, or by the end of the prompt. The paper has the first kind only. They
    replace the paraphrases that a trained editor sees.
 3. What must stay: the prompt with the names of other subjects in it, and beginnings of the model's own passages. The
-   paper keeps "{subject} is a".
+   paper keeps "{subject} is a". Half of these names and most passages shape ``q``; the KL takes the others, because on
+   the first ``q`` leaves no KL to lower.
 4. ``C`` comes from some 2,000 tokens that the model wrote itself, with a ridge; the paper's from Wikipedia. It is
    inverted in the space of the tokens (Woodbury), so its cost does not grow with the matrix.
 
@@ -57,11 +59,15 @@ from emendo.models.trunk_cache import TrunkCache
 _PASSAGES = 64  # of the model's own text
 _NAMES = 200  # other subjects
 _STAY_TOKENS = 12  # of a passage that must stay
-_KEYS = 4  # contexts that a key is averaged over
-_OTHERS, _OWN = 8, 3  # prompts with other subjects, and passages, that must stay
+_HELD = 8  # passages for the KL, which are not in `C`
+_OTHERS, _OWN = (
+    8,
+    3,
+)  # prompts with other subjects, for the directions and again for the KL; passages for the KL
 _AWAY = 10.0  # weight of the other subjects' inputs against those of the model's own text
 _MARKS = ".,;:!?()[]{}\"'*-_"
 _LEARNT = 0.75  # a context with an NLL below this share of `until` has nothing more to learn
+_HALVINGS = 4  # of the interval in which the smallest factor of an edit is sought
 _MOST = 0.8  # share of contexts with a low NLL that ends the search
 _AT_ONCE = 16  # texts of one pass that collects inputs
 
@@ -76,8 +82,9 @@ class RomeConfig(Settings):
     )
     contexts: int = setting(8, "Contexts beside the prompt.", least=1)
     per_step: int = setting(2, "Contexts of a step, beside the prompt.", least=1)
-    until: float = setting(0.8, "Stop once the prompt and most contexts have an NLL below this.", above=0)
-    c_kl: float = setting(2.0, "Weight of the KL on what must stay.", least=0)
+    until: float = setting(0.3, "Stop once the prompt and most contexts have an NLL below this.", above=0)
+    enough: float = setting(0.8, "Then scale the edit down while they have an NLL below this.", above=0)
+    c_kl: float = setting(8.0, "Weight of the KL on what must stay.", least=0)
     stay: int = setting(2, "Texts of a step that must stay.", least=1)
     ridge: float = setting(0.1, "Ridge of `C`, as a multiple of its mean eigenvalue.", above=0)
     subject: str = setting("", "Subject of the edits as their prompts name it; empty: it is guessed.")
@@ -150,7 +157,8 @@ class Background:
         self.words = [passage.split() or [passage] for passage in passages]
         self.capitals = capitals(self.words)
         self.names = [str(record.subject) for record in atlas.load("train", _NAMES)]
-        self.texts = passage_texts(lm, passages, 10**6)
+        texts = passage_texts(lm, passages, 10**6)
+        self.held, self.texts = texts[:_HELD], texts[_HELD:]
         self.trunk = Trunk(lm.model, sites)
         store = TrunkCache(self.trunk, dtype=lm.model.dtype)
         store.ensure(self.texts)
@@ -221,7 +229,8 @@ class Search:
 
     Attributes:
         texts: the prompt and the other contexts, with the target.
-        stay: the texts that must stay.
+        near: the prompt with other names, which the directions leave as it is.
+        stay: the texts of the KL, whose inputs are not among those that the directions leave as they are.
         right: matrix -> ``q [1, d_in]``.
         unit: root mean square of the hidden state.
     """
@@ -235,22 +244,22 @@ class Search:
         subject = subject or find_subject(prompt)
         said = contexts(prompt, subject, config.contexts, background.words, random)
         self.texts = [text for context in said for text in fitting(lm, context, request)]
-        names = [
-            *random.sample(background.names, _OTHERS // 2),
-            *made_names(subject, background.capitals or background.names, _OTHERS - _OTHERS // 2, random),
-        ]
-        swapped = [text for name in names for text in fitting(lm, prompt.replace(subject, name), request)]
-        first = [Text(text.ids[: text.start + 1], text.start) for text in swapped]
-        own = [Text(text.ids[:_STAY_TOKENS], 1) for text in random.sample(background.texts, _OWN)]
-        self.stay = random.sample([*first, *own], len(first) + len(own))
-        keyed = self.texts[:_KEYS]
-        self.store.ensure([*self.texts, *swapped, *self.stay])
-        rows = inputs_of(self.store, self.sites, [*keyed, *swapped])
-        ends = [subject_end(lm, text, subject) for text in keyed]
+        names = other_names(subject, background, random)
+        near, held = (
+            [text for name in part for text in fitting(lm, prompt.replace(subject, name), request)]
+            for part in (names[::2], names[1::2])
+        )
+        first = [Text(text.ids[: text.start + 1], text.start) for text in held]
+        passages = random.sample(background.held, min(_OWN, len(background.held)))
+        own = [Text(text.ids[:_STAY_TOKENS], 1) for text in passages]
+        self.near, self.stay = near, random.sample([*first, *own], len(first) + len(own))
+        self.store.ensure([*self.texts, *near, *self.stay])
+        rows = inputs_of(self.store, self.sites, [*self.texts, *near])
+        ends = [subject_end(lm, text, subject) for text in self.texts]
         self.right = {}
         for name, inputs in rows.items():
             key = torch.stack([own[end] for own, end in zip(inputs, ends, strict=False)]).mean(0)
-            others = torch.cat([key.new_zeros(0, len(key)), *inputs[len(keyed) :]])
+            others = torch.cat([key.new_zeros(0, len(key)), *inputs[len(ends) :]])
             q = background.whitening[name].direction(key, others)
             self.right[name] = q.to(torch.promote_types(key.dtype, torch.float32))[None]
         hidden = self.store.hidden[self.texts[0]]
@@ -278,7 +287,29 @@ class Search:
             for value, slope in zip(values.values(), slopes, strict=True):
                 value.grad = slope
             adam.step()
-        return {name: LowRank(change.left.detach(), change.right) for name, change in changes.items()}
+        found = {name: LowRank(change.left.detach(), change.right) for name, change in changes.items()}
+        factor = self.smallest_factor(found)
+        return {name: change.scale(factor) for name, change in found.items()}
+
+    @torch.no_grad()
+    def smallest_factor(self, changes: Mapping[str, LowRank]) -> float:
+        """The smallest factor at which the prompt and most contexts have a low NLL, at most 1; by bisection."""
+
+        def suffices(factor: float) -> bool:
+            scaled = {name: change.scale(factor) for name, change in changes.items()}
+            batch, losses, _ = self.store.label_losses(
+                self.texts, 0, lambda packing: applied(self.model, scaled)
+            )
+            low = per_example(losses, batch.owner.to(losses.device), len(batch)) < self.config.enough
+            return bool(low[0]) and float(low.float().mean()) > _MOST
+
+        if not suffices(1.0):
+            return 1.0
+        below, above = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            middle = (below + above) / 2
+            below, above = (below, middle) if suffices(middle) else (middle, above)
+        return above
 
     def _losses(self, changes: Mapping[str, LowRank], step: int) -> tuple[Tensor, Tensor]:
         """The NLL of the prompt and of some contexts, and the KL of some texts that must stay."""
@@ -347,6 +378,13 @@ def made_names(subject: str, words: Sequence[str], count: int, random: Random) -
     """Names of as many words as the subject has, up to three."""
     length = min(3, len(subject.split()))
     return [" ".join(random.choice(words) for _ in range(length)) for _ in range(count)]
+
+
+def other_names(subject: str, background: Background, random: Random) -> list[str]:
+    """Names of other subjects, each once: built-in ones in the first half, the model's own words in the second."""
+    built_in = random.sample(background.names, _OTHERS)
+    made = made_names(subject, background.capitals or background.names, _OTHERS, random)
+    return [name for name in dict.fromkeys([*built_in, *made]) if name != subject]
 
 
 def subject_end(lm: LM, text: Text, subject: str) -> int:
