@@ -22,6 +22,9 @@ CHEAP = dict.fromkeys(
     ("ft", "ft-kl", "ft-constrained", "ft-penalised", "diff-pruning", "ewc", "lora"), "steps=2"
 )
 
+LIKE_FT = ("ft-kl", "ft-constrained", "ft-penalised", "diff-pruning", "ewc")
+"""Methods whose way through the commands is that of ft."""
+
 
 def settings(name: str) -> tuple[str, ...]:
     return ("--set", CHEAP[name]) if name in CHEAP else ()
@@ -33,7 +36,10 @@ def test_the_methods_that_the_help_lists() -> None:
         assert editor_class(name).needs_training == (name in TRAINED), name
 
 
-@pytest.mark.parametrize("name", UNTRAINED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_FT else []) for name in UNTRAINED],
+)
 def test_from_the_edit_to_its_use(emendo_command: Emendo, model: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "edit"
     command = ("edit", "--editor", name, "--model", model, *settings(name), PROMPT, "Oslo")
