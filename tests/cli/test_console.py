@@ -19,8 +19,9 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from cli.samples import Emendo
-from emendo.cli import _console, app
-from emendo.cli._console import Console, emit
+from emendo.cli import _rich_console, app
+from emendo.cli._console import emit
+from emendo.cli._rich_console import Console
 from emendo.report.tables import printable
 
 NASTY = "The capital\x1b[2J of\x1b]0;owned\x07 [red]Bada[/red] \x9b1m\u202e is"
@@ -107,7 +108,7 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, **options: object) -> None:
             super().__init__(**{**options, "force_terminal": True, "color_system": None, "width": 250})
 
-    monkeypatch.setattr(_console, "Console", Terminal)
+    monkeypatch.setattr(_rich_console, "Console", Terminal)
 
 
 def _clean(text: str) -> None:

@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 from cli.samples import Emendo
 from emendo.cli import app
+from emendo.cli._app import COMMANDS as LISTED
+from emendo.cli._app import load
 
 SECONDS = 30
 """After which a command counts as stuck."""
@@ -108,7 +110,7 @@ WORDS = (
 VALUES = (*NUMBERS, *TEXTS, *PATHS, *WORDS)
 
 GROUP = typer.main.get_command(app)
-COMMANDS = {name: command for name, command in GROUP.commands.items() if not command.hidden}  # type: ignore[attr-defined]
+COMMANDS = {name: load(name) for name in LISTED}
 LIMITS = {
     "train": ("--steps", "1", "--minutes", "0.001", "--limit", "8", "--batch", "2", "--validate-on", "2"),
     "demo": ("--steps", "1", "--minutes", "0.001", "--limit", "8", "--facts", "1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from emendo import __version__
 from emendo.cli import _help_pages as reference
+from emendo.cli import app
 from emendo.cli._options import TRAINED, UNTRAINED
 from emendo.editors.mend import MendConfig
 from emendo.train import TrainConfig
@@ -65,17 +67,44 @@ def test_version(emendo_command) -> None:
     assert emendo_command("--version").out == f"emendo {__version__}\n"
 
 
-def test_help_does_not_import_torch() -> None:
+def imported_by(*args: str, **environment: str) -> tuple[str, set[str]]:
+    """What a command line prints, and the modules that it imports."""
     program = (
-        "import sys; from emendo.cli import main\n"
-        "try: main()\n"
-        "finally: assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+        "import sys; from emendo.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
     )
-    for command in ([], ["train"]):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *command, "--help"], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0 and "Usage: emendo" in done.stdout, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", program, *args],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **environment},
+    )
+    return done.stdout, set(done.stderr.split())
+
+
+def test_help_imports_what_it_shows() -> None:
+    shown, modules = imported_by("--help")
+    assert "Usage: emendo" in shown
+    assert not {"torch", "rich", "safetensors", "emendo.cli.train", "emendo.report"} & modules
+    shown, modules = imported_by("train", "--help")
+    assert "Usage: emendo train" in shown and "emendo.cli.train" in modules
+    assert not {"torch", "transformers", "matplotlib", "emendo.cli.edit"} & modules
+
+
+def test_completion_imports_no_command() -> None:
+    words = {"_EMENDO_COMPLETE": "complete_bash", "COMP_WORDS": "emendo ev", "COMP_CWORD": "1"}
+    shown, modules = imported_by(**words)
+    assert shown.split("\n") == ["evaluate", "evaluate show", "evaluate compare", ""]
+    assert not {"torch", "emendo.cli.evaluate"} & modules
+
+
+def test_options_are_completed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("_EMENDO_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "emendo evaluate show --j")
+    monkeypatch.setenv("COMP_CWORD", "3")
+    with pytest.raises(SystemExit):
+        app(prog_name="emendo")
+    assert capsys.readouterr().out == "--json\n"
 
 
 @pytest.mark.parametrize(

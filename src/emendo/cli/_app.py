@@ -4,40 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import takewhile
+from keyword import iskeyword
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from emendo._version import __version__
-from emendo.cli import (
-    _border,
-    apply,
-    checkout,
-    compare,
-    data,
-    demo,
-    diff,
-    doctor,
-    edit,
-    editors,
-    evaluate,
-    evaluate_compare,
-    evaluate_show,
-    export,
-    fuse,
-    generate,
-    import_,
-    log,
-    revert,
-    show,
-    sites,
-    tag,
-    train,
-    undo,
-    why,
-)
+from emendo.cli import _border
 
 HELP = """Edit language models: give an input and the output you want, get a small, reversible change.
 
@@ -47,30 +23,59 @@ To edit your own model: emendo train, then emendo edit, then emendo generate
 To keep many edits:     emendo apply, then emendo log, undo, revert and doctor
 """
 
-
-MAKING = (
-    demo,
-    data,
-    train,
-    editors,
-    edit,
-    generate,
-    fuse,
-    export,
-    import_,
-    evaluate,
-    evaluate_show,
-    evaluate_compare,
-    sites,
-)
-KEEPING = (apply, why, log, show, undo, revert, diff, tag, checkout, doctor)
-COMMANDS = (*MAKING, *KEEPING)
-BARE = (demo, editors, log, undo, doctor)
+COMMANDS = {
+    "demo": "Edit a fact, measure the editor on others, write a report.",
+    "data": "Show how a file of records is understood.",
+    "train": "Train an editor for a model.",
+    "editors": "List the trained editors that are at hand by name.",
+    "edit": "Make one edit: the answer to PROMPT becomes TARGET.",
+    "generate": "Continue a prompt without and with edits.",
+    "fuse": "Make one edit that does what many edits do.",
+    "export": "Write edits as a PEFT adapter or a merged checkpoint.",
+    "import": "Read a PEFT LoRA adapter as an edit.",
+    "evaluate": "Measure an editor on facts that it has not seen.",
+    "evaluate show": "Trace a figure of an evaluation to its records.",
+    "evaluate compare": "Compare two evaluations of the same facts.",
+    "sites": "List the matrices that can be edited.",
+    "apply": "Apply edits to the model's ledger if its guard accepts.",
+    "why": "Show which edit of a memory answers a prompt, and why.",
+    "log": "List the changes of a model and its active edits.",
+    "show": "Show one edit of the ledger.",
+    "undo": "Take the last edits off.",
+    "revert": "Take one edit off, wherever it stands.",
+    "diff": "Show what lies between two states of a model.",
+    "tag": "Name a state of the model.",
+    "checkout": "Return to an earlier state of the model.",
+    "doctor": "Examine the active edits and what must not have changed.",
+}
+"""The commands, as the help lists them; each is loaded from its module when it is run."""
+HIDDEN = ("compare",)
+BARE = ("demo", "editors", "log", "undo", "doctor")
 """Commands that do something useful without any argument."""
 
 
+def load(name: str) -> Any:
+    """A command with its options, from its module."""
+    file = name.replace(" ", "_")
+    module = import_module(f"emendo.cli.{file}{'_' * iskeyword(file)}")
+    program = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    if name in HIDDEN:
+        program.command(name, hidden=True, context_settings=module.PASS_ON)(module.run)
+    else:
+        program.command(name, cls=Command, help=module.HELP, no_args_is_help=name not in BARE)(module.run)
+    return typer.main.get_command(program)
+
+
 class Group(TyperGroup):
-    """The group of all commands; :mod:`emendo.cli._border` reports how a command ends."""
+    """The group of all commands; :mod:`emendo.cli._border` reports how a command ends.
+
+    It holds a placeholder for each command, which is enough to list and to complete them.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for name in (*COMMANDS, *HIDDEN):
+            self.add_command(TyperCommand(name, short_help=COMMANDS.get(name), hidden=name in HIDDEN))
 
     def main(
         self,
@@ -94,12 +99,15 @@ class Group(TyperGroup):
         sys.exit(_border.run(command, debug="--debug" in takewhile(lambda word: word.startswith("-"), args)))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find a command; one of two words, such as ``evaluate show``, takes precedence over its first word.
+        """Find and load a command; one of two words, such as ``evaluate show``, takes precedence over its first word.
 
         A sub-application of typer cannot do this: the required options of ``evaluate`` would be required here, too.
         """
         two = " ".join(args[:2])
-        return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
+        name, placeholder, rest = super().resolve_command(
+            ctx, [two, *args[2:]] if two in self.commands else args
+        )
+        return name, load(name) if name else placeholder, rest
 
 
 class Command(TyperCommand):
@@ -165,10 +173,6 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     program.callback()(_options)
-    for module in COMMANDS:
-        name = module.__name__.rpartition(".")[2].rstrip("_").replace("_", " ")
-        program.command(name, cls=Command, help=module.HELP, no_args_is_help=module not in BARE)(module.run)
-    program.command("compare", hidden=True, context_settings=compare.PASS_ON)(compare.run)
     return program
 
 

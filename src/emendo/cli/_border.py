@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 import typer
-from rich.text import Text
 
 from emendo.cli._console import Interrupted, complain, messages, show_log
 from emendo.cli._signals import STOPPED
@@ -75,6 +74,8 @@ def _report(error: BaseException, debug: bool) -> int:
         return DONE if error.exit_code == 0 else FAILED
     if isinstance(error, SystemExit):
         return DONE if not error.code else FAILED
+    from rich.text import Text
+
     if isinstance(error, Interrupted):
         complain(str(error), "Stopped:")
         return STOPPED

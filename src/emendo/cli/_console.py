@@ -1,8 +1,7 @@
-r"""Printing: results on standard output, everything else on standard error.
+"""Printing: results on standard output, everything else on standard error.
 
-Every text a command prints passes through the two consoles of this module. They read no markup, so square brackets in a
-prompt or a file name stay square brackets; a style is given as a :class:`rich.text.Text`. A terminal never receives a
-control character from data: it is shown as an escape such as ``\x1b``. A pipe or a file receives the exact text.
+Every text a command prints passes through the two consoles of this module (:mod:`emendo.cli._rich_console`). They are
+imported when something is printed: the help needs none.
 """
 
 from __future__ import annotations
@@ -12,17 +11,12 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
-
-from rich.console import Console as RichConsole
-from rich.console import ConsoleOptions, RenderableType
-from rich.segment import Segment
-from rich.text import Text
-
-from emendo._storage import finite_values
-from emendo.report.tables import CONTROLS, printable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
+    from emendo.cli._rich_console import Console
     from emendo.edits import BaseEdit
 
 WIDTH = 110
@@ -34,38 +28,18 @@ class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
     """Ctrl-C, with a message that names what was saved and how to go on."""
 
 
-class Console(RichConsole):
-    """A console that reads no markup and sends no control character of the text to a terminal."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, highlight=False, emoji=False, **options)
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        """Turn a string into a text; a table measures its columns by this, too."""
-        return super().render_str(printable(text) if self.is_terminal else text, **options)
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render anything; this is where all printing passes."""
-        for segment in super().render(renderable, options):
-            if segment.control or not self.is_terminal:
-                yield segment
-            else:
-                yield Segment(printable(segment.text), segment.style)
-
-    def on_broken_pipe(self) -> NoReturn:
-        """Leave a closed pipe to the one place that handles errors (rich would exit with code 1)."""
-        self.quiet = True
-        raise BrokenPipeError
-
-
 def output() -> Console:
     """The console for results; where it is no terminal, tables are as wide as they need to be read."""
+    from emendo.cli._rich_console import Console
+
     console = Console()
     return console if console.is_terminal else Console(width=WIDTH)
 
 
 def messages() -> Console:
     """The console for progress, notes and errors."""
+    from emendo.cli._rich_console import Console
+
     return Console(stderr=True)
 
 
@@ -76,6 +50,8 @@ def note(text: str | Text) -> None:
 
 def complain(text: str, heading: str = "Error:") -> None:
     """Print what went wrong on standard error."""
+    from rich.text import Text
+
     messages().print(Text.assemble((heading, "red"), f" {text}"), soft_wrap=True)
 
 
@@ -99,6 +75,9 @@ def emit(value: Any) -> None:
     Numbers that JSON does not have (NaN and the infinities) become null. Characters that could control a terminal and
     those that the output's encoding lacks are written as JSON escapes, so that the value is the same for every reader.
     """
+    from emendo._storage import finite_values
+    from emendo.report.tables import CONTROLS
+
     plain = finite_values(value)
     text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
     text = CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
@@ -130,5 +109,7 @@ def show_log() -> Iterator[None]:
 @contextmanager
 def status(text: str) -> Iterator[None]:
     """Show a line with a spinner on standard error while the block runs."""
+    from rich.text import Text
+
     with messages().status(Text(text)):
         yield

@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 
 import typer
 
-from emendo.cli._app import build
+from emendo.cli._app import COMMANDS, build
 
 WIDTH = 100
 
@@ -23,7 +23,7 @@ def page() -> str:
             "`emendo --debug COMMAND ...` prints a traceback with the error."
         ),
     ]
-    for name in ([], *([name] for name, sub in command.commands.items() if not sub.hidden)):  # type: ignore[attr-defined]
+    for name in ([], *([name] for name in COMMANDS)):
         with redirect_stdout(io.StringIO()) as shown:
             words = " ".join(name).split()
             command.main([*words, "--help"], prog_name="emendo", standalone_mode=False, terminal_width=WIDTH)
