@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow check lint format types contract docs bench atlas clean
+.PHONY: help setup demo test slow check lint format types contract docs package bench atlas clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -56,7 +56,7 @@ test: $(READY)  ## run the tests, side by side on up to four cores
 slow: $(READY)  ## run the tests that take long: every benchmark on a tiny model
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m slow
 
-check: lint types contract docs test slow  ## everything that must pass: lint, types, contract, docs, tests
+check: lint types contract docs test slow package  ## everything that must pass: lint, types, contract, docs, tests, package
 
 lint: $(READY)  ## ruff: rules and format
 	$(VENV)/bin/ruff check .
@@ -74,6 +74,9 @@ contract: $(READY)  ## import-linter: imports go downwards only
 
 docs: $(READY)  ## build the documentation site into build/site; warnings are errors
 	$(VENV)/bin/mkdocs build --quiet --strict
+
+package: $(READY)  ## build sdist and wheel, install the wheel in an empty environment, make an edit there
+	$(PY) scripts/check_package.py $(if $(CONSTRAINTS),--constraints $(CONSTRAINTS))
 
 bench: $(READY)  ## run the quick benchmarks, a few minutes (one: make bench BENCH=benchmarks/NAME.py)
 	@for file in $(BENCH); do echo "== $$file"; $(PY) "$$file" $(BENCH_OPTIONS) || exit 1; done
