@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow check lint format types contract docs package bench atlas clean
+.PHONY: help setup demo test slow check lint format types contract docs package figures bench atlas clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -77,6 +77,9 @@ docs: $(READY)  ## build the documentation site into build/site; warnings are er
 
 package: $(READY)  ## build sdist and wheel, install the wheel in an empty environment, make an edit there
 	$(PY) scripts/check_package.py $(if $(CONSTRAINTS),--constraints $(CONSTRAINTS))
+
+figures: $(READY)  ## run the demo and renew its table in README.md and its picture docs/demo.png
+	$(PY) scripts/demo_figures.py
 
 bench: $(READY)  ## run the quick benchmarks, a few minutes (one: make bench BENCH=benchmarks/NAME.py)
 	@for file in $(BENCH); do echo "== $$file"; $(PY) "$$file" $(BENCH_OPTIONS) || exit 1; done

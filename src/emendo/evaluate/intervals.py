@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -93,6 +94,11 @@ def mean_interval(values: Sequence[float], *, share: bool = True) -> Interval | 
     """
     if share and len(set(values)) == 1 and 0 <= values[0] <= 1:
         return _wilson(values[0], len(values))
+    return _mean_bootstrap(tuple(values))
+
+
+@lru_cache(maxsize=1024)  # a table, its JSON and its page show the same interval
+def _mean_bootstrap(values: tuple[float, ...]) -> Interval | None:
     return bootstrap_interval([(value, 1.0) for value in values], lambda sums: sums[..., 0] / sums[..., 1])
 
 

@@ -36,7 +36,7 @@ from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
 from emendo.progress import SILENT, Progress
 
-SINGLE_EDITS = 20
+SINGLE_EDITS = 5
 """The number of edits that are made alone to be timed."""
 
 
@@ -305,7 +305,7 @@ def describe(
         "record's neighbours and unrelated prompts",
         "locality_known": "locality over the prompts whose stored answer the clean model predicts",
         "interval": "95% percentile bootstrap over the records; Wilson where all have the same share",
-        "seconds_per_edit": "median of up to 20 edits made alone",
+        "seconds_per_edit": f"median of up to {SINGLE_EDITS} edits made alone",
         "model": lm.name,
         "fingerprint": lm.fingerprint,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
