@@ -21,6 +21,7 @@ SCRIPTS = {
     "growth": "--edits 1 3 --lengths 8 16 --blocks 1 2 --depths 4 5 --widths 64 128".split(),
     "many_edits": ["--editor", "ft", "--counts", "1", "3", "--facts", "4"],
     "startup": [],
+    "routing": ["--limit", "60", "--counts", "10", "200"],
     "roofline": ["--batch", "2", "--rank", "8"],
     "time_to_quality": [
         *("--minutes", "0.003", "--records", "40", "--held-out", "8", "--points", "1"),

@@ -103,7 +103,7 @@ class EditStack:
     def memory(self, operation: Operation) -> EditMemory:
         """The memory of the edits that are not in the weights after an operation."""
         scopes = self.ledger.scopes(operation.id)
-        memory = self._memory or EditMemory(self.lm)
+        memory = self._memory or EditMemory(self.lm, keys=cache_folder() / "keys")
         for id in [id for id, scope in self._scopes.items() if scopes.get(id) != scope]:
             memory.remove(id)
             del self._scopes[id]
@@ -136,7 +136,9 @@ class EditStack:
             StorageError: an edit is damaged.
         """
         routed = [one for one in more if one.scope is not None]
-        memory = EditMemory(self.lm) if operation is None else self.memory(operation)
+        memory = (
+            EditMemory(self.lm, keys=cache_folder() / "keys") if operation is None else self.memory(operation)
+        )
         added = [memory.add(one.edit, **evidence(one.scope)) for one in routed]
         try:
             with applied(

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,14 +107,23 @@ class EditMemory:
         lm: the model; its weights are never changed.
         router: by default the one that ships for the model, or the lexical one.
         false_fires: the share of the prompts about other subjects that may fire an edit.
+        keys: a folder that keeps the keys of the edits' prompts, so that they are computed once; None keeps none.
     """
 
-    def __init__(self, lm: LM, router: Router | None = None, *, false_fires: float = FALSE_FIRES) -> None:
+    def __init__(
+        self,
+        lm: LM,
+        router: Router | None = None,
+        *,
+        false_fires: float = FALSE_FIRES,
+        keys: Path | None = None,
+    ) -> None:
         self.lm = lm
         self.router = router or Router.shipped_for(lm)
         self.threshold = self.router.judge.threshold(false_fires)
         self.index = Index(self.router.key_size)
         self._edits: dict[int, Callable[[], Edit]] = {}
+        self._keys = None if keys is None else self.router.key_file(keys)
 
     @property
     def numbers(self) -> Set[int]:
@@ -162,7 +172,8 @@ class EditMemory:
         if taken := edits.keys() & self._edits.keys():
             raise RequestError(f"The memory has an edit {min(taken)} already.")
         scopes = [Scope(number, prompt) for number, edit in edits.items() for prompt in edit.wordings()]
-        self.index.add(scopes, self.router.keys(self.lm, [scope.prompt.text for scope in scopes]))
+        texts = [scope.prompt.text for scope in scopes]
+        self.index.add(scopes, self.router.keys(self.lm, texts, self._keys))
         self._edits |= {number: edit.load for number, edit in edits.items()}
 
     def remove(self, number: int) -> None:

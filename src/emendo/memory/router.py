@@ -12,8 +12,10 @@ keys (a model that no router was trained for) a second such function uses the le
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from emendo._storage import read_json, read_tensors, write_json, write_tensors
 from emendo.errors import RequestError
 from emendo.memory.encoder import KeyEncoder
 from emendo.memory.index import Index, Scope
+from emendo.memory.key_file import KeyFile
 from emendo.memory.words import EVIDENCE, Prompt, compare
 from emendo.models._fingerprint import same_model
 from emendo.models.lm import LM
@@ -114,11 +117,32 @@ class Router:
         """Numbers of each part of a key; 0 without keys."""
         return 0 if self.encoder is None else self.encoder.size
 
-    def keys(self, lm: LM, prompts: Sequence[str]) -> Floats | None:
-        """The keys ``[prompts, 2, size]``; None without an encoder."""
+    def keys(self, lm: LM, prompts: Sequence[str], file: KeyFile | None = None) -> Floats | None:
+        """The keys ``[prompts, 2, size]``, rounded to half precision; None without an encoder.
+
+        Args:
+            lm: the model.
+            prompts: the prompts.
+            file: keeps them.
+        """
         if self.encoder is None or not prompts:
             return None
-        return self.encoder.keys(lm, prompts).numpy()
+        if file is not None:
+            return file.keys(prompts, partial(self._computed, lm))
+        return self._computed(lm, prompts)
+
+    def _computed(self, lm: LM, prompts: Sequence[str]) -> Floats:
+        assert self.encoder is not None
+        return self.encoder.keys(lm, prompts).half().float().numpy()
+
+    def key_file(self, folder: Path) -> KeyFile | None:
+        """The file in a folder that keeps the keys of this router; None without an encoder."""
+        if self.encoder is None:
+            return None
+        found = hashlib.sha256(self.fingerprint.encode())
+        for name, value in self.encoder.state_dict().items():
+            found.update(name.encode() + value.contiguous().numpy().tobytes())
+        return KeyFile(folder / f"{found.hexdigest()[:16]}.keys", self.key_size)
 
     def read(self, lm: LM, prompts: Sequence[str]) -> list[Query]:
         """Read prompts."""

@@ -1,0 +1,222 @@
+"""Does a prompt find its edit, among many? Shares by kind of prompt, and the time of routing.
+
+    python benchmarks/routing.py --data counterfact-dev.json
+
+The router has not seen the subjects of that file; without it the built-in facts alone are asked. "hits" are prompts
+answered by their own edit at the threshold at which a given share of the others fires an edit; "at 2%" is the threshold
+that ships.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from _common import load, machine, parser, table
+
+from emendo.data import Record, read_records
+from emendo.data.abilities import PASSAGES
+from emendo.data.portability import with_consequences
+from emendo.evaluate.routed import SMALL_TALK
+from emendo.memory.index import Index, Scope
+from emendo.memory.router import Query, Router, index_of
+from emendo.memory.words import Prompt
+from emendo.models.lm import LM
+
+RATES = (0.01, 0.02, 0.05, 0.1)
+ABROAD = ("Die Hauptstadt von {} ist", "La capitale de {} est", "La capital de {} es", "La capitale di {} è")
+TALK = " ".join(PASSAGES[:3])
+Best = tuple[float, int]
+"""A score, and the number of its edit."""
+
+
+class Asked:
+    """A router with some edits in memory.
+
+    Args:
+        router: the router.
+        lm: the model.
+        edits: the records of the edits.
+        subjects: tell it the subjects.
+    """
+
+    def __init__(self, router: Router, lm: LM, edits: Sequence[Record], *, subjects: bool = False) -> None:
+        self.router, self.lm, self.edits = router, lm, edits
+        prompts = [
+            Prompt.read(r.prompt, r.subject if subjects and (r.subject or "") in r.prompt else None)
+            for r in edits
+        ]
+        self.index = index_of(router, lm, prompts)
+        self.threshold = router.judge.threshold(0.02)
+
+    def best(self, prompts: Sequence[str]) -> list[Best]:
+        """The edit with the highest score for each prompt."""
+        found = []
+        for query in self.router.read(self.lm, prompts):
+            scores = self.router.scores(query, self.index)
+            found.append(max(((score, number) for number, score in scores.items()), default=(0.0, -1)))
+        return found
+
+    def fires(self, prompts: Sequence[str]) -> float:
+        """The share of prompts that an edit answers."""
+        return float(np.mean([score >= self.threshold for score, _ in self.best(prompts)]))
+
+    def right(self, prompts: Sequence[str]) -> float:
+        """The share of prompts that the edit of the same place answers."""
+        found = self.best(prompts)
+        return float(np.mean([n == i and score >= self.threshold for i, (score, n) in enumerate(found)]))
+
+
+def row(name: str, own: Sequence[Best], others: Sequence[Best], asked: Asked) -> tuple[str, ...]:
+    """Hits at several shares of false fires, and both at the threshold that ships."""
+    scores = np.sort([score for score, _ in others])
+    cells = []
+    for rate in RATES:
+        above = scores[len(scores) - int(rate * len(scores)) - 1]
+        cells.append(f"{np.mean([n == i and score > above for i, (score, n) in enumerate(own)]):.3f}")
+    hits = np.mean([n == i and score >= asked.threshold for i, (score, n) in enumerate(own)])
+    return (name, str(len(own)), *cells, f"{hits:.3f} / {np.mean(scores >= asked.threshold):.3f}")
+
+
+def counterfact(router: Router, lm: LM, records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """Paraphrases against neighbours of other subjects."""
+    subjects = {record.subject for record in records if record.subject}
+    near = [record.neighbours[0].prompt for record in records]
+    near = [text for text in near if not any(subject in text for subject in subjects)]
+    rows = []
+    for name, given in (("subject guessed", False), ("subject given", True)):
+        asked = Asked(router, lm, records, subjects=given)
+        own = asked.best([record.paraphrases[0] for record in records])
+        rows.append(row(f"CounterFact, {name}", own, asked.best(near), asked))
+    return rows
+
+
+def same_subject(router: Router, lm: LM, records: Sequence[Record]) -> tuple[str, ...]:
+    """Paraphrases against prompts about the same subject with another relation, of unseen subjects."""
+    rng, by_subject = random.Random(0), dict[str, list[Record]]()
+    for record in records:
+        by_subject.setdefault(record.subject or "", []).append(record)
+    edits, own, others = [], [], []
+    for about in by_subject.values():
+        first = rng.choice(about)
+        if apart := [record for record in about if record.relation != first.relation]:
+            other = rng.choice(apart)
+            edits.append(first)
+            own.append(rng.choice(first.paraphrases))
+            others.append(rng.choice((other.prompt, *other.paraphrases)))
+    asked = Asked(router, lm, edits)
+    return row("same subject, another relation", asked.best(own), asked.best(others), asked)
+
+
+def hard(router: Router, lm: LM, records: Sequence[Record]) -> list[tuple[str, str, str, str]]:
+    """The cases that CounterFact does not have: what should happen, how often it does, and of how many."""
+    rng = random.Random(0)
+    edits = list({record.subject: record for record in records if record.subject in record.prompt}.values())
+    asked = Asked(router, lm, edits)
+    others = [rng.choice([one for one in edits if one is not record]) for record in edits]
+    paraphrases = [rng.choice(record.paraphrases) for record in edits]
+    named = [(r, i) for i, r in enumerate(edits)]
+    alias = [r for r in with_consequences(records) if any(one.kind == "alias" for one in r.consequences)]
+    by_alias = [next(one.prompt for one in r.consequences if one.kind == "alias") for r in alias]
+    capitals = [r for r in edits if r.relation == "country_capital"]
+    cases = [
+        ("another name of the subject, not told", Asked(router, lm, alias).right(by_alias), len(alias)),
+        (
+            "two subjects: another edit's is named first",
+            asked.right([f"Unlike {o.subject}: {p}" for o, p in zip(others, paraphrases, strict=True)]),
+            len(edits),
+        ),
+        (
+            "a long conversation before the question",
+            asked.right([f"{TALK} {p}" for p in paraphrases]),
+            len(edits),
+        ),
+        (
+            "a pronoun: the subject in the sentence before",
+            asked.right(
+                [
+                    f"Tell me about {r.subject}. {p.replace(r.subject or '', 'it')}"
+                    for (r, _), p in zip(named, paraphrases, strict=True)
+                ]
+            ),
+            len(edits),
+        ),
+    ]
+    if capitals:
+        abroad = Asked(router, lm, capitals)
+        found = [abroad.right([form.format(r.subject) for r in capitals]) for form in ABROAD]
+        cases.append(("German, French, Spanish and Italian", float(np.mean(found)), 4 * len(capitals)))
+    longer = [r.prompt.replace(r.subject or "", f"New {r.subject} Hill") for r in edits]
+    out = [
+        ("the subject inside another name", asked.fires(longer), len(longer)),
+        ("small talk", asked.fires(SMALL_TALK), len(SMALL_TALK)),
+        ("plain text", asked.fires(PASSAGES), len(PASSAGES)),
+    ]
+    rows = [(name, "the right edit", f"{share:.3f}", str(count)) for name, share, count in cases]
+    return rows + [(name, "none", f"{1 - share:.3f}", str(count)) for name, share, count in out]
+
+
+def cost(router: Router, lm: LM, counts: Sequence[int]) -> list[tuple[str, ...]]:
+    """The time to route a prompt among many edits, against one forward pass of it."""
+    rng, rows = random.Random(0), []
+    wordings = [record.prompt for record in read_records("atlas", split="train").records]
+    names = [record.subject or "" for record in read_records("atlas", split="train").records]
+    query = "The capital city of Australia is called"
+    read = router.read(lm, [query])[0]
+    forward = seconds(lambda: lm.next_logits([query]))
+    keys = np.random.default_rng(0).normal(size=(max(counts), 2, max(1, router.key_size))).astype(np.float32)
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    one = keys[:1] if router.key_size else None
+    for count in counts:
+        index = Index(router.key_size)
+        texts = [f"{rng.choice(wordings)} {rng.choice(names)} {i}" for i in range(count)]
+        scopes = [Scope(i, Prompt.read(text)) for i, text in enumerate(texts)]
+        index.add(scopes, keys[:count] if router.key_size else None)
+        routing = seconds(lambda index=index: router.scores(Query(read.prompt, read.key), index))
+        adding = seconds(lambda index=index: (index.add([Scope(-1, read.prompt)], one), index.remove(-1)))
+        rows.append(
+            (f"{count:,}", f"{routing * 1e3:.2f} ms", f"{routing / forward:.1%}", f"{adding * 1e3:.2f} ms")
+        )
+    return rows
+
+
+def seconds(do: object, rounds: int = 20) -> float:
+    """The median time of a call."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        do()  # type: ignore[operator]
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    options = parser(__doc__)
+    options.add_argument("--limit", type=int, default=1000, help="edits in memory")
+    options.add_argument("--counts", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    asked = options.parse_args(argv)
+    lm = load(asked)
+    router = Router.shipped_for(lm)
+    machine(asked)
+    print(f"{lm.name}, {'a router of its own' if router.encoder is not None else 'the lexical router'}")
+    unseen = read_records("atlas", split="test", limit=asked.limit).records
+    rows = [same_subject(router, lm, unseen)]
+    if asked.data != "atlas":
+        rows = [*counterfact(router, lm, read_records(asked.data, limit=asked.limit).records), *rows]
+    headings = (
+        "prompts against others",
+        "edits",
+        *(f"hits at {rate:.0%}" for rate in RATES),
+        "hits / fires, at 2%",
+    )
+    table("Paraphrases that find their edit, while a share of the others fires one", headings, rows)
+    table("Hard cases", ("prompt", "should be answered by", "share", "prompts"), hard(router, lm, unseen))
+    headings = ("edits", "routing a prompt", "of a forward pass", "adding one")
+    table("Cost, without the keys", headings, cost(router, lm, asked.counts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Keys of prompts in a file, so that each prompt passes through the model once.
+
+The file is appended to only. A row is the hash of the prompt, a checksum of the key, and the key in half precision.
+Rows of an interrupted write or with damaged keys are computed again, so the file may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+_HASH = 16  # bytes
+
+
+class KeyFile:
+    """A file of keys, memory-mapped.
+
+    Args:
+        path: of the file; it is created when the first key is kept.
+        size: numbers of each of a key's two parts.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self._row = np.dtype([("hash", f"V{_HASH}"), ("crc", "<u4"), ("key", "<f2", (2, size))])
+        self._rows: NDArray[np.void] = np.empty(0, self._row)
+        self._places: dict[bytes, int] = {}
+
+    def keys(
+        self, prompts: Sequence[str], compute: Callable[[Sequence[str]], NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        """The keys ``[prompts, 2, size]``.
+
+        Args:
+            prompts: the prompts.
+            compute: gives the keys of those that the file does not have.
+        """
+        hashes = [hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:_HASH] for text in prompts]
+        if not self._places.keys() >= set(hashes):
+            self._read()
+        missing = {one: text for one, text in zip(hashes, prompts, strict=True) if not self._has(one)}
+        if missing:
+            self._append([*missing], compute([*missing.values()]))
+            self._read()
+        return self._rows["key"][[self._places[one] for one in hashes]].astype(np.float32)
+
+    def _has(self, hash: bytes) -> bool:
+        place = self._places.get(hash)
+        return place is not None and crc32(self._rows[place]["key"].tobytes()) == self._rows[place]["crc"]
+
+    def _append(self, hashes: Sequence[bytes], keys: NDArray[np.float32]) -> None:
+        rows = np.empty(len(hashes), self._row)
+        for place, (one, key) in enumerate(zip(hashes, keys.astype(np.float16), strict=True)):
+            rows[place] = (np.void(one), crc32(key.tobytes()), key)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            odd = file.seek(0, os.SEEK_END) % self._row.itemsize
+            file.write(b"\0" * (self._row.itemsize - odd if odd else 0) + rows.tobytes())
+
+    def _read(self) -> None:
+        """Map the whole rows of the file; of a prompt that stands in it twice, the later row counts."""
+        if not self.path.exists():
+            return
+        count = self.path.stat().st_size // self._row.itemsize
+        if count:
+            self._rows = np.memmap(self.path, self._row, "r", shape=(count,))
+            self._places = {one.tobytes(): place for place, one in enumerate(self._rows["hash"])}
