@@ -178,6 +178,11 @@ ADAPTER = Kind(
     _is_adapter,
     ("adapter_config.json", "adapter_model.safetensors", "README.md", "emendo.json"),
 )
+ADAPTERS = Kind(
+    "adapters of a memory",
+    lambda folder: {"format", "adapters"} <= _head(folder, "index.json").keys(),
+    ("index.json", "edit-*"),
+)
 CHECKPOINT = Kind(
     "a merged checkpoint",
     lambda folder: "merge_loss" in _head(folder, "emendo.json"),

@@ -96,7 +96,7 @@ def test_an_edit_with_nan_is_refused(
     ("options", "words"),
     [
         (("--to", "onnx"), "not one of peft, merged"),
-        (("--to", "merged", "--max-rank", 4), "--max-rank belongs to --to peft"),
+        (("--to", "merged", "--max-rank", 4), "--max-rank belongs to adapters"),
         (("--max-rank", 0), "must be at least 1"),
     ],
 )

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emendo._outputs import ADAPTER, CHECKPOINT
+from emendo._outputs import ADAPTER, ADAPTERS, CHECKPOINT
 from emendo.cli import _ledger as keep
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, note, output, warn_of_conflicts
 
+if TYPE_CHECKING:
+    from emendo.ledger.workspace import Workspace
+
 HELP = """Export an edit for other software: as a PEFT LoRA adapter, or as a whole checkpoint with the edit merged in.
 
-Without EDIT, all active edits of the model's ledger are exported together.
+Without EDIT, the active edits of the model's ledger that are in the weights are exported together. With --to adapters
+each edit of its memory becomes an adapter in a folder of its own, with an index.json that names its prompts, for a
+server that takes an adapter for each request.
 
 An adapter is exact unless --max-rank cuts its rank (servers limit it: vLLM to 16 by default); the error is printed.
 Where PEFT is installed the adapter is loaded back, and nothing is written unless it matches the edit. A merge loses
@@ -25,7 +30,11 @@ Examples:
   emendo export runs/demo/edit --to peft --out adapter
   emendo export runs/demo/edit --to merged --dtype bfloat16 --out checkpoint
   emendo export --model ./my-model --max-rank 64 --out adapter
+  emendo export --model ./my-model --to adapters --max-rank 16 --out adapters
 """
+
+_KINDS = {"peft": ADAPTER, "merged": CHECKPOINT, "adapters": ADAPTERS}
+"""The forms, and the kinds of output that they make."""
 
 EditFolder = Annotated[
     Path | None,
@@ -34,7 +43,7 @@ EditFolder = Annotated[
         help="An edit: the --out folder of emendo edit.  [default: the active edits of the ledger]",
     ),
 ]
-To = Annotated[str, typer.Option("--to", metavar="FORM", help="peft or merged.")]
+To = Annotated[str, typer.Option("--to", metavar="FORM", help="peft, merged or adapters.")]
 Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where to write it.")]
 MaxRank = Annotated[
     int | None,
@@ -61,13 +70,15 @@ def run(
     from emendo.edits import Edit, to_merged, to_peft
     from emendo.errors import RequestError
 
-    if to not in ("peft", "merged"):
-        raise RequestError(f"--to {to!r} is not one of peft, merged.")
+    if to not in _KINDS:
+        raise RequestError(f"--to {to!r} is not one of {', '.join(_KINDS)}.")
+    if to == "adapters" and edit is not None:
+        raise RequestError("--to adapters exports the edits of a ledger's memory; leave EDIT out.")
     if to == "merged" and max_rank is not None:
-        raise RequestError("--max-rank belongs to --to peft: a merged checkpoint has no rank.")
+        raise RequestError("--max-rank belongs to adapters: a merged checkpoint has no rank.")
     if edit is not None and ledger is not None:
         raise RequestError("Give an EDIT or --ledger, not both.")
-    kind = CHECKPOINT if to == "merged" else ADAPTER
+    kind = _KINDS[to]
     claim(out, kind, model=model, ledger=ledger, inputs=[edit], overwrite=overwrite)
     if edit is not None:
         change = Edit.from_pretrained(edit)
@@ -76,12 +87,16 @@ def run(
         keep.find_ledger(model or opt.MODEL, ledger)  # fails before the model is loaded
         lm = load_model(model or opt.MODEL, dtype, device)
         work = keep.open_workspace(lm, ledger)
+        if to == "adapters":
+            claim(out, kind, model=lm.name, overwrite=overwrite)
+            _show(_adapters(work, out, max_rank, overwrite=overwrite), as_json)
+            return
         active, remembered = work.composed(), len(work.ledger.scopes())
         if remembered:
             what = "1 edit is" if remembered == 1 else f"{remembered} edits are"
             about = f"{what} in the memory, where each prompt chooses its edit; no checkpoint can do that"
             if active is None:
-                raise RequestError(f"{about}. Export each by itself, or make one edit of them: emendo fuse.")
+                raise RequestError(f"{about}. Export them with --to adapters, or as one edit: emendo fuse.")
             note(f"{about}: only the edits in the weights are exported.")
         if active is None:
             raise RequestError(f"No edit of {lm.name} is active, so there is nothing to export.")
@@ -101,11 +116,54 @@ def run(
     _show(figures, as_json)
 
 
+def _adapters(work: Workspace, out: Path, max_rank: int | None, *, overwrite: bool) -> dict[str, Any]:
+    """Write an adapter for each edit of the memory, and the index of them; returns the figures.
+
+    Raises:
+        RequestError: the memory is empty.
+    """
+    from emendo._storage import new_folder, write_json
+    from emendo.edits import to_peft
+    from emendo.errors import RequestError
+
+    scopes, listed = work.ledger.scopes(), []
+    if not scopes:
+        raise RequestError(f"The memory of {work.lm.name} has no edit, so there is nothing to export.")
+    with new_folder(out, ADAPTERS, overwrite=overwrite) as new:
+        for entry in work.ledger.entries(scopes):
+            name = f"edit-{entry.id}"
+            adapter = to_peft(work.edit(entry.id), work.lm, new / name, max_rank=max_rank)
+            listed.append(
+                {
+                    "edit": entry.id,
+                    "folder": name,
+                    "digest": entry.digest,
+                    "requests": list(entry.requests),
+                    "scope": scopes[entry.id],
+                    "rank": adapter.rank,
+                    "error": adapter.error,
+                }
+            )
+        index = {
+            "format": 1,
+            "model": work.ledger.model,
+            "fingerprint": work.ledger.fingerprint,
+            "adapters": listed,
+        }
+        write_json(new / "index.json", index)
+    return {"out": str(out), "form": "adapters", "adapters": len(listed)}
+
+
 def _show(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         emit(figures)
         return
     console = output()
+    if figures["form"] == "adapters":
+        console.print(
+            f"Wrote {figures['adapters']} adapters and index.json to {figures['out']}.", soft_wrap=True
+        )
+        return
     if figures["form"] == "merged":
         console.print(
             f"Merged into {figures['out']}. Rounding to {figures['dtype']} lost {figures['merge_loss']:.2%} of it.",
