@@ -58,7 +58,8 @@ class EditStack:
         self._edits: dict[int, Edit] = {}
         self._front: tuple[Sequence[int], str, Deltas] = ((), "", {})
         self._memory: EditMemory | None = None
-        self._scopes: dict[int, Values] = {}
+        self._scopes: dict[int, Values] = {}  # of the edits that the memory holds now
+        self._read: tuple[int | None, dict[int, Values]] = (None, {})  # an operation, and the scopes after it
 
     def edit(self, id: int) -> Edit:
         """An edit of the ledger, active or not.
@@ -93,8 +94,14 @@ class EditStack:
         """Numbers of the edits that are in the weights after an operation; None stands for the base model."""
         if operation is None:
             return ()
-        scopes = self.ledger.scopes(operation.id)
+        scopes = self._scopes_after(operation)
         return tuple(id for id in operation.active if id not in scopes)
+
+    def _scopes_after(self, operation: Operation) -> dict[int, Values]:
+        """The scopes after an operation; those of the last one that was asked for are kept."""
+        if self._read[0] != operation.id:
+            self._read = operation.id, self.ledger.scopes(operation.id)
+        return self._read[1]
 
     def changes(self, operation: Operation | None, *more: Edit) -> dict[str, LowRank]:
         """The changes of the weights after an operation, with those of further edits."""
@@ -102,7 +109,7 @@ class EditStack:
 
     def memory(self, operation: Operation) -> EditMemory:
         """The memory of the edits that are not in the weights after an operation."""
-        scopes = self.ledger.scopes(operation.id)
+        scopes = self._scopes_after(operation)
         memory = self._memory or EditMemory(self.lm, keys=cache_folder() / "keys")
         for id in [id for id, scope in self._scopes.items() if scopes.get(id) != scope]:
             memory.remove(id)

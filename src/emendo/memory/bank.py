@@ -35,6 +35,7 @@ from emendo.models.text import Text
 
 FALSE_FIRES = 0.02
 """Share of the prompts about other subjects that may fire an edit."""
+_AT_ONCE = 32  # texts of a pass, each of which may have an edit of its own
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
@@ -250,8 +251,12 @@ class RoutedLM(LM):
     @torch.no_grad()
     def logits(self, texts: Sequence[Text]) -> list[Tensor]:
         """See :meth:`emendo.models.lm.LM.logits`; a text is routed by the prompt before its answer."""
-        with self._routed([self._prompt(text) for text in texts]) as lm:
-            return lm.logits(texts)
+        found: list[Tensor] = []
+        for start in range(0, len(texts), _AT_ONCE):
+            part = texts[start : start + _AT_ONCE]
+            with self._routed([self._prompt(text) for text in part]) as lm:
+                found += lm.logits(part)
+        return found
 
     def _prompt(self, text: Text) -> str:
         """The prompt of a text, without a chat template."""
