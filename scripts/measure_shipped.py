@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,12 +26,15 @@ from emendo.data.portability import with_consequences
 from emendo.editors import Editor, library
 from emendo.evaluate import Evaluation, evaluate
 from emendo.evaluate.damage import Damage
+from emendo.evaluate.results import PORTABLE
 from emendo.models.lm import LM
 
 NAME = "mend-smollm2-135m"
 LIMITS = (
     "It makes one edit at a time: edits of it that are added up ruin the model from the fifth on.",
-    "In the chat template it is weaker: generated answers begin with the target less than half of the time.",
+    "In the chat template more edits reach a neighbour: a quarter to a third of its answers change.",
+    "A rare edit damages plain text: 1 of 200 raised its perplexity from 36 to 135, none of the others beyond 47.",
+    'It does not understand negation: "... is not" is continued by the target after half of the edits.',
     "It learned English facts of some 70 relations, with short answers. Expect less of other facts and languages.",
 )
 
@@ -52,8 +56,9 @@ def row(found: Evaluation) -> dict[str, float]:
         "perplexity_median": perplexity["median"],
         "perplexity_worst": perplexity["max"],
     }
-    if portability := forced.get("portability"):
-        figures["portability"] = portability["mean"]
+    if follows := [one for result in found.results for one in result.outcomes if one.kind in PORTABLE]:
+        figures["portability"] = fmean(one.teacher_forced for one in follows)
+        figures["portability_clean"] = fmean(one.known for one in follows)
     return {name: round(value, 3) for name, value in figures.items() if value is not None}
 
 

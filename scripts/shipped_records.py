@@ -29,6 +29,10 @@ LONG_SHARE = 0.35
 """Share of the records whose locality has whole continuations in place of short answers."""
 LONG = 10
 """Tokens of a whole continuation."""
+OTHERS = 1_500
+"""Records of the built-in facts and of ParaRel in the second and third phase."""
+END = "<|im_end|>"
+"""The end of an answer in the chat template."""
 BATCH = 64
 """Prompts that the model continues at once."""
 
@@ -103,7 +107,35 @@ def second_records(data: Path, first: Sequence[Record]) -> list[Record]:
     other = [
         record for record in first if not record.prompt.startswith("<|") and not (record.id or "").isdigit()
     ]
-    found = [*plain, *chat[:2000], *other[:1500]]
+    found = [*plain, *chat[:2000], *other[:OTHERS]]
+    random.Random(SEED).shuffle(found)
+    return found
+
+
+def third_records(data: Path, first: Sequence[Record]) -> list[Record]:
+    """The records of the third phase: CounterFact with more locality, chat turns that end (twice), and other facts.
+
+    Where the first phase has a whole continuation of a neighbour, it stands beside the neighbour's stored answer; else
+    the first phase's other prompt about the subject does. The target of a chat turn is closed by the end of the turn,
+    so that the answer stops there.
+
+    Args:
+        data: the folder of :func:`make_records`.
+        first: the records of the first phase.
+    """
+    turns = [record for record in first if record.prompt.startswith("<|")]
+    texts = [record for record in first if not record.prompt.startswith("<|")]
+    whole = {
+        probe.prompt: probe for record in first for probe in record.neighbours if " " in probe.answer[8:]
+    }
+    about = {record.id: record.unrelated for record in texts}
+    found = []
+    for record in second_records(data, ()):
+        near = record.neighbours[0]
+        own = (whole[near.prompt],) if near.prompt in whole else about.get(record.id, ())
+        found.append(replace(record, unrelated=own))
+    found += [replace(record, target=record.target + END) for record in turns] * 2
+    found += [record for record in texts if not (record.id or "").isdigit()][:OTHERS]
     random.Random(SEED).shuffle(found)
     return found
 
