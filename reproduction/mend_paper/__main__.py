@@ -23,6 +23,7 @@ Presets:
   table3    the largest available model, on CounterFact
   table5    many edits at once
   table6    MEND without each of its parts
+  eq5       ENN by its base, edit and locality losses
   table9    attention matrices instead of MLP matrices
   table11   a cache instead of an editor
   figure4   memory during training

@@ -35,7 +35,10 @@ PROTOCOL = {
     "perplexity_drift": "perplexity of the model that the editor trained minus that of the original, no edit made",
     "locality_kl": "KL(original || edited) in nats, mean over the answer tokens of a locality prompt, then over the "
     f"prompts; without such prompts over the tokens of the passages. {_BOOTSTRAP}",
-    "drift_kl": "locality KL of the model that the editor trained, no edit made",
+    "drift_kl": "drift of predictions: locality KL of the model that the editor trained, no edit made",
+    "drift_unchanged": "`unchanged` of the model that the editor trained, no edit made",
+    "drift_task_loss": "drift of the task loss: NLL of the gold answers of locality prompts, or of the passages' "
+    "tokens, in the model that the editor trained minus that in the original, in nats per token, no edit made",
     "unchanged": "share of locality prompts whose answer's argmax tokens are all unchanged; without such prompts share "
     f"of the passages' tokens whose argmax is unchanged. {_BOOTSTRAP}",
     "seconds_per_edit": "time to make the edits, divided by the facts",
@@ -142,6 +145,12 @@ def _changes(facts: Sequence[Sums], apart: bool) -> dict[str, Interval | None]:
     }
     if apart:
         found["drift_kl"] = _ratio(facts, f"{kind} kl host", f"{kind} {whole}")
+        found["drift_unchanged"] = _ratio(facts, f"{kind} {same} host", f"{kind} {whole}")
+        found["drift_task_loss"] = _over(
+            facts,
+            lambda sums: (sums[..., 1] - sums[..., 0]) / sums[..., 2],
+            *(f"{kind} {name}" for name in ("nll before", "nll host", whole)),
+        )
     return found
 
 

@@ -148,8 +148,12 @@ def _drift(lm: LM, host: LM, records: Sequence[Record]) -> Iterator[Sums]:
         for kind, probes in (("near", record.neighbours), ("far", record.unrelated)):
             texts = to_texts(lm, [(probe.prompt, probe.answer) for probe in probes])
             for text, before, after in zip(texts, _logits(lm, texts), _logits(host, texts), strict=True):
+                labels = torch.tensor(text.labels, device=after.device)
                 sums[f"{kind} hit host"] += _right(after, text)
+                sums[f"{kind} same host"] += float(after.argmax(-1).equal(before.argmax(-1)))
                 sums[f"{kind} kl host"] += float(token_kl(before, after).mean())
+                sums[f"{kind} nll before"] += float(token_nll(before, labels).mean())
+                sums[f"{kind} nll host"] += float(token_nll(after, labels).mean())
         yield dict(sums)
 
 
@@ -221,4 +225,5 @@ class _PassageSums(Damage):
             if host is not None:
                 sums["passage nll host"] += float(token_nll(host, labels).sum())
                 sums["passage kl host"] += float(token_kl(was, host).sum())
+                sums["passage same tokens host"] += float(was.argmax(-1).eq(host.argmax(-1)).sum())
         return dict(sums)

@@ -11,7 +11,7 @@ from emendo.report.plots import BLUE, GREEN, INK, ORANGE, RED, SKY, Format, axes
 from reproduction.mend_paper.claims import success_and_damage
 from reproduction.mend_paper.grid import Column, Grid
 
-_LOOKS = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (SKY, "v"))
+_LOOKS = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (SKY, "v"), (INK, "P"))
 _POINTS = (*_LOOKS, (INK, "*"), (RED, "P"))
 _WIDE = 5.0  # a perplexity drawdown above this is drawn on a logarithmic scale
 

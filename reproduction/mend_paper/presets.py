@@ -122,6 +122,7 @@ def _together(choice: Choice, editor: str, k: int) -> Cell:
 
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "No sharing": {"shared": False},
+    "Running statistics": {"statistics": "running"},
     "No norm": {"norm": False},
     "No ID init": {"identity": False},
     "Only u": {"factors": "u"},
@@ -130,6 +131,8 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "MEND": {},
 }
 """The rows of Table 6."""
+_UNCLAIMED = ("MEND", "No sharing", "Running statistics")
+"""The rows that the paper does not put below MEND."""
 
 
 def _table6(choice: Choice) -> Preset:
@@ -147,7 +150,39 @@ def _table6(choice: Choice) -> Preset:
             for task in tasks
         },
         paper.TABLE6,
-        tuple(claims.succeeds_more("MEND", row) for row in ABLATIONS if row not in ("MEND", "No sharing")),
+        tuple(claims.succeeds_more("MEND", row) for row in ABLATIONS if row not in _UNCLAIMED),
+    )
+
+
+OBJECTIVES: Mapping[str, Mapping[str, Any]] = {
+    "ENN": {},
+    "ENN, task loss": {"base_loss": "task"},
+    "ENN, hinge": {"edit_loss": "hinge"},
+    "ENN, squared logits": {"locality_loss": "squares"},
+    "ENN, task loss, hinge": {"base_loss": "task", "edit_loss": "hinge"},
+}
+"""ENN by its three losses; the first row distils, with NLL and KL."""
+
+
+def _eq5(choice: Choice) -> Preset:
+    tasks = ("atlas-bert", "atlas-bart", "wikitext")
+    cells: dict[Place, Cell | Memory] = {}
+    for task in tasks:
+        if choice.wants(task, "mend"):
+            cells["MEND", _TASKS[task].name] = choice.cell(task, "mend")
+        for row, settings in OBJECTIVES.items() if choice.wants(task, "enn") else ():
+            cells[row, _TASKS[task].name] = choice.cell(task, "enn", settings=settings)
+    return Preset(
+        "eq5",
+        "The losses of ENN (Eq. 5 and 6)",
+        "The base loss is that of the model's own task, as in Eq. 5, or a KL to the original model, as in the paper's "
+        "code; the edit loss is NLL or a hinge, the locality loss KL or the squared difference of the logits. The "
+        "second table has both drifts of the trained model without an edit: of its predictions and of its task loss. "
+        "Memory: figure4.",
+        tuple(_TASKS[task] for task in tasks),
+        ("MEND", *OBJECTIVES),
+        cells,
+        {row: quoted for row, quoted in paper.TABLE4.items() if row in ("MEND", "ENN")},
     )
 
 
@@ -203,17 +238,23 @@ def _figure4(choice: Choice) -> Preset:
         "BART 4+4": ("atlas-bart", 0),
         "SmolLM2-135M": ("smollm2-135m", 0),
     }
-    trained = [name for name in EDITORS if editor_class(name).needs_training and name != "meta-lstm"]  # hours
+    task_loss = "ENN, task loss"
+    trained: dict[str, tuple[str, Mapping[str, Any]]] = {
+        label: (name, {})
+        for name, label in EDITORS.items()
+        if editor_class(name).needs_training and name != "meta-lstm"  # hours
+    }
+    trained[task_loss] = ("enn", OBJECTIVES[task_loss])
     return Preset(
         "figure4",
         "Memory during training (Figures 3 and 4)",
         f"MB above the bare model's, on one processor. {paper.MEMORY}",
         tuple(Column(name, name, "") for name in models),
-        tuple(EDITORS[editor] for editor in trained),
+        tuple(trained),
         {
-            (EDITORS[editor], name): Memory(model, editor, width)
+            (row, name): Memory(model, editor, width, settings)
             for name, (model, width) in models.items()
-            for editor in trained
+            for row, (editor, settings) in trained.items()
             if not choice.editors or editor in choice.editors
         },
         {},
@@ -285,6 +326,7 @@ PRESETS: Mapping[str, Callable[[Choice], Preset]] = {
     "table3": _table3,
     "table5": _table5,
     "table6": _table6,
+    "eq5": _eq5,
     "table9": _table9,
     "table11": _table11,
     "figure4": _figure4,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -45,6 +45,7 @@ def setting(
     most: float | None = None,
     unset: str = "",
     flag: str = "",
+    before: Any = None,
 ) -> Any:
     """A field of a settings class.
 
@@ -56,8 +57,10 @@ def setting(
         most: largest allowed value.
         unset: the meaning of None as the default.
         flag: its option on the command line, where that is not the field's name.
+        before: its value in files from before the setting existed, where that is not the default.
     """
     metadata = {"help": help, "least": least, "above": above, "most": most, "unset": unset, "flag": flag}
+    metadata["before"] = default if before is None else before
     return field(default=default, metadata=metadata)
 
 
@@ -223,10 +226,15 @@ def _settings(kind: type[Any]) -> Iterator[Setting]:
             "least": None,
             "above": None,
             "most": None,
-            **own.metadata,
+            **{name: value for name, value in own.metadata.items() if name != "before"},
         }
         values["flag"] = values["flag"] or f"--{own.name.replace('_', '-')}"
         yield Setting(name=own.name, hint=hints[own.name], default=own.default, **values)
+
+
+def completed(kind: type[Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings, and those that did not exist when they were saved at their value of that time."""
+    return {own.name: own.metadata.get("before", own.default) for own in fields(kind)} | dict(saved)
 
 
 def settings_table(kind: type[Any]) -> str:

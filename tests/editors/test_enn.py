@@ -170,23 +170,26 @@ def test_what_is_saved_comes_back(tiny_llama: LM, tmp_path: Path, trains: str) -
 
 def test_drift_is_zero_before_training_and_the_definition_after(tiny_llama: LM) -> None:
     untrained = Enn(find_sites(tiny_llama.model))
-    assert untrained.drift(tiny_llama, PROBES) == {"kl": 0.0, "changed": 0.0}
+    assert untrained.drift(tiny_llama, PROBES) == {"kl": 0.0, "changed": 0.0, "task_loss": 0.0}
     editor = moved(tiny_llama)
     with torch.no_grad():
         editor.twin.theta[
             "lm_head/weight" if "lm_head/weight" in editor.twin.theta else "model/norm/weight"
         ].neg_()
-    kl, changed = 0.0, 0
+    kl, changed, task_loss = 0.0, 0, 0.0
     for text in to_texts(tiny_llama, [(probe.prompt, probe.answer) for probe in PROBES]):
         p, q = (
             model(torch.tensor([text.inputs])).logits[0, text.start - 1 :].detach().double().softmax(-1)
             for model in (tiny_llama.model, editor.host(tiny_llama).model)
         )
         kl += float((p * (p / q).log()).sum(-1).mean()) / len(PROBES)
+        at = range(len(text.labels)), list(text.labels)
+        task_loss += float((p[at].log() - q[at].log()).mean()) / len(PROBES)
         changed += bool((p.argmax(-1) != q.argmax(-1)).any())
     found = editor.drift(tiny_llama, PROBES)
     assert changed and found["changed"] == changed / len(PROBES)
     assert found["kl"] == pytest.approx(kl, rel=1e-4)
+    assert found["task_loss"] == pytest.approx(task_loss, rel=1e-4)
     with pytest.raises(RequestError, match="at least one probe"):
         editor.drift(tiny_llama, [])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -14,27 +14,34 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cases import build_lm, plain_logits, records_for, unchanged
+from emendo.data import Record
 from emendo.editors.enn import Enn, EnnConfig
 from emendo.editors.objective import Episode, Weights
 from emendo.edits.edit import Request
+from emendo.errors import RequestError, TrainingError
 from emendo.models.lm import LM
 from emendo.models.sites import find_sites
 from emendo.models.text import Text, collate
-from emendo.models.tokenization import to_texts
+from emendo.models.tokenization import passage_texts, to_texts
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
 from emendo.train import TrainConfig
 from emendo.train.episodes import Episodes
 from emendo.train.step import training_step, validation_step
 
+PROSE = (
+    "The capital of Bade is Paris and the main city of Foka is called Rome.",
+    "Two and two are four, and the capital of Lima is Old Town; Oslo is another.",
+)
 WEIGHTS = Weights(c_edit=0.3, prompt_share=0.4, c_loc=0.7)
 
 
 @functools.cache
-def setting(kind: str) -> tuple[LM, tuple[Episode, ...], TrunkCache]:
+def setting(kind: str, passages: tuple[str, ...] = ()) -> tuple[LM, tuple[Episode, ...], TrunkCache]:
     """A model in float64, two episodes, and the trunk's outputs of their texts."""
     lm = build_lm(kind, torch.float64)
-    batch = Episodes(lm, records_for(lm, 12), TrainConfig(batch=2, near=1, sibling=1)).batch(0)
+    config = TrainConfig(batch=2, near=1, sibling=1, text=0)
+    batch = Episodes(lm, records_for(lm, 12), config, passages, base=2).batch(0)
     store = TrunkCache(Trunk(lm.model, find_sites(lm.model, last=1)), dtype=torch.float64)
     store.ensure(text for episode in batch for text in episode.texts())
     return lm, tuple(batch), store
@@ -88,6 +95,16 @@ class Textbook:
             total = total + (hinge if self.config.edit_loss == "hinge" else -row[label])
         return total / len(text.labels)
 
+    def task_loss(self, text: Text) -> Tensor:
+        log_p = self.rows(self.theta, text).log_softmax(-1)
+        return -torch.stack([row[label] for row, label in zip(log_p, text.labels, strict=True)]).mean()
+
+    def locality_loss(self, new: dict[str, Tensor], text: Text) -> Tensor:
+        if self.config.locality_loss == "kl":
+            return self.kl(self.theta, new, text)
+        apart = self.rows(new, text) - self.rows(self.theta, text).detach()
+        return torch.stack([(row * row).sum() / len(row) for row in apart]).mean()
+
     def kl(self, before: dict[str, Tensor], after: dict[str, Tensor], text: Text) -> Tensor:
         p = self.rows(before, text).detach().log_softmax(-1)
         q = self.rows(after, text).log_softmax(-1)
@@ -115,8 +132,11 @@ class Textbook:
             new, episode.paraphrase
         )
         count = len(episode.locality)
-        base = sum(self.kl({}, self.theta, text) for text in episode.locality) / count
-        local = sum(self.kl(self.theta, new, text) for text in episode.locality) / count
+        if self.config.base_loss == "task":
+            base = sum(self.task_loss(text) for text in episode.base) / len(episode.base)
+        else:
+            base = sum(self.kl({}, self.theta, text) for text in episode.locality) / count
+        local = sum(self.locality_loss(new, text) for text in episode.locality) / count
         return base, edit, local
 
     def run(self, episodes: tuple[Episode, ...], together: int) -> tuple[float, float, float]:
@@ -156,6 +176,10 @@ def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         ("gpt2", {"edit_loss": "hinge", "c_base": 2.5, "trains": "suffix"}, 2),
         ("llama", {"inner_steps": 2, "trains": "suffix"}, 1),
         ("llama", {"first_order": True, "c_base": 0.0}, 1),
+        ("gpt2", {"base_loss": "task", "locality_loss": "squares", "c_base": 1.5}, 1),
+        ("llama", {"base_loss": "task", "trains": "suffix"}, 2),
+        ("bart", {"base_loss": "task", "trains": "suffix", "locality_loss": "squares"}, 1),
+        ("bert", {"base_loss": "task", "locality_loss": "squares"}, 1),
         ("t5", {"trains": "suffix"}, 1),
         pytest.param("bart", {}, 1, marks=pytest.mark.slow),  # as T5
         ("bert", {}, 1),
@@ -166,7 +190,7 @@ def test_losses_and_gradients_are_those_of_the_textbook(
 ) -> None:
     monkeypatch.setattr("emendo.editors.objective.BUCKET_TOKENS", 30)  # several micro-batches
     monkeypatch.setattr("emendo.editors.enn.BUCKET_TOKENS", 30)
-    lm, episodes, store = setting(kind)
+    lm, episodes, store = setting(kind, PROSE if kind == "llama" else ())
     editor = editor_for(lm, inner_lr=0.05, **config).train()
     textbook = Textbook(lm, editor)
     with unchanged(lm.model):
@@ -180,6 +204,40 @@ def test_losses_and_gradients_are_those_of_the_textbook(
     ours, theirs = gradients(editor), textbook.gradients()
     assert ours.keys() == theirs.keys() and theirs["eta"].ne(0).all()
     close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bart", "bert"])
+def test_training_sequences_are_of_the_models_own_task(kind: str) -> None:
+    """Old answers of prompts and probes, never a target that the record asks for; or all tokens of running text."""
+    lm = build_lm(kind)
+    made = records_for(lm, 12)
+    config = TrainConfig(batch=4, text=0)
+    batch = Episodes(lm, made, config, base=50).batch(3)
+    pairs = {(r.prompt, r.answer) for r in made} | {
+        (probe.prompt, probe.answer) for r in made for probe in (*r.neighbours, *r.unrelated)
+    }
+    allowed = set(to_texts(lm, list(pairs)))
+    drawn = {text for episode in batch for text in episode.base}
+    assert all(len(episode.base) == 50 for episode in batch) and drawn <= allowed
+    assert len(drawn) > 0.9 * len(allowed)
+    plain = Episodes(lm, made, config).batch(3)
+    assert [replace(episode, base=()) for episode in batch] == plain  # the rest is drawn as without them
+    if kind == "llama":
+        running = {t for e in Episodes(lm, made, config, PROSE, base=50).batch(0) for t in e.base}
+        assert running == set(passage_texts(lm, PROSE, 32))
+        assert all(text.start == 1 for text in running)
+
+
+def test_without_training_sequences_there_is_no_task_loss() -> None:
+    lm, episodes, store = setting("gpt2")
+    bare = [Record(record.prompt, record.target) for record in records_for(lm, 4)]
+    with pytest.raises(
+        TrainingError, match="needs training sequences: running text, or records with old answers"
+    ):
+        Episodes(lm, bare, TrainConfig(text=0), base=1)
+    editor = editor_for(lm, base_loss="task")
+    with pytest.raises(RequestError, match=r"Episode\.base is empty"):
+        training_step(editor, store, [replace(episode, base=()) for episode in episodes], WEIGHTS)
 
 
 def test_the_second_order_matters() -> None:

@@ -60,8 +60,8 @@ def by_hand(editor: Mend, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
         dense = torch.zeros(rows.examples, s.d_out, s.d_in)
         for u, delta, owner in zip(rows.u, rows.delta, rows.owner.tolist(), strict=True):
             if config.norm:
-                u = (u - net.u_stats.mean) / (net.u_stats.std() + 1e-7)
-                delta = (delta - net.delta_stats.mean) / (net.delta_stats.std() + 1e-7)
+                u = ((u - net.u_stats.mean) / (net.u_stats.std() + 1e-7)).float()
+                delta = ((delta - net.delta_stats.mean) / (net.delta_stats.std() + 1e-7)).float()
             smaller = "u" if s.d_in <= s.d_out else "delta"
             uses = smaller if config.factors == "smaller" else config.factors
             z = {"both": torch.cat([u, delta]), "u": u, "delta": delta}[uses]
@@ -82,7 +82,7 @@ def by_hand(editor: Mend, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found, expected.to(found), rtol=tolerance, atol=tolerance)
 
 
 ABLATIONS = [
@@ -215,6 +215,37 @@ def test_statistics_are_shared_by_shape() -> None:
     assert net.u_stats.count == len(rows)
     close(net.u_stats.mean, rows.mean(0))
     close(net.u_stats.std(), rows.std(0))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_statistics_of_the_train_set_are_those_of_all_rows_and_stay(shared: bool) -> None:
+    """Observed chunk by chunk, against the mean and deviation of all rows at once, with a row that is not finite."""
+    chunks = [random_factors() for _ in range(3)]
+    editor = Mend(SITES, MendConfig(statistics="train-set", statistics_on=7, shared=shared)).train()
+    assert editor.observes == 7
+    for chunk in chunks:
+        bad = chunk[SITES[0].name]
+        spoilt = Factors(
+            torch.cat([bad.u, torch.full((1, 3), torch.nan)]),
+            torch.cat([bad.delta, torch.ones(1, 4)]),
+            torch.cat([bad.owner, torch.tensor([2])]),
+            3,
+        )
+        editor.observe({**chunk, SITES[0].name: spoilt})
+    assert editor.observes == 0
+    for index, s in enumerate(SITES):
+        net: Any = editor.nets[f"{s.d_in}x{s.d_out}" if shared else str(index)]
+        same = [t.name for t in SITES if (t.shape == s.shape if shared else t is s)]
+        for own, factor in ((net.u_stats, "u"), (net.delta_stats, "delta")):
+            rows = torch.cat([getattr(chunk[name], factor) for chunk in chunks for name in same]).double()
+            torch.testing.assert_close(own.mean, rows.mean(0), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(own.std(), rows.std(0), rtol=1e-12, atol=1e-12)
+    before = stats(editor)
+    factors = random_factors()
+    expected = by_hand(editor, factors)  # normalised by what was observed, in training mode too
+    for name, delta in editor(factors).items():
+        close(delta.dense(), expected[name])
+    assert all(a.equal(b) for a, b in zip(before, stats(editor), strict=True))
 
 
 @pytest.mark.parametrize("kept", ["u", "delta"])

@@ -68,7 +68,7 @@ def normalised(rows: Factors, part: Any) -> Factors:
     """The factors by the statistics that a part of an editor has."""
 
     def scaled(x: Tensor, stats: RunningStats) -> Tensor:
-        return (x - stats.mean) / (stats.std() + 1e-7)
+        return ((x - stats.mean) / (stats.std() + 1e-7)).to(x)
 
     return Factors(
         scaled(rows.u, part.u_stats), scaled(rows.delta, part.delta_stats), rows.owner, rows.examples

@@ -34,7 +34,8 @@ def test_accuracy_drawdown_is_before_minus_after() -> None:
     near = {"near count": 2.0, "near hit before": 2.0, "near hit": 1.0, "near hit host": 1.0}
     far = {"far count": 2.0, "far hit before": 1.0, "far hit": 2.0, "far hit host": 1.0}
     for kind, sums in (("near", near), ("far", far)):
-        sums |= {f"{kind} {name}": 1.0 for name in ("tokens", "kl", "kl host", "same")}
+        names = ("tokens", "kl", "kl host", "same", "same host", "nll before")
+        sums |= {f"{kind} {name}": 1.0 for name in names} | {f"{kind} nll host": 1.5}
     found = figures(scores({**fact(1), **near, **far}, {**fact(1), **near}, apart=True))
     assert found["accuracy_before"].mean == pytest.approx(5 / 6)
     assert found["accuracy_after"].mean == pytest.approx(4 / 6)
@@ -44,6 +45,8 @@ def test_accuracy_drawdown_is_before_minus_after() -> None:
     assert found["accuracy_drift"].mean == pytest.approx(2 / 6)
     assert found["accuracy_drawdown_of_host"].mean == pytest.approx(-1 / 6)
     assert found["unchanged"].mean == pytest.approx(3 / 6)
+    assert found["drift_unchanged"].mean == pytest.approx(3 / 6)
+    assert found["drift_task_loss"].mean == pytest.approx(1.5 / 6)
 
 
 def test_perplexity_drawdown_is_after_minus_before_and_weighted_by_tokens() -> None:

@@ -95,7 +95,7 @@ def test_figures_of_prompts(kind: str, make: Any, k: int) -> None:
     with unchanged(lm.model):
         found = figures(measure(lm, editor, facts, k=k))
     slow, facts = Slow(lm, editor), facts[: 3 // k * k]
-    hits, before, after, hosted, same, kl, drift = [], [], [], [], [], [], []
+    hits, before, after, hosted, same, kl, drift, kept, worse = [], [], [], [], [], [], [], [], []
     lost: dict[bool, list[int]] = {True: [], False: []}
     for at, record in enumerate(facts):
         model = slow.edited(facts[at // k * k : at // k * k + k])
@@ -109,7 +109,10 @@ def test_figures_of_prompts(kind: str, make: Any, k: int) -> None:
             lost[probe in record.neighbours].append(before[-1] - after[-1])
             same.append(was.argmax(-1).equal(now.argmax(-1)))
             kl.append(float((was.exp() * (was - now)).sum(-1).mean()))
-            drift.append(float((was.exp() * (was - slow.rows(slow.host, text))).sum(-1).mean()))
+            host = slow.rows(slow.host, text)
+            drift.append(float((was.exp() * (was - host)).sum(-1).mean()))
+            kept.append(was.argmax(-1).equal(host.argmax(-1)))
+            worse.append(fmean(float(was[i, t] - host[i, t]) for i, t in enumerate(text.labels)))
     assert found["edit_success"] == mean_interval([fmean(row) for row in hits])
     assert found["success"] == mean_interval([float(row[0]) for row in hits])
     assert found["generalisation"] == mean_interval([fmean(row[1:]) for row in hits])
@@ -127,6 +130,8 @@ def test_figures_of_prompts(kind: str, make: Any, k: int) -> None:
             "accuracy_drawdown_of_host": fmean(hosted) - fmean(after),
             "accuracy_drift": fmean(before) - fmean(hosted),
             "drift_kl": fmean(drift),
+            "drift_unchanged": fmean(kept),
+            "drift_task_loss": fmean(worse),
         }
     for name, value in expected.items():
         assert found[name].mean == pytest.approx(value, rel=2e-3, abs=1e-6), name
@@ -170,6 +175,7 @@ def test_figures_of_passages(make: Any) -> None:
         expected |= {
             "perplexity_drawdown_of_host": value["after"] - value["host"],
             "perplexity_drift": value["host"] - value["before"],
+            "drift_task_loss": fmean(nll["host"]) - fmean(nll["before"]),
         }
     for name, number in expected.items():
         assert found[name].mean == pytest.approx(number, rel=1e-3, abs=1e-3 * value["before"]), name

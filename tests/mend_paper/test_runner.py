@@ -15,6 +15,7 @@ from reproduction.mend_paper.cells import Cell, Folder, Match, Result
 from reproduction.mend_paper.figures import figures
 from reproduction.mend_paper.measure import measure
 from reproduction.mend_paper.memory import Memory
+from reproduction.mend_paper.presets import OBJECTIVES
 from reproduction.mend_paper.runner import Runner, View
 from reproduction.mend_paper.sources import probes
 
@@ -65,6 +66,21 @@ def test_a_cell_is_trained_measured_and_kept(tmp_path: Path) -> None:
     assert result.training["steps"] == 4
     assert result.training["parameters"] == sum(p.numel() for p in Editor.from_pretrained(place).parameters())
     assert Folder(tmp_path).latest() == {digest(mend().plan()): result}
+
+
+def test_the_losses_of_enn_and_the_statistics_of_mend_make_rows(tmp_path: Path) -> None:
+    """Every row of eq5, and MEND with either kind of statistics; ENN reports both drifts, of its own model."""
+    log = Log()
+    rows = [mend(editor="enn", settings=settings) for settings in OBJECTIVES.values()]
+    rows += [mend(settings={**SETTINGS, "statistics": kind}) for kind in ("running", "train-set")]
+    Runner(Folder(tmp_path), Tiny(), log).run(rows)
+    assert [log.cells, len(log.results)] == [rows, len(rows)]
+    for cell, result in zip(rows, log.results, strict=True):
+        drifts = [result.figures.get(f"drift_{name}") for name in ("kl", "unchanged", "task_loss")]
+        assert all(drift is not None for drift in drifts) == (cell.editor == "enn")
+        assert 0 <= result.figures["edit_success"].mean <= 1
+    task_losses = [result.figures["drift_task_loss"].mean for result in log.results[: len(OBJECTIVES)]]
+    assert len(set(task_losses)) == len(OBJECTIVES)
 
 
 def test_nothing_is_done_twice(tmp_path: Path) -> None:

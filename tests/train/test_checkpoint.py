@@ -47,11 +47,11 @@ class Lab:
         self.lm, self.root, self.monkeypatch = lm, root, monkeypatch
 
     def train(
-        self, name: str, config: TrainConfig = CONFIG, *, resume: bool = False, rank: int = 8
+        self, name: str, config: TrainConfig = CONFIG, *, resume: bool = False, **settings: Any
     ) -> TrainResult:
         self.monkeypatch.setenv("EMENDO_CACHE", str(self.root / f"{name}-cache"))
         torch.manual_seed(0)
-        editor = Mend(find_sites(self.lm.model, last=2), MendConfig(rank=rank, alpha=1e-2))
+        editor = Mend(find_sites(self.lm.model, last=2), MendConfig(**{"rank": 8, "alpha": 1e-2, **settings}))
         made = records(30)
         return train(self.lm, editor, made[:24], made[24:], config, out=self.root / name, resume=resume)
 
@@ -124,6 +124,53 @@ def test_a_run_on_a_half_precision_model_is_resumed_on_that_alone(lab: Lab) -> N
         exact.train("stopped", resume=True)
     alike(whole, half.train("stopped", resume=True))
     assert_same(half.tensors("whole"), half.tensors("stopped"))
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "crash"])
+def test_a_pass_for_the_statistics_goes_on_where_it_was_stopped(lab: Lab, how: str) -> None:
+    """Its chunks end after 8, 16 and 24 facts; the run stops after the second, and resumes to the same statistics."""
+    lab.monkeypatch.setattr(loop, "_CHUNK", 8)
+    config = replace(CONFIG, steps=2, checkpoint_every=0.0)
+    whole = lab.train("whole", config, statistics="train-set")
+    real, calls = Mend.observe, []
+
+    def stop(editor: Mend, factors: Any) -> None:
+        calls.append(0)
+        if len(calls) == 3 and how == "crash":
+            raise MemoryError("the machine went down")
+        real(editor, factors)
+        if len(calls) == 2 and how == "ctrl-c":
+            signal.raise_signal(signal.SIGINT)
+
+    with lab.monkeypatch.context() as patch:
+        patch.setattr(Mend, "observe", stop)
+        if how == "crash":
+            with pytest.raises(MemoryError):
+                lab.train("stopped", config, statistics="train-set")
+        else:
+            assert lab.train("stopped", config, statistics="train-set").steps == 0
+    with safe_open(lab.root / "stopped" / checkpoint.FILE, framework="pt") as file:
+        assert checkpoint.json.loads(file.metadata()["state"])["observed"] == 16
+    alike(whole, lab.train("stopped", config, resume=True, statistics="train-set"))
+    assert_same(lab.tensors("whole"), lab.tensors("stopped"))
+    counts = [t for name, t in whole.editor.state_dict().items() if name.endswith("count")]
+    longer = lab.train("more", replace(CONFIG, steps=4), statistics="train-set").editor.state_dict()
+    assert counts and [longer[n] for n in longer if n.endswith("count")] == counts  # training takes none
+
+
+def test_a_run_from_before_a_setting_is_resumed(lab: Lab) -> None:
+    """Its statistics were running ones, whatever the default is now."""
+    lab.interrupted("stopped", 4, "ctrl-c")
+    path = lab.root / "stopped" / checkpoint.FILE
+    with safe_open(path, framework="pt") as file:
+        state = checkpoint.json.loads(file.metadata()["state"])
+    del (
+        state["settings"]["config"]["statistics"],
+        state["settings"]["config"]["statistics_on"],
+        state["observed"],
+    )
+    checkpoint.save_file(lab.tensors("stopped"), path, metadata={"state": checkpoint.json.dumps(state)})
+    assert lab.train("stopped", resume=True, statistics="running").stopped == "finished"
 
 
 def test_stopped_twice(lab: Lab) -> None:

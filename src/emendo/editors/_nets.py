@@ -13,7 +13,9 @@ from emendo.models.capture import Factors
 
 
 class RunningStats(nn.Module):
-    """Mean and standard deviation of every row seen, by Chan's pairwise update; all state is buffers.
+    """Mean and standard deviation of every row seen, by Chan's pairwise form of Welford's update in float64.
+
+    All state is buffers, so that a resumed pass equals an uninterrupted one.
 
     Args:
         width: number of features.
@@ -26,47 +28,38 @@ class RunningStats(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("m2", torch.zeros(width))
+        self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
+        self.register_buffer("m2", torch.zeros(width, dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
         """Update the statistics with ``rows [n, width]``."""
         if len(rows) == 0:
             return
+        rows = rows.to(self.mean)
         mean = rows.mean(0)
         apart = rows - mean
         m2 = apart.mul_(apart).sum(0)
         total = self.count + len(rows)
         shift = mean - self.mean
-        self.mean += shift * (len(rows) / total).to(shift.dtype)
-        self.m2 += m2 + shift.square() * (self.count * len(rows) / total).to(shift.dtype)
+        self.mean += shift * (len(rows) / total)
+        self.m2 += m2 + shift.square() * (self.count * len(rows) / total)
         self.count.copy_(total)
 
     def std(self) -> Tensor:
         """Unbiased standard deviation ``[width]``; ones before the second row."""
         if self.count < 2:
             return torch.ones_like(self.mean)
-        return (self.m2 / (self.count - 1).to(self.m2.dtype)).sqrt()
+        return (self.m2 / (self.count - 1)).sqrt()
 
     def forward(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """``(rows - mean) / (std + 1e-7)``; ``out`` may be the rows themselves."""
-        return torch.sub(rows, self.mean, out=out).div_(self.std() + 1e-7)
+        return torch.sub(rows, self.mean.to(rows), out=out).div_((self.std() + 1e-7).to(rows))
 
 
 def joined(factors: Sequence[Factors]) -> tuple[Tensor, list[int]]:
     """Rows ``[n, d_in + d_out]`` of u and delta of matrices of one shape, and the number of rows of each matrix."""
     return torch.cat([torch.cat([f.u, f.delta], -1) for f in factors]), [len(f.u) for f in factors]
-
-
-def normalise_(rows: Tensor, u_stats: RunningStats, delta_stats: RunningStats) -> None:
-    """Normalise rows of :func:`joined` in place; in training mode the statistics are updated first."""
-    for part, stats in zip(
-        rows.split([len(u_stats.mean), len(delta_stats.mean)], -1), (u_stats, delta_stats), strict=True
-    ):
-        if stats.training:
-            stats.update(part)
-        stats(part, out=part)
 
 
 class LowRankBlock(nn.Module):

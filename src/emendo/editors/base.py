@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from emendo._outputs import EDITOR
+from emendo._settings import completed
 from emendo._storage import new_folder, read_json, read_tensors, upload, write_json, write_tensors
 from emendo.editors._card import card_of
 from emendo.editors.library import HEAD, WEIGHTS, find
@@ -46,8 +47,6 @@ from emendo.models.trunk_cache import TrunkCache
 _E = TypeVar("_E", bound="Editor")
 FORMAT = 2
 """Of ``editor.json``. From 2 on a checksum is required."""
-_STORED = (torch.bfloat16, torch.float16)
-"""Number formats that a file may have in place of the editor's own."""
 
 
 class Editor(nn.Module):
@@ -294,7 +293,7 @@ def _restored(kind: type[_E], head: Mapping[str, Any], tensors: Mapping[str, Ten
         TypeError: a value of another type, an unknown setting.
         ValueError: a setting out of bounds, or tensors that do not belong to such an editor.
     """
-    config = kind.Config(**head["config"])
+    config = kind.Config(**completed(kind.Config, head["config"]))
     sites = tuple(_site(values) for values in head["sites"])
     fingerprint, chat, info = head["fingerprint"], head.get("chat", False), head.get("info", {})
     if not (isinstance(fingerprint, str) and isinstance(chat, bool | None) and isinstance(info, dict)):
@@ -304,13 +303,15 @@ def _restored(kind: type[_E], head: Mapping[str, Any], tensors: Mapping[str, Ten
     for name, tensor in expected.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             raise ValueError(f"the tensor {name} is missing, or its shape does not fit the settings")
-        if tensors[name].dtype not in (tensor.dtype, *_STORED):
+        if (
+            torch.promote_types(tensors[name].dtype, tensor.dtype) != tensor.dtype
+        ):  # a narrower one may be stored
             raise ValueError(f"the tensor {name} has a dtype that does not fit the settings")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"the tensor {name} has values that are not finite numbers")
     editor = kind(sites, config, fingerprint)
-    editor.load_state_dict(tensors)  # converts what is stored in half precision
+    editor.load_state_dict(tensors)  # converts what is stored in a narrower format
     editor.chat, editor.info = chat, info
     return editor.eval()
 

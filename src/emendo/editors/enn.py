@@ -5,10 +5,18 @@ with MEND in arXiv 2110.11309, appendices B.1 and C.1, Eq. 5 and 6. With the ori
 trained ones ``theta`` and a learned step size ``eta`` for each edited matrix ``W``::
 
     theta' = theta - eta * grad_W l_e(theta)          inner_steps times
-    L      = c_base * KL(theta_0 || theta) + c_edit * l_e(theta') + c_loc * KL(theta || theta')
+    L      = c_base * L_base(theta) + c_edit * l_e(theta') + c_loc * L_loc(theta, theta')
 
-``L`` reaches ``theta`` directly and through the gradient in the inner steps (second order). The base loss is taken on
-the locality texts; in the locality loss ``theta`` as the reference carries no gradient.
+``L`` reaches ``theta`` directly and through the gradient in the inner steps (second order). The losses:
+
+- ``L_base``: that of the model's own task, ``-log p_theta(D_base)``, on training sequences with their true answers
+  (``base_loss=task``, Eq. 5); or ``KL(theta_0 || theta)`` on the locality texts (``base_loss=distill``).
+- ``l_e``: NLL, or a hinge (``edit_loss``, Eq. 6).
+- ``L_loc``: ``KL(theta || theta')``, or the mean squared difference of the logits (``locality_loss``); ``theta`` as the
+  reference carries no gradient.
+
+``D_base`` is running text where the run has some, and else the records: their prompts with the old answers, their
+neighbours and their unrelated probes. Locality texts come from the same sources.
 
 ``theta`` and ``log eta`` are the editor's own parameters. The user's model is never changed: edits are made for a copy
 of it that has the editor's parameters, :meth:`Enn.host`.
@@ -20,9 +28,10 @@ Where papers and official codes differ, and what is done here:
 2. In the MEND code ``c_base`` scales the logged loss but not the gradient. Here it scales both.
 3. ``l_e``: NLL in the MEND comparison; in Sinitsin et al. a hinge that is 0, and stops the steps, once the target is
    the most likely answer. Here: either, averaged over the answer's tokens; where it is 0 further steps change nothing.
-4. Trained: all parameters in the MEND comparison, ``trains="all"``. Also here: ``trains="suffix"``, without the blocks
+4. ``L_base``: the task's in Eq. 5 of the MEND paper, distillation in its code. Here: either (docs/log.md).
+5. Trained: all parameters in the MEND comparison, ``trains="all"``. Also here: ``trains="suffix"``, without the blocks
    below the first edited one, embeddings and vocabulary projection, so that the outputs of those blocks stay valid.
-5. Precision: ENN fails to train in half precision (MEND, section 5). Here: the copy is in float32 at least.
+6. Precision: ENN fails to train in half precision (MEND, section 5). Here: the copy is in float32 at least.
 """
 
 from __future__ import annotations
@@ -48,7 +57,15 @@ from emendo.low_rank import LowRank, applied
 from emendo.models._packing import Packing
 from emendo.models.capture import Factors, all_finite
 from emendo.models.lm import LM
-from emendo.models.losses import TokenLoss, label_losses, per_example, token_kl, token_margin, token_nll
+from emendo.models.losses import (
+    TokenLoss,
+    label_losses,
+    per_example,
+    token_kl,
+    token_margin,
+    token_nll,
+    token_squares,
+)
 from emendo.models.sites import Site
 from emendo.models.text import Text, TokenBatch, collate, length_buckets
 from emendo.models.tokenization import to_texts
@@ -72,9 +89,15 @@ class EnnConfig(Settings):
         "all", "`all` parameters of the model, or the `suffix` that the frozen part does not depend on."
     )
     edit_loss: Literal["nll", "hinge"] = setting("nll", "Loss of the inner steps and of the outer edit loss.")
-    c_base: float = setting(
-        1.0, "Weight of the loss that keeps the trained model close to the original.", least=0
+    locality_loss: Literal["kl", "squares"] = setting(
+        "kl",
+        "Loss between the trained model and the edited one: KL, or the mean squared difference of the logits.",
     )
+    base_loss: Literal["distill", "task"] = setting(
+        "distill", "Loss of the trained model: KL to the original, or the NLL of the model's own task (task)."
+    )
+    base_texts: int = setting(1, "Training sequences for each fact, for `base_loss=task`.", least=1)
+    c_base: float = setting(1.0, "Weight of the base loss.", least=0)
     lr_scale: float = setting(100.0, "Learning rate of `log eta` as a multiple of the model's.", least=0)
 
 
@@ -139,7 +162,8 @@ class Enn(GradientEditor):
 
         Returns:
             ``kl``: KL(original || trained) in nats per answer token, averaged over the probes; ``changed``: share
-            of the probes where the argmax of any answer token differs.
+            of the probes where the argmax of any answer token differs; ``task_loss``: NLL of the answers in the
+            trained model minus that in the original, in nats per answer token, averaged over the probes.
 
         Raises:
             MismatchError: the editor was trained for another model.
@@ -148,13 +172,16 @@ class Enn(GradientEditor):
         if not probes:
             raise RequestError("The drift is measured on probes: give at least one probe.")
         texts, host = to_texts(lm, [(probe.prompt, probe.answer) for probe in probes]), self.host(lm)
-        kl, changed = 0.0, 0
+        kl, changed, task_loss = 0.0, 0, 0.0
         for start in range(0, len(texts), _DRIFT_TEXTS):
             part = texts[start : start + _DRIFT_TEXTS]
-            for before, after in zip(lm.logits(part), host.logits(part), strict=True):
+            for text, before, after in zip(part, lm.logits(part), host.logits(part), strict=True):
+                labels = torch.tensor(text.labels, device=after.device)
                 kl += float(token_kl(before, after).mean())
                 changed += not before.argmax(-1).equal(after.argmax(-1))
-        return {"kl": kl / len(texts), "changed": changed / len(texts)}
+                task_loss += float((token_nll(after, labels) - token_nll(before, labels)).mean())
+        count = len(texts)
+        return {"kl": kl / count, "changed": changed / count, "task_loss": task_loss / count}
 
     # ------------------------------------------------------------------------------------- training
 
@@ -174,6 +201,11 @@ class Enn(GradientEditor):
             {"params": [self.log_eta], "lr": lr * self.config.lr_scale},
         ]
 
+    @property
+    def base_texts(self) -> int:
+        """Training sequences of an episode, where the base loss is the task's."""
+        return self.config.base_texts if self.config.base_loss == "task" else 0
+
     def look_ahead(
         self, store: TrunkCache, batches: Sequence[Sequence[Episode]], window: Sequence[Episode] = ()
     ) -> list[Ahead]:
@@ -192,19 +224,21 @@ class Enn(GradientEditor):
     ) -> Outcome | None:
         """As in the base class, for edits of the trained model; the loss includes the base loss.
 
-        ``locality`` and ``locality_loss`` compare the edited with the unedited trained model; the base loss compares
-        the trained with the original model.
+        ``locality`` and ``locality_loss`` compare the edited with the unedited trained model.
         """
         trunk, texts = self.twin.trunk(store.model), [episode.edit for episode in episodes]
         cache = self._cache(store, trunk)
-        passes = _Trained(trunk, cache)
+        passes = _Trained(trunk, cache, token_kl if self.config.locality_loss == "kl" else token_squares)
         hidden = store.gather(texts) if cache is not None else None
         deltas = self._steps(trunk, texts, hidden, create_graph=backward and not self.config.first_order)
         if not all_finite(factor for d in deltas.values() for factor in (d.left, d.right)):
             return None
         if together > 1:
             deltas = {name: delta.group(together) for name, delta in deltas.items()}
-        base = self._base(store, passes, episodes, backward=backward)
+        if self.config.base_loss == "task":
+            base = self._task(passes, episodes, backward=backward)
+        else:
+            base = self._distillation(store, passes, episodes, backward=backward)
 
         losses = partial(
             outer_losses,
@@ -218,26 +252,62 @@ class Enn(GradientEditor):
         outcome = backward_through(deltas, losses) if backward else losses(deltas)
         return replace(outcome, loss=outcome.loss + self.config.c_base * base)
 
-    def _base(
+    def _distillation(
         self, store: TrunkCache, passes: _Trained, episodes: Sequence[Episode], *, backward: bool
     ) -> float:
         """KL(original || trained) on the locality texts; keeps the trained model's logits in ``passes.known``."""
+
+        def loss(part: Sequence[Text], batch: TokenBatch, logits: Tensor) -> Tensor:
+            passes.keep(part, logits)
+            with torch.no_grad():
+                original = store.packed_logits(part)[1]
+            return token_kl(original, logits)
+
+        return self._mean(passes, [episode.locality for episode in episodes], loss, backward=backward)
+
+    def _task(self, passes: _Trained, episodes: Sequence[Episode], *, backward: bool) -> float:
+        """``-log p_theta(D_base)``, averaged over the labels of a sequence, then over the sequences."""
+        with torch.no_grad():
+            kept = list(dict.fromkeys(text for episode in episodes for text in episode.locality))
+            for part in length_buckets(kept, lambda text: text.size, BUCKET_TOKENS):
+                passes.keep(part, passes.logits(part)[1])
+        if not all(episode.base for episode in episodes):
+            raise RequestError("base_loss=task needs training sequences: Episode.base is empty.")
+
+        def loss(part: Sequence[Text], batch: TokenBatch, logits: Tensor) -> Tensor:
+            return token_nll(logits, batch.labels.to(logits.device))
+
+        return self._mean(passes, [episode.base for episode in episodes], loss, backward=backward)
+
+    def _mean(
+        self,
+        passes: _Trained,
+        groups: Sequence[Sequence[Text]],
+        loss: Callable[[Sequence[Text], TokenBatch, Tensor], Tensor],
+        *,
+        backward: bool,
+    ) -> float:
+        """A loss of the trained model, averaged over each group's texts and then over the groups.
+
+        Args:
+            passes: of the trained model.
+            groups: for each episode, the texts of its base loss.
+            loss: texts as a batch, and the logits at its labels -> the loss of each label.
+            backward: back-propagate it, multiplied by ``c_base``.
+        """
         shares: dict[Text, float] = {}
-        for episode in episodes:
-            for text in episode.locality:
-                shares[text] = shares.get(text, 0.0) + 1 / (len(episode.locality) * len(episodes))
+        for group in groups:
+            for text in group:
+                shares[text] = shares.get(text, 0.0) + 1 / (len(group) * len(groups))
         total = 0.0
         for part in length_buckets(list(shares), lambda text: text.size, BUCKET_TOKENS):
             batch, logits = passes.logits(part)
-            with torch.no_grad():
-                original = store.packed_logits(part)[1]
-            values = token_kl(original, logits)
-            kl = per_example(values, batch.owner.to(values.device), len(part))
-            loss = kl @ kl.new_tensor([shares[text] for text in part])
+            values = loss(part, batch, logits)
+            each = per_example(values, batch.owner.to(values.device), len(part))
+            mean = each @ each.new_tensor([shares[text] for text in part])
             if backward and self.config.c_base:
-                (self.config.c_base * loss).backward()
-            total += float(loss.detach())
-            passes.known |= zip(part, logits.detach().split([len(text.labels) for text in part]), strict=True)
+                (self.config.c_base * mean).backward()
+            total += float(mean.detach())
         return total
 
     @property
@@ -267,14 +337,20 @@ class _Trained:
     Args:
         trunk: the trained model.
         store: its kept trunk outputs; None if they change in training.
+        locality_loss: logits before and after an edit -> the loss of each locality label.
 
     Attributes:
         known: by text, its logits ``[labels, vocabulary]`` without an edit.
     """
 
-    def __init__(self, trunk: Trunk, store: TrunkCache | None) -> None:
+    def __init__(self, trunk: Trunk, store: TrunkCache | None, locality_loss: TokenLoss) -> None:
         self.trunk, self.store, self.model = trunk, store, trunk.model
+        self.locality_loss = locality_loss
         self.known: dict[Text, Tensor] = {}
+
+    def keep(self, texts: Sequence[Text], logits: Tensor) -> None:
+        """Keep the logits of texts without an edit."""
+        self.known |= zip(texts, logits.detach().split([len(text.labels) for text in texts]), strict=True)
 
     def logits(self, texts: Sequence[Text]) -> tuple[TokenBatch, Tensor]:
         if self.store is not None:
@@ -297,4 +373,4 @@ class _Trained:
         before = [self.known[text] for text in texts[len(texts) - locality :]] or [logits[:0]]
         whole = torch.cat(before)
         labels = batch.labels[: len(logits) - len(whole)].to(logits.device)
-        return batch, *label_losses(logits, labels, whole, token_loss)
+        return batch, *label_losses(logits, labels, whole, token_loss, self.locality_loss)

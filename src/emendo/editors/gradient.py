@@ -112,6 +112,23 @@ class GradientEditor(Editor):
         """Optimiser groups; a method with its own learning rates overrides this."""
         return [{"params": list(self.parameters()), "lr": lr}]
 
+    @property
+    def base_texts(self) -> int:
+        """How many training sequences of the model's own task an episode has; most methods need none."""
+        return 0
+
+    @property
+    def observes(self) -> int:
+        """How many training facts :meth:`observe` must see before training; most methods need none."""
+        return 0
+
+    def observe(self, factors: Mapping[str, Factors]) -> None:
+        """Take statistics of the factors of some training facts, each seen once; most methods take none."""
+
+    def observe_texts(self, store: TrunkCache, texts: Sequence[Text]) -> None:
+        """Observe the factors of the edits of some texts, whose trunk outputs are in the store."""
+        self.observe(self._factors_of(store, [texts])[0])
+
     def look_ahead(
         self, store: TrunkCache, batches: Sequence[Sequence[Episode]], window: Sequence[Episode] = ()
     ) -> list[Ahead]:

@@ -18,8 +18,8 @@ Where the paper and the official code (eric-mitchell/mend) differ, and what is d
 2. ``V``: Xavier-uniform in the paper, N(0, 1) in the code (54 times larger at d = 3840). Here: Xavier.
 3. ``alpha``: in the code its own optimiser steps on a gradient that was already zeroed, so it never moves at its own
    rate. Here: one optimiser with two parameter groups.
-4. Statistics: over the edit train set in the paper, running in the code. Here: running, updated before use while
-   training, frozen in eval mode.
+4. Statistics: over the edit train set in the paper, running in the code. Here: either (``statistics``;
+   :mod:`emendo.editors._normalising`). Running ones are updated before use while training, frozen in eval mode.
 5. State: the code's "statistics initialised" flag is no buffer, so a resumed run resets them. Here: all are buffers.
 6. Bias: Eq. 3b prints none for the second block, the code has one. Here: both blocks have one.
 7. ``alpha`` is missing in the paper's Algorithm 2 and present in its text and code. Here: present.
@@ -33,7 +33,7 @@ Where the paper and the official code (eric-mitchell/mend) differ, and what is d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,8 +41,13 @@ import torch
 from torch import Tensor, nn
 
 from emendo._settings import Settings, setting
-from emendo.editors._nets import LowRankBlock, RunningStats, joined, normalise_
-from emendo.editors.gradient import GradientEditor
+from emendo.editors._nets import LowRankBlock
+from emendo.editors._normalising import (
+    NormalisingEditor,
+    NormalisingNet,
+    statistics_on_setting,
+    statistics_setting,
+)
 from emendo.low_rank import LowRank
 from emendo.models.capture import Factors
 from emendo.models.sites import Site, group_sites
@@ -59,7 +64,9 @@ class MendConfig(Settings):
     blocks: int = setting(2, "Number of residual blocks (2).", least=1, most=64)
     alpha: float = setting(1e-4, "Step size of every matrix at the start (1e-4).")
     alpha_lr: float = setting(0.01, "Learning rate of `alpha` as a multiple of the editor's.")
-    norm: bool = setting(True, "Normalise `u` and `delta` by running statistics.")
+    norm: bool = setting(True, "Normalise `u` and `delta`.")
+    statistics: Literal["train-set", "running"] = statistics_setting()
+    statistics_on: int = statistics_on_setting()
     identity: bool = setting(True, "Residual blocks that start as the identity.")
     shared: bool = setting(True, "One network for each shape; otherwise one for each matrix.")
     factors: Literal["both", "u", "delta", "smaller"] = setting(
@@ -74,26 +81,22 @@ class MendConfig(Settings):
     )
 
 
-class _Network(nn.Module):
+class _Network(NormalisingNet):
     """The network of the matrices that share one shape."""
 
     def __init__(self, shape: tuple[int, int], modes: int, config: MendConfig) -> None:
-        super().__init__()
+        super().__init__(shape, config)
         d_in, d_out = shape
         smaller = "u" if d_in <= d_out else "delta"
         self.uses = smaller if config.factors == "smaller" else config.factors
         width = {"both": d_in + d_out, "u": d_in, "delta": d_out}[self.uses]
-        self.shape, self.normalise = shape, config.norm
-        self.u_stats, self.delta_stats = RunningStats(d_in), RunningStats(d_out)
         self.blocks = nn.ModuleList(
             LowRankBlock(width, config.rank, modes, identity=config.identity) for _ in range(config.blocks)
         )
 
-    def forward(self, factors: list[Factors]) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, factors: Sequence[Factors]) -> list[tuple[Tensor, Tensor]]:
         """``(u~, delta~)`` for the rows of each matrix, in the order of its mode."""
-        rows, sizes = joined(factors)
-        if self.normalise:
-            normalise_(rows, self.u_stats, self.delta_stats)
+        rows, sizes = self.normalised(factors)
         if self.uses == "both":
             rows = self._blocks(rows, sizes)
         u, delta = rows.split(self.shape, -1)
@@ -109,7 +112,7 @@ class _Network(nn.Module):
         return rows
 
 
-class Mend(GradientEditor):
+class Mend(NormalisingEditor):
     """The MEND editor; the module's docstring has its equations."""
 
     name = "mend"
@@ -142,6 +145,13 @@ class Mend(GradientEditor):
             for index, rows, (u, delta) in zip(members, group, self.nets[key](group), strict=True):
                 changes[index] = rows.lowrank(-self.alpha[index] * delta, u)
         return {site.name: changes[index] for index, site in enumerate(self.sites)}
+
+    def nets_of_sites(self) -> Iterator[tuple[NormalisingNet, list[str]]]:
+        """Each shape's network with its sites."""
+        for key, members in self._members.items():
+            net = self.nets[key]
+            assert isinstance(net, NormalisingNet)
+            yield net, [self.sites[index].name for index in members]
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The networks at ``lr``, ``alpha`` at ``alpha_lr * lr``."""

@@ -18,16 +18,20 @@ Where it departs from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from emendo._settings import Settings, setting
-from emendo.editors._nets import RunningStats, joined, normalise_
-from emendo.editors.gradient import GradientEditor
+from emendo.editors._normalising import (
+    NormalisingEditor,
+    NormalisingNet,
+    statistics_on_setting,
+    statistics_setting,
+)
 from emendo.low_rank import LowRank
 from emendo.models.capture import Factors
 from emendo.models.sites import Site, group_sites
@@ -39,32 +43,30 @@ class MetaCurvatureConfig(Settings):
 
     alpha: float = setting(1e-4, "Step size of every matrix at the start; about 0.003 without `norm`.")
     alpha_lr: float = setting(0.01, "Learning rate of `alpha` as a multiple of the editor's.", least=0)
-    norm: bool = setting(True, "Normalise `u` and `delta` by running statistics.")
+    norm: bool = setting(True, "Normalise `u` and `delta`.")
+    statistics: Literal["train-set", "running"] = statistics_setting()
+    statistics_on: int = statistics_on_setting()
     shared: bool = setting(True, "One pair of matrices for each shape; otherwise one for each edited matrix.")
 
 
-class _Curvature(nn.Module):
+class _Curvature(NormalisingNet):
     """The two matrices of the edited matrices that share one shape."""
 
-    def __init__(self, shape: tuple[int, int], *, norm: bool) -> None:
-        super().__init__()
+    def __init__(self, shape: tuple[int, int], config: MetaCurvatureConfig) -> None:
+        super().__init__(shape, config)
         d_in, d_out = shape
-        self.norm = norm
-        self.u_stats, self.delta_stats = RunningStats(d_in), RunningStats(d_out)
         self.m_in = nn.Parameter(torch.eye(d_in))
         self.m_out = nn.Parameter(torch.eye(d_out))
 
-    def forward(self, factors: list[Factors]) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, factors: Sequence[Factors]) -> list[tuple[Tensor, Tensor]]:
         """``(M_in u, M_out delta)`` for the rows of each edited matrix."""
-        rows, sizes = joined(factors)
-        if self.norm:
-            normalise_(rows, self.u_stats, self.delta_stats)
+        rows, sizes = self.normalised(factors)
         u, delta = rows.split([len(self.m_in), len(self.m_out)], -1)
         mapped = (u @ self.m_in.T).split(sizes), (delta @ self.m_out.T).split(sizes)
         return list(zip(*mapped, strict=True))
 
 
-class MetaCurvature(GradientEditor):
+class MetaCurvature(NormalisingEditor):
     """The meta-curvature editor; the module's docstring has its equation."""
 
     name = "meta-curvature"
@@ -77,10 +79,7 @@ class MetaCurvature(GradientEditor):
         super().__init__(sites, config, fingerprint)
         self._members = group_sites(sites, shared=self.config.shared)
         self.curvature = nn.ModuleDict(
-            {
-                key: _Curvature(sites[members[0]].shape, norm=self.config.norm)
-                for key, members in self._members.items()
-            }
+            {key: _Curvature(sites[members[0]].shape, self.config) for key, members in self._members.items()}
         )
         self.alpha = nn.Parameter(torch.full((len(sites),), float(self.config.alpha)))
 
@@ -92,6 +91,13 @@ class MetaCurvature(GradientEditor):
             for index, rows, (u, delta) in zip(members, group, self.curvature[key](group), strict=True):
                 changes[index] = rows.lowrank(-self.alpha[index] * delta, u)
         return {site.name: changes[index] for index, site in enumerate(self.sites)}
+
+    def nets_of_sites(self) -> Iterator[tuple[NormalisingNet, list[str]]]:
+        """Each shape's pair of matrices with its sites."""
+        for key, members in self._members.items():
+            net = self.curvature[key]
+            assert isinstance(net, NormalisingNet)
+            yield net, [self.sites[index].name for index in members]
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The matrices at ``lr``, ``alpha`` at ``alpha_lr * lr``."""

@@ -15,16 +15,20 @@ small models and small batches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from emendo._settings import Settings, setting
-from emendo.editors._nets import RunningStats, joined, normalise_
-from emendo.editors.gradient import GradientEditor
+from emendo.editors._normalising import (
+    NormalisingEditor,
+    NormalisingNet,
+    statistics_on_setting,
+    statistics_setting,
+)
 from emendo.edits.edit import Request
 from emendo.low_rank import LowRank
 from emendo.models.capture import Factors
@@ -38,30 +42,25 @@ class MetaSgdConfig(Settings):
 
     alpha: float = setting(1e-4, "Step size of every weight at the start; about 0.003 without `norm`.")
     alpha_lr: float = setting(0.01, "Learning rate of the step sizes as a multiple of the editor's.", above=0)
-    norm: bool = setting(
-        True, "Normalise `u` and `delta` by running statistics, as MEND does; the paper does not."
-    )
+    norm: bool = setting(True, "Normalise `u` and `delta`, as MEND does; the paper does not.")
+    statistics: Literal["train-set", "running"] = statistics_setting()
+    statistics_on: int = statistics_on_setting()
 
 
-class _Steps(nn.Module):
+class _Steps(NormalisingNet):
     """The step sizes of one edited matrix."""
 
     def __init__(self, site: Site, config: MetaSgdConfig) -> None:
-        super().__init__()
-        self.norm = config.norm
-        self.u_stats, self.delta_stats = RunningStats(site.d_in), RunningStats(site.d_out)
+        super().__init__(site.shape, config)
         self.alpha = nn.Parameter(torch.full((site.d_out, site.d_in), float(config.alpha)))
 
     def forward(self, rows: Factors) -> LowRank:
         """The changes ``[examples, d_out, d_in]`` of all examples."""
-        both, _ = joined([rows])
-        if self.norm:
-            normalise_(both, self.u_stats, self.delta_stats)
-        u, delta = both.split([rows.u.shape[-1], rows.delta.shape[-1]], -1)
+        u, delta = self.normalised([rows])[0].split(self.shape, -1)
         return LowRank.from_dense(-self.alpha * rows.lowrank(delta, u).dense())
 
 
-class MetaSgd(GradientEditor):
+class MetaSgd(NormalisingEditor):
     """The Meta-SGD editor; the module's docstring has its equation."""
 
     name = "meta-sgd"
@@ -79,6 +78,12 @@ class MetaSgd(GradientEditor):
         return {
             site.name: steps(factors[site.name]) for site, steps in zip(self.sites, self.steps, strict=True)
         }
+
+    def nets_of_sites(self) -> Iterator[tuple[NormalisingNet, list[str]]]:
+        """Each matrix's step sizes with its site."""
+        for site, steps in zip(self.sites, self.steps, strict=True):
+            assert isinstance(steps, NormalisingNet)
+            yield steps, [site.name]
 
     def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """The sum of all requests' own changes, as one dense change."""

@@ -36,15 +36,17 @@ class Episode:
         edit: the prompt with its target.
         paraphrase: a paraphrase with the same target; the edit itself where the record has none.
         locality: texts whose answers must stay as they are.
+        base: training sequences of the model's own task, with their true answers, for methods that train the model.
     """
 
     edit: Text
     paraphrase: Text
     locality: tuple[Text, ...]
+    base: tuple[Text, ...] = ()
 
     def texts(self) -> tuple[Text, ...]:
         """Every text of the episode."""
-        return (self.edit, self.paraphrase, *self.locality)
+        return (self.edit, self.paraphrase, *self.locality, *self.base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class Outcome:
     Attributes:
         loss: ``c_edit * edit_loss + c_loc * locality_loss``.
         edit_loss: NLL in nats per target token, over edit prompt and paraphrase as weighted in the loss.
-        locality_loss: KL(before || after) in nats per answer token.
+        locality_loss: KL(before || after) in nats per answer token, or the method's own locality loss.
         success: share of edits whose whole target is the argmax on the edit prompt.
         generalisation: the same on the paraphrase.
         locality: share of locality texts whose answer's argmax tokens are all unchanged.

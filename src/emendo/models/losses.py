@@ -1,4 +1,4 @@
-"""Losses at the label positions: token NLL, hinge and locality KL, each averaged per example.
+"""Losses at the label positions: token NLL, hinge, locality KL and squared logits, each averaged per example.
 
 Layout: ``logits [n, vocabulary]`` and ``labels [n]`` are the label positions of all examples, one example after the
 other; ``owner [n]`` is the example of each position. An example's loss is the mean over its own positions, so it does
@@ -53,8 +53,20 @@ def token_kl(reference: Tensor, logits: Tensor) -> Tensor:
     return kl
 
 
+def token_squares(reference: Tensor, logits: Tensor) -> Tensor:
+    """``mean over the vocabulary of (logit before - logit after)^2``, ``[n]``, in float32 at least.
+
+    The reference carries no gradient.
+    """
+    return (_wide(logits) - _wide(reference.detach())).square().mean(-1)
+
+
 def label_losses(
-    logits: Tensor, targets: Tensor, before: Tensor, token_loss: TokenLoss = token_nll
+    logits: Tensor,
+    targets: Tensor,
+    before: Tensor,
+    token_loss: TokenLoss = token_nll,
+    locality_loss: TokenLoss = token_kl,
 ) -> tuple[Tensor, Tensor]:
     """Losses at the labels of targets (NLL) followed by the labels of locality texts (KL).
 
@@ -63,12 +75,13 @@ def label_losses(
         targets: ``[n]`` labels of the targets.
         before: ``[m, vocabulary]`` logits of the locality labels before the edit.
         token_loss: the loss of a target's label.
+        locality_loss: logits before and after the edit ``[m, vocabulary]`` -> the loss ``[m]`` of each locality label.
 
     Returns:
         Losses ``[n + m]``; and hits ``[n + m]``, whether the argmax is the target's label, or the argmax before.
     """
     at_targets, at_locality = logits.split([len(targets), len(before)])
-    losses = torch.cat([token_loss(at_targets, targets), token_kl(before, at_locality)])
+    losses = torch.cat([token_loss(at_targets, targets), locality_loss(before, at_locality)])
     return losses, logits.detach().argmax(-1) == torch.cat([targets, before.argmax(-1)])
 
 

@@ -12,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from emendo._settings import completed
 from emendo._storage import new_file
+from emendo.editors.base import Editor
 from emendo.errors import StorageError
 from emendo.models._fingerprint import same_model
 
@@ -25,6 +27,7 @@ class State:
 
     Attributes:
         step: optimiser steps done.
+        observed: training facts whose factors the editor has taken its statistics of.
         seconds: time spent, over all sessions.
         best: highest validation score so far.
         best_loss: the validation loss of the kept editor.
@@ -38,6 +41,7 @@ class State:
     """
 
     step: int = 0
+    observed: int = 0
     seconds: float = 0.0
     best: float = -1.0
     best_loss: float = float("inf")
@@ -71,7 +75,7 @@ def save(
 
 
 def load(
-    folder: Path, settings: dict[str, Any], editor: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path, settings: dict[str, Any], editor: Editor, optimizer: torch.optim.Optimizer
 ) -> tuple[State, dict[str, Tensor]]:
     """Restore the editor and the optimiser in place; returns the state and the best editor's tensors.
 
@@ -89,6 +93,8 @@ def load(
         raise StorageError(f"{path} is damaged and cannot be resumed: {error}") from error
     if same_model(str(state.settings.get("model")), str(settings.get("model"))):
         state.settings["model"] = settings["model"]  # the same one, in an older form of its fingerprint
+    if isinstance(saved := state.settings.get("config"), dict):
+        state.settings["config"] = completed(type(editor.config), saved)
     if state.settings != settings:
         other = [
             f"{name}: {state.settings.get(name)!r} before, {settings.get(name)!r} now"

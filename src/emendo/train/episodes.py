@@ -13,7 +13,7 @@ from emendo.editors.objective import Episode
 from emendo.errors import TrainingError
 from emendo.models.lm import LM
 from emendo.models.text import Text
-from emendo.models.tokenization import to_texts
+from emendo.models.tokenization import passage_texts, to_texts
 from emendo.train.config import TrainConfig
 
 GROUP = 4
@@ -39,14 +39,22 @@ class Episodes:
         records: the training data.
         config: batch size, locality mix and seed.
         passages: running text for ``config.text``, one passage a string; without any, none is drawn.
+        base: training sequences of the model's own task in each episode: passages, or else what the records hold of
+            it, which is their prompts with the old answers and their probes.
 
     Raises:
-        TrainingError: there are no records, or none of them can give the locality examples of the settings.
+        TrainingError: there are no records, or none of them can give the locality examples of the settings, or there
+            is nothing to draw training sequences from.
         RequestError: a text that does not fit the model's context.
     """
 
     def __init__(
-        self, lm: LM, records: Sequence[Record], config: TrainConfig, passages: Sequence[str] = ()
+        self,
+        lm: LM,
+        records: Sequence[Record],
+        config: TrainConfig,
+        passages: Sequence[str] = (),
+        base: int = 0,
     ) -> None:
         if not records:
             raise TrainingError("There are no records to train on.")
@@ -60,6 +68,11 @@ class Episodes:
             raise TrainingError("The plain text has no passage of at least 4 tokens.")
         if len(self.items) < 2 and not (self.items[0].neighbours or self.items[0].unrelated):
             raise TrainingError("One record without neighbours is not enough: locality needs another text.")
+        self.base, self._sequences = base, _task_texts(lm, records, passages) if base else []
+        if base and not self._sequences:
+            raise TrainingError(
+                "base_loss=task needs training sequences: running text, or records with old answers or probes."
+            )
         self._orders: dict[int, list[int]] = {}
         self._first = {item: place for place, item in enumerate(self._order(0))}
         self._siblings: dict[str, list[int]] = defaultdict(list)  # relation -> items, by place in epoch 0
@@ -79,7 +92,17 @@ class Episodes:
         count, size = len(self.items), self.config.batch
         places = range(step * size, (step + 1) * size)
         chosen = [(place, self._order(place // count)[place % count]) for place in places]
-        return [self._episode(item, place, rng) for place, item in chosen]
+        episodes = [self._episode(item, place, rng) for place, item in chosen]
+        if not self.base:
+            return episodes
+        rng = random.Random(f"{self.config.seed}/base/{step}")
+        return [
+            replace(episode, base=tuple(rng.choices(self._sequences, k=self.base))) for episode in episodes
+        ]
+
+    def edits(self, count: int) -> list[Text]:
+        """The edits of the first records, in the order of the first epoch; of all records if they are fewer."""
+        return [self.items[item].edit for item in self._order(0)[:count]]
 
     def window(self, step: int) -> list[Episode] | None:
         """The episodes of the steps that share a trunk window, at its first step; None at the others."""
@@ -159,6 +182,21 @@ def _encode(lm: LM, records: Sequence[Record]) -> list[_Encoded]:
         )
         for r in records
     ]
+
+
+def _task_texts(lm: LM, records: Sequence[Record], passages: Sequence[str]) -> list[Text]:
+    """Training sequences of the model's own task.
+
+    They are passages, of which every token but the first is predicted, or else what the records hold of the task.
+    """
+    if passages:
+        return passage_texts(lm, passages, _CUT[1])
+    pairs: dict[tuple[str, str, str | None], None] = {}
+    for record in records:
+        probes = [(probe.prompt, probe.answer) for probe in (*record.neighbours, *record.unrelated)]
+        own = [(record.prompt, record.answer)] if record.answer is not None else []
+        pairs |= dict.fromkeys((prompt, answer, record.separator) for prompt, answer in own + probes)
+    return to_texts(lm, list(pairs)) if pairs else []
 
 
 _CUT = (8, 32)

@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from emendo.editors.objective import Episode, Outcome
 from emendo.errors import StorageError, TrainingError
 from emendo.models._sampling import own_passages
 from emendo.models.lm import LM
+from emendo.models.text import Text
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
 from emendo.progress import SILENT, Progress
@@ -43,6 +44,8 @@ _OWN = 512
 """Largest number of passages that a decoder writes for the locality loss."""
 _BAD_IN_A_ROW = 5
 _REPORT_EVERY = 10
+_CHUNK = 64
+"""Facts of the pass before training that are computed together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +117,9 @@ class _Run:
         self.editor, self.config, self.out = editor, config, out
         self.progress = progress
         self.began = time.monotonic()
-        self.episodes = Episodes(lm, records, config, passages or self._own(lm))
-        self.held_out = held_out(lm, validation, config)
+        passages, base = passages or self._own(lm), editor.base_texts
+        self.episodes = Episodes(lm, records, config, passages, base)
+        self.held_out = held_out(lm, validation, config, passages, base)
         trunk = Trunk(lm.model, editor.sites)
         kind = f"{lm.fingerprint}-{trunk.block}-{lm.dtype}"  # outputs in bf16 are less exact
         folder = cache_folder() / "trunk" / kind if out is not None else None
@@ -127,6 +131,7 @@ class _Run:
         self._group = -1  # the group of steps in self._looked
         self._looked: list[tuple[list[Episode], Ahead]] = []
         self._reported = 0.0
+        self.observes = editor.observes  # before a checkpoint is read: it has statistics
         self.recent: deque[Outcome] = deque(maxlen=50)
 
     def _own(self, lm: LM) -> list[str]:
@@ -144,6 +149,7 @@ class _Run:
         saved = time.monotonic()
         stopped = "finished"
         with interruptible() as interrupted:
+            self._observe(interrupted)
             while self.state.step < self.config.steps:
                 self.state.seconds = time.monotonic() - started
                 if interrupted():
@@ -167,6 +173,20 @@ class _Run:
             if self.out:
                 self._save()
         return self._result(stopped)
+
+    def _observe(self, interrupted: Callable[[], bool]) -> None:
+        """Show the editor the factors of the training facts; a resumed pass goes on after its last chunk."""
+        texts = self.episodes.edits(self.observes)
+        saved = time.monotonic()
+        while self.state.observed < len(texts) and not interrupted():
+            chunk = texts[self.state.observed : self.state.observed + _CHUNK]
+            self._ensure_texts(chunk)
+            self.editor.observe_texts(self.store, chunk)
+            self.state.observed += len(chunk)
+            self.progress.update("statistics", self.state.observed, len(texts))
+            if self.out and time.monotonic() - saved >= self.config.checkpoint_every:
+                self._save()
+                saved = time.monotonic()
 
     def _result(self, stopped: str) -> TrainResult:
         if self.best and stopped != "interrupted":
@@ -220,7 +240,10 @@ class _Run:
         return self._looked[place]
 
     def _ensure(self, episodes: Sequence[Episode]) -> None:
-        missing = self.store.missing(text for episode in episodes for text in episode.texts())
+        self._ensure_texts(text for episode in episodes for text in episode.texts())
+
+    def _ensure_texts(self, texts: Iterable[Text]) -> None:
+        missing = self.store.missing(texts)
         done = 0
 
         def computed(count: int) -> None:

@@ -70,16 +70,21 @@ def validation_step(
         editor.train(training)
 
 
-def held_out(lm: LM, records: Sequence[Record], config: TrainConfig) -> list[list[Episode]]:
-    """The episodes of the first ``validate_on`` records, in batches; empty if they are too few for one edit."""
+def held_out(
+    lm: LM, records: Sequence[Record], config: TrainConfig, passages: Sequence[str] = (), base: int = 0
+) -> list[list[Episode]]:
+    """The episodes of the first ``validate_on`` records, in batches; empty if they are too few for one edit.
+
+    Passages are the source of training sequences (``base``) alone; the locality texts are the records' own.
+    """
     records = records[: config.validate_on]
     size = min(config.batch, len(records) // config.together * config.together)
     if not size:
         return []
     plain = TrainConfig(
-        batch=size, together=config.together, near=max(1, config.near), sibling=0, seed=config.seed
+        batch=size, together=config.together, near=max(1, config.near), sibling=0, text=0, seed=config.seed
     )
-    episodes = Episodes(lm, records, plain)
+    episodes = Episodes(lm, records, plain, passages, base)
     return [episodes.batch(step) for step in range(math.ceil(len(records) / size))]
 
 
