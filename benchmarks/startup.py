@@ -1,6 +1,6 @@
 """The start of the command line, as ratios to what it cannot avoid.
 
-`emendo --help` against Python with typer and rich; `emendo edit` against importing torch and transformers, and against
+`emendo --help` against Python with typer; `emendo edit` against importing torch and transformers, and against
 that and loading the model. Whole processes, interleaved.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from _common import Spread, interleaved, machine, parser, ratio, table
 
 EDIT = ("edit", "The capital of Australia is", "Canberra", "--json", "--model")
-HELP, TYPER = "emendo --help", "python, typer and rich"
+HELP, TYPER = "emendo --help", "python and typer"
 FIRST, IMPORTS, LOADED = "emendo edit", "import torch, transformers", "the same, and emendo.load"
 
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, threads = options.model, options.threads
     imports = "import torch, transformers"
     cases = {
-        TYPER: process("-c", "import typer, rich.console; typer.Typer()", threads=threads),
+        TYPER: process("-c", "import typer; typer.Typer()", threads=threads),
         HELP: process("-m", "emendo", "--help", threads=threads),
         IMPORTS: process("-c", imports, threads=threads),
         LOADED: process("-c", f"{imports}, emendo; emendo.load({model!r})", threads=threads),

@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 from emendo._storage import read_json
 from emendo.report.figures import scores
 from emendo.report.tables import to_markdown
@@ -74,6 +76,7 @@ def take_picture(browser: str, page: str) -> None:
         assert height is not None, "the browser shows nothing"
         file.write_text(page, encoding="utf-8")
         browse(int(height[1]), f"--screenshot={PICTURE}")
+    Image.open(PICTURE).quantize(128).save(PICTURE, optimize=True)
 
 
 if __name__ == "__main__":
