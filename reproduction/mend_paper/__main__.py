@@ -27,6 +27,9 @@ Presets:
   table9    attention matrices instead of MLP matrices
   table11   a cache instead of an editor
   figure4   memory during training
+  paper-table3, -table4, -table5, -table6, -table9, -table11
+            the same tables on the paper's own models and data, from files
+            (docs/how-to/paper-models.md)
   norms     fine-tuning under each norm, from loose to tight, beside MEND
 
 \b
@@ -34,11 +37,14 @@ Examples:
   python -m reproduction.mend_paper --preset table4 --data ./data --out runs/compare
   python -m reproduction.mend_paper --preset table4 --tasks atlas-bart --editors ft,mend --scale 0.2
   python -m reproduction.mend_paper --preset all --data ./data --list
+  python -m reproduction.mend_paper --preset paper-table3 --data ./mend-data --device cuda
 """
 
 Presets = Annotated[
     list[str],
-    typer.Option("--preset", metavar="NAME", help="A table to make, or all (may be repeated)."),
+    typer.Option(
+        "--preset", metavar="NAME", help="A table to make, or all of the stand-ins' (may be repeated)."
+    ),
 ]
 Out = Annotated[
     Path, typer.Option("--out", metavar="FOLDER", help="The folder for cells, trained editors and pages.")
@@ -103,6 +109,7 @@ def run(
     seed: Seed = 0,
     seeds: Seeds = 1,
     dtype: opt.Dtype = "float32",
+    device: opt.Device = None,
     listed: List = False,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -126,7 +133,7 @@ def run(
     check(dict.fromkeys(cell.task for cell in cells if isinstance(cell, Cell)), data)
     view, stopped, command = Shown(), False, _command(ctx)
     try:
-        Runner(folder, Stored(data, dtype, view.training()), view).run(cells)
+        Runner(folder, Stored(data, dtype, view.training(), device), view).run(cells)
     except KeyboardInterrupt:
         stopped = True
     finally:

@@ -7,10 +7,11 @@ a half hours at scale 1, and 80 minutes at scale 0.5.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from emendo.errors import RequestError
+from emendo.train.presets import METHODS, MODELS, TRAINING, training_of
 from reproduction.mend_paper.cells import Cell, Match
 from reproduction.mend_paper.memory import Memory
 
@@ -53,6 +54,32 @@ BUDGETS = {
     "counterfact": Budget({"steps": 200, "batch": 8, "near": 1, "sibling": 1}, 60, 20),
     "counterfact-text": Budget({"steps": 200, "batch": 8, "near": 1, "sibling": 1}, 8, 8),
 }
+
+PAPER_TASKS = {
+    "fever-bert-base": "bert-base",
+    "zsre-bart-base": "bart-base",
+    "wikitext-distilgpt2": "distilgpt2",
+    "wikitext-gpt-neo-2.7b": "gpt-neo-2.7b",
+    "wikitext-gpt-j-6b": "gpt-j-6b",
+    "zsre-t5-xl": "t5-xl",
+    "zsre-t5-xxl": "t5-xxl",
+}
+"""The tasks of the paper itself, each with its model's name in :data:`emendo.train.presets.MODELS`."""
+BUDGETS |= {task: Budget(TRAINING, 500, 500) for task in PAPER_TASKS}
+
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "No sharing": {"shared": False},
+    "Running statistics": {"statistics": "running"},
+    "No norm": {"norm": False},
+    "No ID init": {"identity": False},
+    "Only u": {"factors": "u"},
+    "Only delta": {"factors": "delta"},
+    "Only smaller": {"factors": "smaller"},
+    "MEND": {},
+}
+"""The rows of Table 6."""
+UNCLAIMED = ("MEND", "No sharing", "Running statistics")
+"""The rows that the paper does not put below MEND."""
 
 LEARNING: Mapping[str, Mapping[str, Any]] = {
     "enn": {"lr": 3e-4},
@@ -111,31 +138,66 @@ class Choice:
 
     def wants(self, task: str, editor: str) -> bool:
         """Whether a cell is requested and possible."""
-        if (task, editor) in REFUSES:
+        if (task, editor) in REFUSES or (task in PAPER_TASKS and editor not in _of_the_paper(task)):
             return False
         return (not self.tasks or task in self.tasks) and (not self.editors or editor in self.editors)
 
     def cell(self, task: str, editor: str, **changes: Any) -> Cell:
         """A cell within its budget."""
         budget, slow = self.known[task], editor in SLOW
-        training = {**budget.training, **LEARNING.get(editor, {}), **changes.pop("training", {})}
+        own, changed = PAPER_TASKS.get(task), changes.pop("training", {})
+        training = {**budget.training, **({} if own else LEARNING.get(editor, {}))}
+        if own and editor in METHODS:
+            training |= training_of(editor, own)
+        training |= changed
         steps = self._scaled(training["steps"])
-        training |= {"steps": steps, "warmup": min(100, steps // 5), "validate_every": max(1, steps // 5)}
+        every = min(TRAINING["validate_every"] if own else steps, max(1, steps // 5))
+        training |= {"steps": steps, "warmup": 0 if own else min(100, steps // 5), "validate_every": every}
         training |= {"minutes": self.minutes} if self.minutes is not None else {}
         return Cell(
             task,
             editor,
-            {**SETTINGS.get((task, editor), {}), **changes.pop("settings", {})},
+            {
+                **(_paper_settings(own, editor) if own else SETTINGS.get((task, editor), {})),
+                **changes.pop("settings", {}),
+            },
+            sites=changes.pop("sites", MODELS[own].sites if own else "mlp"),
             training=training,
             facts=self._scaled(changes.pop("facts", budget.slow if slow else budget.facts)),
             seed=self.seed,
-            dtype=self.dtype,
+            dtype=MODELS[own].dtype if own else self.dtype,
             match=Match(self.cell(task, "mend"), changes.pop("times", 1.0)) if editor == "cache" else None,
             **changes,
         )
 
+    def together(self, task: str, editor: str, k: int) -> Cell:
+        """A cell of k facts in an edit, with at least one edit a step and two to measure; more facts, fewer steps."""
+        if k == 1:
+            return self.cell(task, editor)
+        training = self.known[task].training
+        batch = max(k, training["batch"] // k * k)
+        steps = round(training["steps"] * (training["batch"] / batch) ** 0.9)
+        facts = max(2 * k, self.known[task].facts // k * k)
+        cell = self.cell(task, editor, k=k, training={"batch": batch, "steps": steps}, facts=facts)
+        return cell if self.scale >= 1 else replace(cell, facts=max(k, cell.facts // k * k))
+
     def _scaled(self, count: int) -> int:
         return max(1, round(count * self.scale))
+
+
+def _of_the_paper(task: str) -> tuple[str, ...]:
+    """The editors that the paper runs on its own task."""
+    return ("ft", "ft-kl", "cache", *MODELS[PAPER_TASKS[task]].methods)
+
+
+def _paper_settings(model: str, editor: str) -> Mapping[str, Any]:
+    """The paper's settings of an editor on its own model."""
+    own = MODELS[model]
+    if editor in METHODS:
+        return METHODS[editor].settings
+    if editor == "cache":
+        return {"lookup": "token", "logit": 1.0} if own.task == "generation" else {}
+    return {"lr": own.ft_lr, **({"c_edit": own.ft_kl_c_edit} if editor == "ft-kl" else {})}
 
 
 SECONDS: Mapping[str, tuple[float, float, float]] = {
@@ -157,9 +219,11 @@ RADIUS = 12.0
 
 
 def seconds(cell: Cell | Memory) -> float:
-    """The estimated time of a cell on two processor cores."""
+    """The estimated time of a cell on two processor cores; 0 for the paper's own models, which is no estimate."""
     if isinstance(cell, Memory):
         return 15.0
+    if cell.task in PAPER_TASKS:
+        return 0.0
     learn, test, loop = SECONDS.get(cell.task, SECONDS["atlas-bart"])
     config = cell.train_config() if cell.trained else None
     training = config.steps * config.batch * learn * SLOWER.get(cell.editor, 1.0) if config else 0.0

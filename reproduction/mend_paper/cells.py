@@ -60,7 +60,7 @@ class Cell:
     task: str
     editor: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    sites: str = "mlp"
+    sites: str | tuple[str, ...] = "mlp"
     last: int | None = None
     k: int = 1
     trained_for: int | None = None

@@ -26,7 +26,7 @@ from reproduction.mend_paper.cells import Cell, Folder, Result
 from reproduction.mend_paper.grid import Grid
 from reproduction.mend_paper.memory import Memory
 from reproduction.mend_paper.page import page
-from reproduction.mend_paper.presets import PRESETS, build
+from reproduction.mend_paper.presets import build, every
 from reproduction.mend_paper.runner import View
 
 
@@ -82,14 +82,15 @@ def describe(cell: Cell | Memory) -> str:
             f"memory of {label} on {cell.model}{wide}: {cell.steps} steps (about {_minutes(seconds(cell))})"
         )
     special = [f"{name}={value}" for name, value in cell.settings.items()]
-    special += [cell.sites] if cell.sites != "mlp" else []
+    special += [cell.sites] if isinstance(cell.sites, str) and cell.sites != "mlp" else []
     special += [f"{cell.match.times:g} times the matching radius"] if cell.match else []
     special += [f"seed {cell.seed}"] if cell.seed else []
     config = cell.train_config() if cell.trained else None
     steps = f"{config.steps} steps of {config.batch} facts, then " if config else ""
     edits = f"{cell.facts} edits" if cell.k == 1 else f"{cell.facts} facts in edits of {cell.k}"
     extra = f" ({', '.join(special)})" if special else ""
-    return f"{cell.task}, {label}{extra}: {steps}{edits} (about {_minutes(seconds(cell))})"
+    time = f" (about {_minutes(seconds(cell))})" if seconds(cell) else ""
+    return f"{cell.task}, {label}{extra}: {steps}{edits}{time}"
 
 
 def listing(cells: Sequence[Cell | Memory], latest: Mapping[str, Result], *, as_json: bool) -> None:
@@ -115,7 +116,7 @@ def write(folder: Folder, choice: Choice, latest: Mapping[str, Result], seeds: i
         StorageError: a page cannot be written.
     """
     whole = replace(choice, tasks=(), editors=())
-    grids = [Grid.of(build(name, whole), latest, seeds) for name in PRESETS]
+    grids = [Grid.of(build(name, whole), latest, seeds) for name in every()]
     grids = [grid for grid in grids if len(grid.missing()) < len(grid.preset.cells)]
     info = {
         "versions": f"emendo {__version__}, torch {torch.__version__}, Python {platform.python_version()}",

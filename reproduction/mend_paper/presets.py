@@ -8,8 +8,8 @@ from typing import Any
 
 from emendo.editors import editor_class
 from emendo.errors import RequestError
-from reproduction.mend_paper import claims, paper
-from reproduction.mend_paper.budgets import EDITORS, Choice
+from reproduction.mend_paper import claims, paper, real
+from reproduction.mend_paper.budgets import ABLATIONS, EDITORS, UNCLAIMED, Choice
 from reproduction.mend_paper.cells import Cell
 from reproduction.mend_paper.grid import Column, Place, Preset
 from reproduction.mend_paper.memory import Memory
@@ -28,16 +28,22 @@ def build(name: str, choice: Choice) -> Preset:
     Raises:
         RequestError: there is no such table, or no part of it is requested.
     """
-    if name not in PRESETS:
-        raise RequestError(f"There is no preset {name!r}; there are: {', '.join(PRESETS)}.")
-    preset = PRESETS[name](choice)
+    known = every()
+    if name not in known:
+        raise RequestError(f"There is no preset {name!r}; there are: {', '.join(known)}.")
+    preset = known[name](choice)
     if not preset.cells:
         raise RequestError(f"Nothing of {name} is left with these --tasks and --editors.")
     return preset
 
 
+def every() -> Mapping[str, Callable[[Choice], Preset]]:
+    """Every table: those of the stand-ins, then those of the paper's own models and data."""
+    return {**PRESETS, **real.TABLES}
+
+
 def names_of(asked: Iterable[str]) -> list[str]:
-    """Presets by their names, each once; ``all`` stands for all of them."""
+    """Presets by their names, each once; ``all`` stands for those of the stand-ins."""
     return list(dict.fromkeys(name for each in asked for name in (PRESETS if each == "all" else [each])))
 
 
@@ -86,13 +92,13 @@ def _table5(choice: Choice) -> Preset:
     for k in ks:
         for editor in ("enn", "mend"):
             if choice.wants("atlas-bart", editor):
-                cells[f"k = {k}", EDITORS[editor]] = _together(choice, editor, k)
+                cells[f"k = {k}", EDITORS[editor]] = choice.together("atlas-bart", editor, k)
         if choice.wants("atlas-bart", "mend"):
             cells[f"k = {k}", alone] = replace(
                 choice.cell("atlas-bart", "mend"),
                 k=k,
                 trained_for=1,
-                facts=_together(choice, "mend", k).facts,
+                facts=choice.together("atlas-bart", "mend", k).facts,
             )
     return Preset(
         "table5",
@@ -106,33 +112,6 @@ def _table5(choice: Choice) -> Preset:
         (claims.falls_faster("ENN", "MEND"), claims.falls_faster(alone, "MEND")),
         along="facts in one edit",
     )
-
-
-def _together(choice: Choice, editor: str, k: int) -> Cell:
-    """A cell with at least one edit a step and two to measure. With more facts a step it has fewer steps."""
-    if k == 1:
-        return choice.cell("atlas-bart", editor)
-    training = choice.known["atlas-bart"].training
-    batch = max(k, training["batch"] // k * k)
-    steps = round(training["steps"] * (training["batch"] / batch) ** 0.9)
-    facts = max(2 * k, choice.known["atlas-bart"].facts // k * k)
-    cell = choice.cell("atlas-bart", editor, k=k, training={"batch": batch, "steps": steps}, facts=facts)
-    return cell if choice.scale >= 1 else replace(cell, facts=max(k, cell.facts // k * k))
-
-
-ABLATIONS: Mapping[str, Mapping[str, Any]] = {
-    "No sharing": {"shared": False},
-    "Running statistics": {"statistics": "running"},
-    "No norm": {"norm": False},
-    "No ID init": {"identity": False},
-    "Only u": {"factors": "u"},
-    "Only delta": {"factors": "delta"},
-    "Only smaller": {"factors": "smaller"},
-    "MEND": {},
-}
-"""The rows of Table 6."""
-_UNCLAIMED = ("MEND", "No sharing", "Running statistics")
-"""The rows that the paper does not put below MEND."""
 
 
 def _table6(choice: Choice) -> Preset:
@@ -150,7 +129,7 @@ def _table6(choice: Choice) -> Preset:
             for task in tasks
         },
         paper.TABLE6,
-        tuple(claims.succeeds_more("MEND", row) for row in ABLATIONS if row not in _UNCLAIMED),
+        tuple(claims.succeeds_more("MEND", row) for row in ABLATIONS if row not in UNCLAIMED),
     )
 
 
@@ -332,4 +311,4 @@ PRESETS: Mapping[str, Callable[[Choice], Preset]] = {
     "figure4": _figure4,
     "norms": _norms,
 }
-"""Every table by its name."""
+"""The tables of the stand-ins by name."""

@@ -110,6 +110,7 @@ class Runner:
             return Editor.from_pretrained(cell.shipped)
         sites = find_sites(bench.lm.model, cell.sites, last=cell.last)
         editor: Any = self._trained(bench, cell, sites) if cell.trained else _untrained(bench, cell, sites)
+        editor = editor.to(bench.lm.device)
         if cell.editor == FineTuningKl.name:
             editor.set_locality(probes(bench.task))
         return editor  # type: ignore[no-any-return]

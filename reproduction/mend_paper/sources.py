@@ -11,7 +11,9 @@ from emendo.data.schema import Probe, Record
 from emendo.models.lm import LM
 from emendo.models.loading import load
 from emendo.progress import SILENT, Progress
+from emendo.train.presets import MODELS
 from reproduction.mend_paper import tasks, zoo
+from reproduction.mend_paper.budgets import PAPER_TASKS
 from reproduction.mend_paper.tasks import Task
 
 
@@ -45,13 +47,15 @@ class Stored:
 
     Attributes:
         data: the folder with the files that some tasks read.
-        dtype: of the models.
+        dtype: of the models, but for the paper's own, which have theirs.
         progress: receives the progress of making a model or data.
+        device: of the models.
     """
 
     data: Path | None = None
     dtype: str = "float32"
     progress: Progress = SILENT
+    device: str | None = None
 
     def bench(self, task: str) -> Bench:
         """A task and its model.
@@ -62,7 +66,9 @@ class Stored:
             ModelError: its model cannot be made or loaded.
         """
         found = tasks.task(task, data=self.data, progress=self.progress)
-        return Bench(found, load(self._place(found.model), dtype=self.dtype))
+        own = PAPER_TASKS.get(task)
+        dtype = MODELS[own].dtype if own else self.dtype
+        return Bench(found, load(self._place(found.model), dtype=dtype, device=self.device))
 
     def material(self, model: str) -> tuple[str | Path, Sequence[Record]]:
         """The name or folder to load a model from, and records: those of the task of its name, else built-in facts.

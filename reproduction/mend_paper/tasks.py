@@ -13,6 +13,9 @@ from emendo.data.schema import Record
 from emendo.errors import DataError, RequestError
 from emendo.models import loading as models
 from emendo.progress import SILENT, Progress
+from emendo.train.presets import MODELS
+from reproduction.mend_paper import real
+from reproduction.mend_paper.budgets import PAPER_TASKS
 from reproduction.mend_paper.facts import FACTS, as_claims, known, with_known_probes
 from reproduction.mend_paper.passages import continuations, read_passages
 
@@ -27,6 +30,9 @@ _LAYOUTS = {
     "zsre-mend-dev.json": "a JSON array in the zsRE layout ('src', 'alt', 'rephrase', ...)",
     "wikitext2-valid.txt": "the tokenised Wikitext-2 validation text, one paragraph a line",
 }
+
+
+_PAPER_FILE = "docs/how-to/paper-models.md lists the files of the paper's data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +184,26 @@ def _wikitext(
     )
 
 
+def _paper(name: str, data: Path | None, progress: Progress) -> Task:
+    check([name], data)
+    assert data is not None
+    parts = real.parts_of(name, data)
+    model = real.model_of(name, data)
+    what = MODELS[PAPER_TASKS[name]].task
+    kind: Kind = "qa" if what == "question answering" else what
+    return Task(
+        name,
+        model,
+        kind,
+        parts.train,
+        parts.validation,
+        parts.test,
+        "the paper's data; the last training records choose the best editor, the validation file is measured on",
+        parts.passages,
+        parts.test_passages,
+    )
+
+
 TASKS: dict[str, Callable[[str, Path | None, Progress], Task]] = {
     "counterfact": _counterfact,
     "counterfact-text": _counterfact_text,
@@ -187,6 +213,7 @@ TASKS: dict[str, Callable[[str, Path | None, Progress], Task]] = {
     "atlas-bart": _questions,
     "atlas-bert": _fact_checking,
     "wikitext": _wikitext,
+    **dict.fromkeys(PAPER_TASKS, _paper),
 }
 """The tasks by name."""
 
@@ -195,6 +222,7 @@ FILES = {
     "counterfact-text": ("counterfact-train.json", "counterfact-dev.json", "wikitext2-valid.txt"),
     "zsre": ("zsre-mend-dev.json",),
     "wikitext": ("wikitext2-valid.txt",),
+    **{task: files.every for task, files in real.FILES.items()},
 }
 """The files that a task reads."""
 
@@ -217,5 +245,5 @@ def _file(name: str, data: Path | None, file: str) -> Path:
         return data / file
     where = "no data folder was given" if data is None else f"{data} does not hold it"
     raise DataError(
-        f"The task {name!r} reads {file}, but {where}; give a folder with that file: {_LAYOUTS[file]}."
+        f"The task {name!r} reads {file}, but {where}; give a folder with that file: {_LAYOUTS.get(file, _PAPER_FILE)}."
     )

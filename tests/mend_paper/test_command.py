@@ -43,7 +43,6 @@ def tiny_preset(model: Path) -> Iterator[None]:
         patch.setattr("reproduction.mend_paper.radius.FACTS", 1)
         patch.setattr("reproduction.mend_paper.radius._HALVINGS", 1)
         patch.setattr(presets, "PRESETS", {"table4": build})
-        patch.setattr("reproduction.mend_paper.display.PRESETS", {"table4": build})
         yield
 
 

@@ -146,6 +146,11 @@ class LM:
         """The tokens that end a text."""
         return self._special("eos_token_id")
 
+    @cached_property
+    def never_first(self) -> tuple[int, ...]:
+        """The tokens that no answer begins with, by the generation config's ``begin_suppress_tokens``."""
+        return self._special("begin_suppress_tokens")
+
     @property
     def pad_id(self) -> int:
         """The id of padding, which is always masked: 0 where the tokenizer has none."""

@@ -62,7 +62,8 @@ def passage_texts(lm: LM, passages: Sequence[str], tokens: int) -> list[Text]:
 def _sources_and_answers(lm: LM, pairs: Sequence[Pair]) -> list[Text]:
     """The encoder reads the prompt; the decoder reads its start token and the answer, and predicts the end token.
 
-    Tokens that generation forces after the start token (BART) are read and not scored.
+    Tokens that generation forces after the start token (BART) are read and not scored. A token that the tokenizer puts
+    before the answer and generation suppresses there is left out.
     """
     if not pairs:
         return []
@@ -73,6 +74,8 @@ def _sources_and_answers(lm: LM, pairs: Sequence[Pair]) -> list[Text]:
     texts = []
     for answer, source, target in zip(answers, sources, targets, strict=True):
         bare = target[len(forced) :] if tuple(target[: len(forced)]) == forced else target
+        if bare and bare[0] in lm.never_first:
+            bare = bare[1:]
         words = [
             token for token in bare if token not in lm.ends
         ]  # some tokenizers add the end token, others do not
