@@ -72,7 +72,7 @@ def degrades(path: str, than: str) -> Claim:
             other = success_and_damage(grid, than, column)
             points = {row: success_and_damage(grid, row, column) for row in grid.preset.paths[path]}
             found = {row: point for row, point in points.items() if point is not None}
-            if other is None or not found:
+            if other is None or len(found) < len(points):
                 yield _unknown(f"{path} against {than} in {column.name}")
                 continue
             goal, *most = other
@@ -85,9 +85,9 @@ def degrades(path: str, than: str) -> Claim:
             said = "there is none" if best is None else f"the best is {best} with {number(spared[best])}"
             yield Statement(
                 best is None or spared[best] < goal,
-                f"{column.name}, {path}: of the points that damage no more than {than}, which changes "
-                f"{number(most[0])} of the answers and raises the perplexity by {number(most[1])}, {said} in success "
-                f"on the edit prompt; {than} has {number(goal)}.",
+                f"{column.name}, {path}: of the points that damage no more than {than}, whose locality KL is "
+                f"{number(most[0])} and which raises the perplexity by {number(most[1])}, {said} in success on the "
+                f"edit prompt; {than} has {number(goal)}.",
             )
 
     return claim
@@ -144,12 +144,12 @@ def grows_faster(faster: str, slower: str) -> Claim:
 
 
 def success_and_damage(grid: Grid, row: str, column: Column) -> tuple[float, float, float] | None:
-    """Success on the edit prompt, share of locality answers that change, and rise of the perplexity."""
-    names = ("success", "unchanged", "perplexity_drawdown")
-    success, unchanged, text = (grid.figure(row, column.name, name) for name in names)
-    if success is None or unchanged is None or text is None:
+    """Success on the edit prompt, locality KL, and rise of the perplexity."""
+    names = ("success", "locality_kl", "perplexity_drawdown")
+    success, locality, text = (grid.figure(row, column.name, name) for name in names)
+    if success is None or locality is None or text is None:
         return None
-    return success.mean, 1 - unchanged.mean, text.mean
+    return success.mean, locality.mean, text.mean
 
 
 def _here(grid: Grid, only: str = "") -> list[Column]:

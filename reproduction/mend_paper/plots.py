@@ -12,7 +12,7 @@ from reproduction.mend_paper.claims import success_and_damage
 from reproduction.mend_paper.grid import Column, Grid
 
 _LOOKS = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (SKY, "v"), (INK, "P"))
-_POINTS = (*_LOOKS, (INK, "*"), (RED, "P"))
+_POINTS = (*_LOOKS[:5], (INK, "*"), ("#7f7f7f", "P"))
 _WIDE = 5.0  # a perplexity drawdown above this is drawn on a logarithmic scale
 
 
@@ -111,10 +111,8 @@ def paths(grid: Grid, column: Column, image: Format = "svg") -> bytes | None:
         drawn = drawn or bool(points)
     if not drawn:
         return None
-    panes[1].set_xscale("symlog", linthresh=0.1)
-    for axes, text in zip(
-        panes, ("share of other answers that change", "rise of the perplexity"), strict=True
-    ):
+    for axes, text in zip(panes, ("locality KL in nats", "rise of the perplexity"), strict=True):
+        axes.set_xscale("symlog", linthresh=0.1)
         axes.set_ylim(-0.05, 1.08)
         axes.set_xlabel(f"{text} (0: no damage)", color=INK)
         axes.grid(color=INK, alpha=0.1, lw=0.8)

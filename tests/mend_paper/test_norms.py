@@ -24,13 +24,13 @@ COLUMN = Column("completion", "tiny llama", "", "perplexity")
 ROWS = ("L2, 1", "L2, 10", "L2, 100")
 
 
-def result(success: float, changed: float, text: float) -> Result:
-    values = {"success": success, "unchanged": 1 - changed, "perplexity_drawdown": text}
+def result(success: float, locality: float, text: float) -> Result:
+    values = {"success": success, "locality_kl": locality, "perplexity_drawdown": text}
     return Result({name: Interval(value, value, value) for name, value in values.items()})
 
 
 def grid(*points: tuple[float, float, float]) -> Grid:
-    """MEND's success, share of changed answers and rise of the perplexity, then those of the path."""
+    """MEND's success, locality KL and rise of the perplexity, then those of the path."""
     rows = ("MEND", *ROWS)
     cells = {(row, "completion"): Cell("tiny", "ft") for row in rows}
     preset = Preset(
@@ -45,8 +45,8 @@ def grid(*points: tuple[float, float, float]) -> Grid:
     [
         ([(0.9, 0.3, 1), (1, 0.5, 3), (0.8, 0.2, 0.5), (0.1, 0, 0)], True, "the best is L2, 10 with 0.800"),
         ([(0.9, 0.3, 1), (1, 0.5, 3), (0.9, 0.3, 1), (0.1, 0, 0)], False, "the best is L2, 10 with 0.900"),
-        ([(0.9, 0.3, 1), (1, 0.2, 1.1), (1, 0.4, 0.5)], True, "there is none in success"),
-        ([(0.9, 0.3, 1)], None, "figures are missing"),
+        ([(0.9, 0.3, 1), (1, 0.2, 1.1), (1, 0.4, 0.5), (1, 1, 1)], True, "there is none in success"),
+        ([(0.9, 0.3, 1), (1, 0.5, 3), (0.1, 0, 0)], None, "figures are missing"),
         ([], None, "figures are missing"),
     ],
 )
