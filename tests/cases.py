@@ -241,6 +241,7 @@ class EditorCase:
 
     config: dict[str, Any] = field(default_factory=dict)  # settings that are fast, and large enough to show
     refuses: dict[Kind, str] = field(default_factory=dict)  # kind of model -> what its error says
+    own_sites: bool = False  # edits the matrices of its default, not those of the suite
     teaches: bool = True  # an edit makes its target likelier, also in a random model
 
 
@@ -262,6 +263,7 @@ EDITOR_CASES: dict[str, EditorCase] = {
         {"lr": 0.3, "steps": 3},
         refuses={"seq2seq": "rome is for decoders", "classifier": "rome is for decoders"},
     ),
+    "repair": EditorCase({"margin": 0.1}, own_sites=True),
     "cache": EditorCase(),
     "in-context": EditorCase(refuses={"classifier": "classifier, which answers with classes"}, teaches=False),
 }

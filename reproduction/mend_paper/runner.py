@@ -17,6 +17,7 @@ from emendo._storage import digest, new_file, read_json, write_json
 from emendo._version import __version__
 from emendo.editors import Editor, editor_class, trained_class
 from emendo.editors.ft_kl import FineTuningKl
+from emendo.editors.repair import Repair
 from emendo.models.sites import Site, find_sites
 from emendo.progress import Progress, Silent
 from emendo.train import train
@@ -109,6 +110,8 @@ class Runner:
         if cell.shipped:
             return Editor.from_pretrained(cell.shipped)
         sites = find_sites(bench.lm.model, cell.sites, last=cell.last)
+        if cell.editor == Repair.name:  # one matrix
+            sites = Repair.default_sites(bench.lm.model)
         editor: Any = self._trained(bench, cell, sites) if cell.trained else _untrained(bench, cell, sites)
         editor = editor.to(bench.lm.device)
         if cell.editor == FineTuningKl.name:

@@ -56,9 +56,9 @@ def make(name: str, lm: LM, seed: int = 0) -> Editor:
     """An editor made with a seed; what needs training gets two steps of it."""
     torch.manual_seed(seed)
     kind = editor_class(name)
-    editor = kind(
-        find_sites(lm.model, last=1 if lm.kind == "seq2seq" else 2), kind.Config(**EDITOR_CASES[name].config)
-    )
+    case = EDITOR_CASES[name]
+    sites = find_sites(lm.model, last=1 if lm.kind == "seq2seq" else 2)
+    editor = kind(kind.default_sites(lm.model) if case.own_sites else sites, kind.Config(**case.config))
     made = records_for(lm, 8)
     if isinstance(editor, LocalityEditor):
         editor.set_locality([probe for record in made[4:] for probe in record.neighbours])

@@ -161,6 +161,15 @@ def test_an_editor_without_training(tmp_path: Path) -> None:
     assert "rank" not in log.results[0].figures
 
 
+def test_a_repair_changes_its_own_matrix(tmp_path: Path) -> None:
+    log = Log()
+    Runner(Folder(tmp_path), Tiny(), log).run([Cell("tiny", "repair", facts=2)])
+    (result,) = log.results
+    assert result.training == {}
+    assert result.figures["rank"].mean >= 1.0
+    assert result.figures["relative_norm"].mean > 0.0
+
+
 def test_the_radius_of_a_cache_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[str] = []
 

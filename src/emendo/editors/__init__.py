@@ -28,6 +28,7 @@ EDITORS = {
     "ewc": "emendo.editors.ewc:Ewc",
     "lora": "emendo.editors.lora:Lora",
     "rome": "emendo.editors.rome:Rome",
+    "repair": "emendo.editors.repair:Repair",
     "cache": "emendo.editors.cache:Cache",
     "in-context": "emendo.editors.in_context:InContext",
 }
