@@ -138,7 +138,7 @@ def test_ctrl_c_keeps_what_is_done(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--preset", "table9"], "There is no preset 'table9'; there are: table4."),
+        (["--preset", "table9"], "There is no preset 'table9'; there are: table4"),
         (
             ["--preset", "table4", "--tasks", "tiny, huge"],
             "There is no task 'huge' here; there are: atlas-bert",
