@@ -25,6 +25,7 @@ from emendo.models.sites import find_sites
 from emendo.models.tokenization import to_texts
 from emendo.train.presets import MODELS
 
+EDITORS = ("mend", "ft-kl", "cache", "ke")
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "distilgpt2": ("gpt2", {"n_layer": 6, "n_positions": 512}),
     "gpt-neo-2.7b": (
@@ -249,8 +250,10 @@ def test_a_column_of_a_table(emendo_command: Emendo, data: Path, tmp_path: Path)
     "name", [name for name in real.TABLES if name != "paper-table5"]
 )  # 125 facts in one edit
 def test_a_table(name: str, emendo_command: Emendo, data: Path, tmp_path: Path) -> None:
-    made(emendo_command, data, tmp_path, name, editors="mend,ft-kl,cache,ke,enn")
+    made(emendo_command, data, tmp_path, name, editors=",".join(EDITORS))
     page = (tmp_path / "compare.md").read_text()
-    preset = build(name, Choice(editors=("mend", "ft-kl", "cache", "ke", "enn")))
+    preset = build(name, Choice(editors=EDITORS))
     assert preset.title in page
-    assert len(list((tmp_path / "cells").iterdir())) == len(preset.cells)
+    assert len(list((tmp_path / "cells").iterdir())) == len(
+        {repr(cell) for cell in preset.cells.values()}
+    )  # some rows share one

@@ -76,7 +76,9 @@ class TestFiles:
             tasks.task(name, data=tmp_path)
 
     def test_an_unknown_name(self) -> None:
-        with pytest.raises(RequestError, match="no task 'nope'; choose one of counterfact, counterfact-text, zsre"):
+        with pytest.raises(
+            RequestError, match="no task 'nope'; choose one of counterfact, counterfact-text, zsre"
+        ):
             tasks.task("nope")
 
 
