@@ -41,7 +41,7 @@ def few_to_validate_on() -> Iterator[None]:
     """The demo chooses its editor on a hundred facts; here on eight, to be quick."""
     real = loop.held_out
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "held_out", lambda lm, records, config: real(lm, records[:8], config))
+        patch.setattr(loop, "held_out", lambda lm, records, *more: real(lm, records[:8], *more))
         yield
 
 

@@ -202,7 +202,7 @@ def test_an_unknown_preset() -> None:
 def test_the_page_lists_the_matrices() -> None:
     page = (Path(__file__).parents[2] / "docs" / "how-to" / "paper-models.md").read_text(encoding="utf-8")
     rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
-    assert list(rows) == list(MODELS)
+    assert list(rows)[: len(MODELS)] == list(MODELS)
     for name, model in MODELS.items():
         assert ", ".join(f"`{pattern}`" for pattern in model.matrices) in rows[name]
         assert model.checkpoint is None or f"`{model.checkpoint}`" in rows[name]

@@ -232,7 +232,7 @@ def _repair(network: Decoupled, texts: Sequence[Text], config: RepairConfig) -> 
         if not program.solve():
             raise RequestError(
                 f"No change of {network.site.name} gives all targets at once: two of them ask for different answers "
-                "at the same place."
+                "at the same place, or the model cannot be made to say a token of them there."
             )
         change = program.change()
     with applied(network.model, {network.site.name: change}):
