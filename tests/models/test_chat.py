@@ -167,7 +167,7 @@ def test_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", EDITORS)
 def test_every_editor_edits_what_the_template_asks(name: str, tmp_path: Path) -> None:
     lm, kind, case = chat_lm(), editor_class(name), EDITOR_CASES[name]
-    with torch.no_grad():  # the row of the turn.s end is zero, and no change could make the likeliest
+    with torch.no_grad():  # the end of a turn has a row of zeros, which no edit could make the likeliest
         lm.model.get_output_embeddings().weight[lm.tokenizer.convert_tokens_to_ids(END)].normal_(std=0.2)
     sites = kind.default_sites(lm.model) if case.own_sites else find_sites(lm.model)
     editor = kind(sites, kind.Config(**case.config)).eval()
