@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli.samples import Emendo
+from emendo.evaluate import intervals
 
 TIMES = ("seconds_per_edit", "seconds_per_edit_in_batch", "cost")
 
@@ -24,8 +25,12 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(
-    emendo_command: Emendo, model: Path, facts: Path, tmp_path: Path
+    emendo_command: Emendo, model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(
+        intervals.bootstrap_interval.__kwdefaults__, "draws", intervals.DRAWS
+    )  # as in a new process
+    intervals._mean_bootstrap.cache_clear()
     ways = ("--no-generated", "--no-damage", "--batch", "2", "--limit", "5")
     options = ("evaluate", "--editor", "ft", "--model", model, "--set", "steps=1", "--data", facts, *ways)
     alone = emendo_command(*options, "--out", tmp_path / "alone", "--json").json

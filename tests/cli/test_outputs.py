@@ -38,7 +38,7 @@ def originals(
     shutil.copytree(trained, root / "run")
     own = ("--model", root / "model")
     emendo_command("edit", "--editor", root / "run", *own, PROMPT, "Oslo", "--out", root / "edit")
-    emendo_command("apply", root / "edit", "--force", *own)
+    emendo_command("apply", root / "edit", "--force", "--into-weights", *own)
     emendo_command("export", root / "edit", *own, "--out", root / "adapter")
     return root
 
