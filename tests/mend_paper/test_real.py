@@ -25,7 +25,7 @@ from emendo.models.sites import find_sites
 from emendo.models.tokenization import to_texts
 from emendo.train.presets import MODELS
 
-EDITORS = ("mend", "ft-kl", "cache", "ke")
+EDITORS = ("mend", "ft-kl")
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "distilgpt2": ("gpt2", {"n_layer": 6, "n_positions": 512}),
     "gpt-neo-2.7b": (
