@@ -44,10 +44,7 @@ class Asked:
 
     def __init__(self, router: Router, lm: LM, edits: Sequence[Record], *, subjects: bool = False) -> None:
         self.router, self.lm, self.edits = router, lm, edits
-        prompts = [
-            Prompt.read(r.prompt, r.subject if subjects and (r.subject or "") in r.prompt else None)
-            for r in edits
-        ]
+        prompts = [Prompt.read(r.prompt, r.subject if subjects else None) for r in edits]
         self.index = index_of(router, lm, prompts)
         self.threshold = router.judge.threshold(0.02)
 

@@ -173,9 +173,7 @@ def fitted(router: Router, lm: LM, facts: Sequence[Fact]) -> Judge:
         by_fact.setdefault(fact.labels("edit"), set()).add(number)
     found = Evidence()
     for given in (False, True):
-        edits = [
-            Prompt.read(fact.edit, fact.name if given and fact.name in fact.edit else None) for fact in facts
-        ]
+        edits = [Prompt.read(fact.edit, fact.name if given else None) for fact in facts]
         for kind, weight in WEIGHTS.items():
             asked = [getattr(fact, kind) for fact in facts]
             found.add(

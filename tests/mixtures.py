@@ -13,7 +13,7 @@ from emendo.models.lm import LM
 
 MIXTURES = ["mixtral", "gpt_oss"]  # the second has biases, transposed weights and a gate of its own
 EXPERTS = 4
-SIZES: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
     "intermediate_size": INNER,
@@ -22,14 +22,13 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": CONTEXT,
-    "num_local_experts": EXPERTS,
-    "num_experts": EXPERTS,
-    "num_experts_per_tok": 2,
     "initializer_range": 0.2,
     "bos_token_id": 1,
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
+"""Settings of the part of a tiny model that reads text."""
+SIZES = {**TEXT, "num_local_experts": EXPERTS, "num_experts": EXPERTS, "num_experts_per_tok": 2}
 
 
 def mixture(kind: str, dtype: torch.dtype = torch.float32, **config: Any) -> Any:

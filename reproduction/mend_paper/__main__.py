@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from emendo.cli import _options as opt
-from emendo.cli._app import Command, Group
 from emendo.cli._console import Interrupted, emit, note
+from reproduction.mend_paper.program import program_of
 
 HELP = """Make the tables of the MEND paper: every editor on the same facts, beside the paper's figures.
 
@@ -165,20 +165,7 @@ def _command(ctx: typer.Context) -> str:
     return " ".join(parts)
 
 
-def _build() -> Any:
-    """The program."""
-    app = typer.Typer(
-        cls=Group,
-        add_completion=False,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    )
-    app.command(cls=Command, help=HELP, no_args_is_help=True)(run)
-    return typer.main.get_command(app)
-
-
-program = _build()
+program = program_of(run, HELP, no_args_is_help=True)
 
 if __name__ == "__main__":
     program(prog_name="python -m reproduction.mend_paper")

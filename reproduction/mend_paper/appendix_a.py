@@ -18,7 +18,6 @@ import typer
 from torch import nn
 
 from emendo._storage import new_file
-from emendo.cli._app import Command, Group
 from emendo.cli._console import note
 from emendo.cli._progress import show_progress
 from emendo.cli._tables import print_table
@@ -34,6 +33,7 @@ from emendo.progress import SILENT, Progress
 from emendo.report.plots import BLUE, GREEN, INK, ORANGE, RED, SKY, legend, panels, render
 from emendo.report.tables import Column, Table, to_markdown
 from emendo.train import TrainConfig, train
+from reproduction.mend_paper.program import program_of
 from reproduction.mend_paper.sources import Bench, Stored
 
 HELP = """Measure the claims of appendix A of the MEND paper: magnitudes, normalisation and starts.
@@ -237,20 +237,7 @@ def run(
     note(f"Wrote {out / 'appendix_a.svg'} and {out / 'appendix_a.md'}.")
 
 
-def _build() -> Any:
-    """The program."""
-    app = typer.Typer(
-        cls=Group,
-        add_completion=False,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    )
-    app.command(cls=Command, help=HELP)(run)
-    return typer.main.get_command(app)
-
-
-program = _build()
+program = program_of(run, HELP)
 
 if __name__ == "__main__":
     program(prog_name="python -m reproduction.mend_paper.appendix_a")

@@ -11,26 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from cases import CONTEXT, DEPTH, INNER, VOCABULARY, WIDTH, build_tokenizer
+from cases import VOCABULARY, WIDTH, build_tokenizer
 from emendo.editors.mend import Mend, MendConfig
 from emendo.edits import to_merged
 from emendo.models.loading import load
 from emendo.models.sites import find_sites
+from mixtures import TEXT
 
-TEXT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": INNER,
-    "num_hidden_layers": DEPTH,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": CONTEXT,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
 IMAGE, PROMPT = VOCABULARY - 1, "The capital of Fosoba is"
 VISION = {"hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.2}
 

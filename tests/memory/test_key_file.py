@@ -57,3 +57,12 @@ def test_damaged_and_half_written_rows_are_computed_again(tmp_path: Path) -> Non
     check(KeyFile(path, SIZE), ["a", "bb", "ccc"], computed)
     check(KeyFile(path, SIZE), ["a", "bb", "ccc"], computed)
     assert computed.asked == ["a", "bb", "ccc", "bb", "ccc"]
+
+
+def test_a_file_that_was_begun_anew_is_read_anew(tmp_path: Path) -> None:
+    path, computed = tmp_path / "keys", Computed()
+    one = KeyFile(path, SIZE)
+    check(one, ["a"], computed)
+    path.unlink()
+    check(KeyFile(path, SIZE), ["bb", "ccc"], computed)
+    check(one, ["a", "ccc"], computed)

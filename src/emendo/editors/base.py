@@ -20,7 +20,8 @@ import json
 import tempfile
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,6 +104,16 @@ class Editor(nn.Module):
     def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """Compute one change for all requests: by default the sum of their separate changes (MEND, section 3.2)."""
         return {name: delta.sum() for name, delta in self.each(lm, requests).items()}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode for the length of a ``with`` block."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
 
     def host(self, lm: LM) -> LM:
         """The model whose weights the edits change: ``lm`` itself, or a copy of it that the method has trained."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,15 +20,15 @@ from emendo._text import normalised
 from emendo.data.abilities import PASSAGES
 from emendo.data.schema import Record
 from emendo.editors.base import Editor
+from emendo.edits.edit import Edit, as_weights
 from emendo.errors import RequestError
-from emendo.evaluate._prompts import describe_framing
+from emendo.evaluate._prompts import describe_framing, request_of
 from emendo.evaluate._scoring import Row
 from emendo.evaluate.edited_models import EditedModels, with_clean_row
 from emendo.evaluate.evaluation import Evaluation
 from emendo.evaluate.run import EvaluateConfig, ResultStore, Run, cost, describe
-from emendo.memory.bank import FALSE_FIRES
-from emendo.memory.router import Router, index_of
-from emendo.memory.words import Prompt
+from emendo.memory.bank import FALSE_FIRES, EditMemory, Remembered
+from emendo.memory.router import Router
 from emendo.models.lm import LM
 from emendo.progress import SILENT, Progress
 
@@ -91,10 +92,9 @@ def evaluate_routed(
         raise RequestError(f"Only edits of weights can be routed, and {why}.")
     config = EvaluateConfig(generated, batch, new_tokens, fact_in_context=False)
     editor.check(lm)
-    editor.eval()
-    with torch.no_grad():
+    with editor.evaluating(), torch.no_grad():
         run = _RoutedRun(lm, editor, chosen, config, None, progress)
-        run.route(router or Router.shipped_for(lm), false_fires, subjects)
+        run.route(router, false_fires, subjects)
         results = run.measure(parts)
         protocol = describe(lm, editor, config, None, describe_framing(lm, chosen))
         edits = f"{len(chosen)} in one memory, each made from the clean model; the prompt decides which one is in force"
@@ -119,29 +119,28 @@ class _RoutedRun(Run):
     fired: dict[str, int | None]
     """Prompt -> number of the record whose edit it fires."""
 
-    def route(self, router: Router, false_fires: float, subjects: bool) -> None:
+    def route(self, router: Router | None, false_fires: float, subjects: bool) -> None:
         """Choose an edit for every prompt."""
         asked = dict.fromkeys(case.prompt for cases in self.cases for case in cases)
-        self._plain = tuple(PASSAGES)
-        prompts = [*asked, *self._plain, *SMALL_TALK]
-        edits = [
-            Prompt.read(r.prompt, r.subject if subjects and (r.subject or "") in r.prompt else None)
-            for r in self.records
-        ]
-        index = index_of(router, self.lm, edits)
-        threshold = router.judge.threshold(false_fires)
-        self.fired = {}
-        for query in router.read(self.lm, prompts):
-            best = max(
-                ((score, number) for number, score in router.scores(query, index).items()), default=(0.0, 0)
-            )
-            self.fired[query.prompt.text] = best[1] if best[0] >= threshold else None
+        prompts = [*asked, *PASSAGES, *SMALL_TALK]
+        memory = EditMemory(self.lm, router, false_fires=false_fires)
+        memory.add_all(
+            {
+                number: Remembered(partial(self._edit, number), [r.prompt], r.subject if subjects else None)
+                for number, r in enumerate(self.records)
+            }
+        )
+        self.fired = {choice.prompt: choice.edit for choice in memory.route(prompts)}
+
+    def _edit(self, number: int) -> Edit:
+        edit = self.editor.edit(self.lm, [request_of(self.records[number])])
+        return as_weights(edit, "A memory holds changes of weights")
 
     def edits_for(self, groups: Sequence[int]) -> tuple[EditedModels, list[list[Row]]]:
         """The edits that the prompts of some groups fire, after those of the groups, and one that changes nothing."""
         cases = [self.cases[group] for group in groups]
-        fired = {self.fired[case.prompt] for own in cases for case in own} - {None}
-        needed = list(dict.fromkeys([*groups, *sorted(number for number in fired if number is not None)]))
+        fired = {number for own in cases for case in own if (number := self.fired[case.prompt]) is not None}
+        needed = list(dict.fromkeys([*groups, *sorted(fired)]))
         place: dict[int | None, int] = {number: row for row, number in enumerate(needed)}
         place[None] = len(needed)
         edited = with_clean_row(self._made(needed))
@@ -149,7 +148,7 @@ class _RoutedRun(Run):
 
     def routing(self) -> dict[str, Any]:
         """How the prompts were routed."""
-        asked = {normalised(record.prompt): number for number, record in enumerate(self.records)}
+        asked = {normalised(record.prompt) for record in self.records}
         subjects = {record.subject for record in self.records if record.subject}
         scope: Counter[str] = Counter()
         fires: dict[str, Counter[bool]] = {}
@@ -167,7 +166,7 @@ class _RoutedRun(Run):
                         named = any(subject in case.prompt for subject in subjects)
                         kind = "neighbour_of_edited_subject" if named else "neighbour_of_other_subject"
                         fires.setdefault(kind, Counter())[fired is not None] += 1
-        for kind, texts in (("plain_text", self._plain), ("small_talk", SMALL_TALK)):
+        for kind, texts in (("plain_text", PASSAGES), ("small_talk", SMALL_TALK)):
             fires[kind] = Counter(self.fired[text] is not None for text in texts)
         total = scope.total()
         return {

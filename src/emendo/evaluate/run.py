@@ -138,25 +138,20 @@ def evaluate(
             few if together == 1 else f"There are fewer records than the {together} of one edit."
         )
     editor.check(lm)
-    training = editor.training
-    editor.eval()
-    try:
-        with torch.no_grad():
-            run = Run(lm, editor, chosen, config, damage, progress)
-            if harness is not None and unmeasured(editor, together == 1) is None:
-                harness.begin(lm)
-            results = run.measure(parts)
-            return Evaluation(
-                results=results,
-                protocol=describe(lm, editor, config, damage, describe_framing(lm, chosen)),
-                seconds_per_edit=run.seconds_alone(),
-                seconds_per_edit_in_batch=fmean(r.seconds for r in results) if results else 0.0,
-                clean=damage.clean() if damage is not None else {},
-                cost=cost(lm, editor),
-                harness=run.run_harness(harness) if harness is not None else {},
-            )
-    finally:
-        editor.train(training)
+    with editor.evaluating(), torch.no_grad():
+        run = Run(lm, editor, chosen, config, damage, progress)
+        if harness is not None and unmeasured(editor, together == 1) is None:
+            harness.begin(lm)
+        results = run.measure(parts)
+        return Evaluation(
+            results=results,
+            protocol=describe(lm, editor, config, damage, describe_framing(lm, chosen)),
+            seconds_per_edit=run.seconds_alone(),
+            seconds_per_edit_in_batch=fmean(r.seconds for r in results) if results else 0.0,
+            clean=damage.clean() if damage is not None else {},
+            cost=cost(lm, editor),
+            harness=run.run_harness(harness) if harness is not None else {},
+        )
 
 
 class Run:

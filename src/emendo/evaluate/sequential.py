@@ -81,17 +81,12 @@ def evaluate_sequence(
     if any(count < 1 for count in at):
         raise RequestError(f"at={tuple(at)}: give whole numbers from 1 up.")
     editor.check(lm)
-    training = editor.training
-    editor.eval()
-    try:
-        with torch.no_grad():
-            if harness is not None and unmeasured(editor, single=False) is None:
-                harness.begin(lm)
-            run = _Run(lm, editor, records, generated, damage, gate, parts, progress)
-            found = run.measure(sorted({count for count in at if count < len(records)} | {len(records)}))
-            return found if harness is None else replace(found, harness=run.run_harness(harness))
-    finally:
-        editor.train(training)
+    with editor.evaluating(), torch.no_grad():
+        if harness is not None and unmeasured(editor, single=False) is None:
+            harness.begin(lm)
+        run = _Run(lm, editor, records, generated, damage, gate, parts, progress)
+        found = run.measure(sorted({count for count in at if count < len(records)} | {len(records)}))
+        return found if harness is None else replace(found, harness=run.run_harness(harness))
 
 
 class _Run:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,11 +94,13 @@ class EditStack:
         """Numbers of the edits that are in the weights after an operation; None stands for the base model."""
         if operation is None:
             return ()
-        scopes = self._scopes_after(operation)
+        scopes = self.scopes(operation)
         return tuple(id for id in operation.active if id not in scopes)
 
-    def _scopes_after(self, operation: Operation) -> dict[int, Values]:
-        """The scopes after an operation; those of the last one that was asked for are kept."""
+    def scopes(self, operation: Operation | None) -> dict[int, Values]:
+        """The scopes of the edits in the memory after an operation; those asked for last are kept."""
+        if operation is None:
+            return {}
         if self._read[0] != operation.id:
             self._read = operation.id, self.ledger.scopes(operation.id)
         return self._read[1]
@@ -107,9 +109,9 @@ class EditStack:
         """The changes of the weights after an operation, with those of further edits."""
         return self._deltas(self.in_weights(operation), more)
 
-    def memory(self, operation: Operation) -> EditMemory:
+    def memory(self, operation: Operation | None) -> EditMemory:
         """The memory of the edits that are not in the weights after an operation."""
-        scopes = self._scopes_after(operation)
+        scopes = self.scopes(operation)
         memory = self._memory or EditMemory(self.lm, keys=cache_folder() / "keys")
         for id in [id for id, scope in self._scopes.items() if scopes.get(id) != scope]:
             memory.remove(id)
@@ -142,23 +144,17 @@ class EditStack:
             RequestError: a further edit for the memory has no prompt.
             StorageError: an edit is damaged.
         """
+        in_weights = [one.edit for one in more if one.scope is None]
         routed = [one for one in more if one.scope is not None]
-        memory = (
-            EditMemory(self.lm, keys=cache_folder() / "keys") if operation is None else self.memory(operation)
-        )
-        added = [memory.add(one.edit, **evidence(one.scope)) for one in routed]
-        try:
-            with applied(
-                self.lm.model, self.changes(operation, *(one.edit for one in more if one.scope is None))
-            ):
-                if not len(memory):
-                    yield self.lm
-                else:
-                    with memory.applied() as lm:
-                        yield lm
-        finally:
-            for number in added:
-                memory.remove(number)
+        with ExitStack() as stack:
+            lm = self.lm
+            if routed or self.scopes(operation):
+                memory = self.memory(operation)
+                for one in routed:
+                    stack.callback(memory.remove, memory.add(one.edit, **evidence(one.scope)))
+                lm = stack.enter_context(memory.applied())
+            stack.enter_context(applied(self.lm.model, self.changes(operation, *in_weights)))
+            yield lm
 
     def _deltas(self, ids: Sequence[int], more: Iterable[Edit]) -> dict[str, LowRank]:
         """The sum of the changes of each matrix."""

@@ -204,8 +204,8 @@ class Guard:
     def _key(self, state: Operation | None) -> _Key:
         if state is None or not state.active:
             return _CLEAN
-        active, ledger = state.active, self.stack.ledger
-        return active[:-1], ledger.digests(active[-1:])[0], active[-1] in ledger.scopes(state.id)
+        active = state.active
+        return active[:-1], self.stack.ledger.digests(active[-1:])[0], active[-1] in self.stack.scopes(state)
 
     def _run(self, key: _Key, lm: LM) -> ProbeOutputs:
         """The outputs on the probes now; those of the base model and of the last two other states are kept."""

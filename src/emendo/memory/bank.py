@@ -14,9 +14,10 @@ arXiv 2312.11795) and SERAC (Mitchell et al. 2022).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,7 @@ class Remembered:
                 "it to the weights instead."
             )
         texts = (*self.prompts, *self.paraphrases)
-        found = [
-            Prompt.read(text, self.subject if self.subject and self.subject in text else None)
-            for text in texts
-        ]
+        found = [Prompt.read(text, self.subject) for text in texts]
         first = self.prompts[0]
         name = self.subject if self.subject and self.subject in first else find_subject(first)
         return found + [Prompt.read(first.replace(name, alias), alias) for alias in self.aliases]
@@ -125,11 +123,6 @@ class EditMemory:
         self.index = Index(self.router.key_size)
         self._edits: dict[int, Callable[[], Edit]] = {}
         self._keys = None if keys is None else self.router.key_file(keys)
-
-    @property
-    def numbers(self) -> Set[int]:
-        """The numbers of its edits."""
-        return self._edits.keys()
 
     def __len__(self) -> int:
         return len(self._edits)
@@ -234,7 +227,7 @@ class RoutedLM(LM):
     def _routed(self, prompts: Sequence[str]) -> Iterator[LM]:
         choices = self.memory.route(prompts)
         sets = [[] if choice.edit is None else [self.memory.edit(choice.edit)] for choice in choices]
-        plain = LM(self.model, self.tokenizer, self.name, self.chat, files=self.files)
+        plain = self.memory.lm.reading(chat=self.chat)  # which knows its fingerprint
         if any(sets):
             with applied_to_rows(plain, sets) as rows:
                 yield rows
@@ -261,5 +254,11 @@ class RoutedLM(LM):
     def _prompt(self, text: Text) -> str:
         """The prompt of a text, without a chat template."""
         said: str = self.tokenizer.decode(text.source or text.ids[: text.start])
-        before, _, after = self.framing.frame(_MARK).partition(_MARK)
+        before, after = self._template
         return said.removeprefix(before).removesuffix(after)
+
+    @cached_property
+    def _template(self) -> tuple[str, str]:
+        """The text before a prompt in the chat template, and the text after it."""
+        before, _, after = self.framing.frame(_MARK).partition(_MARK)
+        return before, after

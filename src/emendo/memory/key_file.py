@@ -52,7 +52,10 @@ class KeyFile:
 
     def _has(self, hash: bytes) -> bool:
         place = self._places.get(hash)
-        return place is not None and crc32(self._rows[place]["key"].tobytes()) == self._rows[place]["crc"]
+        if place is None:
+            return False
+        row = self._rows[place]
+        return bool(row["hash"].tobytes() == hash and crc32(row["key"].tobytes()) == row["crc"])
 
     def _append(self, hashes: Sequence[bytes], keys: NDArray[np.float32]) -> None:
         rows = np.empty(len(hashes), self._row)
@@ -67,7 +70,10 @@ class KeyFile:
         """Map the whole rows of the file; of a prompt that stands in it twice, the later row counts."""
         if not self.path.exists():
             return
-        count = self.path.stat().st_size // self._row.itemsize
+        known, count = len(self._rows), self.path.stat().st_size // self._row.itemsize
+        if count < known:  # the file was deleted and begun anew
+            known, self._places = 0, {}
         if count:
             self._rows = np.memmap(self.path, self._row, "r", shape=(count,))
-            self._places = {one.tobytes(): place for place, one in enumerate(self._rows["hash"])}
+            new = self._rows["hash"][known:]
+            self._places |= {one.tobytes(): place for place, one in enumerate(new, known)}

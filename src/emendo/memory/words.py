@@ -101,7 +101,7 @@ class Prompt:
 
     @classmethod
     def read(cls, text: str, subject: str | None = None) -> Prompt:
-        """Read a prompt; a subject that is not given is guessed (:func:`guessed_subject`)."""
+        """Read a prompt; a subject that is not given, or not named in it, is guessed (:func:`guessed_subject`)."""
         found = words(text)
         known = frozenset(found)
         rare = rarity()
@@ -109,7 +109,7 @@ class Prompt:
             text,
             found,
             known,
-            guessed_subject(text, found) if subject is None else words(subject),
+            words(subject) if subject and subject in text else guessed_subject(text, found),
             rare.mass(known),
             sqrt(sum(rare(word) ** 2 for word in known)),
         )

@@ -61,13 +61,9 @@ def validation_step(
     together: int = 1,
 ) -> Outcome | None:
     """Compute the same losses and scores in eval mode, without gradients and without updating any statistics."""
-    training = editor.training
-    editor.eval()
-    try:
+    with editor.evaluating():
         (ahead,) = editor.look_ahead(store, [episodes])
         return editor.outer_step(store, episodes, ahead, weights, together=together)
-    finally:
-        editor.train(training)
 
 
 def held_out(
