@@ -163,6 +163,12 @@ def _is_plot(file: Path) -> bool:
     return b"Software\0emendo" in start or b"<dc:title>emendo</dc:title>" in start
 
 
+def _is_gguf(file: Path) -> bool:
+    with file.open("rb") as handle:
+        start = handle.read(4096)
+    return start.startswith(b"GGUF") and b"emendo.version" in start
+
+
 EDIT = Kind(
     "an edit",
     lambda folder: {"format", "origin"} <= _head(folder, "edit.json").keys(),
@@ -209,5 +215,6 @@ EVALUATION = Kind(
         *("right-after.*.parquet", "after-*.parquet", "report.html", "summary.md"),
     ),
 )
+GGUF = Kind("a GGUF adapter that emendo exported", _is_gguf)
 REPORT = Kind("a report of emendo", _is_report)
 PLOT = Kind("a plot of emendo", _is_plot)

@@ -48,6 +48,17 @@ def test_a_merged_checkpoint_answers_like_the_edit(
     assert load(out).generate(PROMPT, 6) == expected
 
 
+def test_an_adapter_of_llama_cpp(emendo_command: Emendo, edit_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "edit.gguf"
+    figures = emendo_command(
+        "export", edit_folder, "--to", "gguf", "--max-rank", 2, "--out", out, "--json"
+    ).json
+    assert figures["rank"] == 2 and figures["error"] > 0
+    assert out.read_bytes().startswith(b"GGUF")
+    said = emendo_command("export", edit_folder, "--to", "gguf", "--out", out).out
+    assert "Wrote a GGUF adapter of rank" in said
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT
 def test_an_imported_adapter_can_be_exported(
     emendo_command: Emendo, edit_folder: Path, model: Path, tmp_path: Path

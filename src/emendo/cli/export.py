@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from emendo._outputs import ADAPTER, ADAPTERS, CHECKPOINT
+from emendo._outputs import ADAPTER, ADAPTERS, CHECKPOINT, GGUF
 from emendo.cli import _ledger as keep
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, note, output, warn_of_conflicts
@@ -15,11 +15,14 @@ from emendo.cli._console import emit, note, output, warn_of_conflicts
 if TYPE_CHECKING:
     from emendo.ledger.workspace import Workspace
 
-HELP = """Export an edit for other software: as a PEFT LoRA adapter, or as a whole checkpoint with the edit merged in.
+HELP = """Export an edit for other software: as a LoRA adapter of PEFT or llama.cpp, or merged into a whole checkpoint.
 
 Without EDIT, the active edits of the model's ledger that are in the weights are exported together. With --to adapters
 each edit of its memory becomes an adapter in a folder of its own, with an index.json that names its prompts, for a
 server that takes an adapter for each request.
+
+With --to gguf the adapter is a file for llama.cpp (--lora FILE). A merged GGUF is made by llama.cpp's own converter,
+convert_hf_to_gguf.py, which must be on the PATH.
 
 An adapter is exact unless --max-rank cuts its rank (servers limit it: vLLM to 16 by default); the error is printed.
 Where PEFT is installed the adapter is loaded back, and nothing is written unless it matches the edit. A merge loses
@@ -31,9 +34,16 @@ Examples:
   emendo export runs/demo/edit --to merged --dtype bfloat16 --out checkpoint
   emendo export --model ./my-model --max-rank 64 --out adapter
   emendo export --model ./my-model --to adapters --max-rank 16 --out adapters
+  emendo export runs/demo/edit --to gguf --out edit.gguf
 """
 
-_KINDS = {"peft": ADAPTER, "merged": CHECKPOINT, "adapters": ADAPTERS}
+_KINDS = {
+    "peft": ADAPTER,
+    "merged": CHECKPOINT,
+    "adapters": ADAPTERS,
+    "gguf": GGUF,
+    "merged-gguf": GGUF,
+}
 """The forms, and the kinds of output that they make."""
 
 EditFolder = Annotated[
@@ -43,8 +53,10 @@ EditFolder = Annotated[
         help="An edit: the --out folder of emendo edit.  [default: the active edits of the ledger]",
     ),
 ]
-To = Annotated[str, typer.Option("--to", metavar="FORM", help="peft, merged or adapters.")]
-Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where to write it.")]
+To = Annotated[str, typer.Option("--to", metavar="FORM", help="peft, merged, adapters, gguf or merged-gguf.")]
+Out = Annotated[
+    Path, typer.Option("--out", metavar="PATH", help="The folder (of a GGUF, the file) to write.")
+]
 MaxRank = Annotated[
     int | None,
     typer.Option("--max-rank", metavar="N", help="Cut the adapter to this rank.  [default: the edit's own]"),
@@ -67,14 +79,14 @@ def run(
     """Export an edit."""
     from emendo.cli._loading import load_model
     from emendo.cli._paths import claim
-    from emendo.edits import Edit, to_merged, to_peft
+    from emendo.edits import Edit, to_gguf, to_merged, to_merged_gguf, to_peft
     from emendo.errors import RequestError
 
     if to not in _KINDS:
         raise RequestError(f"--to {to!r} is not one of {', '.join(_KINDS)}.")
     if to == "adapters" and edit is not None:
         raise RequestError("--to adapters exports the edits of a ledger's memory; leave EDIT out.")
-    if to == "merged" and max_rank is not None:
+    if to.startswith("merged") and max_rank is not None:
         raise RequestError("--max-rank belongs to adapters: a merged checkpoint has no rank.")
     if edit is not None and ledger is not None:
         raise RequestError("Give an EDIT or --ledger, not both.")
@@ -103,16 +115,24 @@ def run(
         change = active.compact()  # without loss: shared directions are stored once
     warn_of_conflicts([change])
     claim(out, kind, model=lm.name, overwrite=overwrite)
-    if to == "merged":
-        merged = to_merged(change, lm, out, overwrite=overwrite)
+    if to.startswith("merged"):
+        merged = (
+            to_merged(change, lm, out, overwrite=overwrite)
+            if to == "merged"
+            else to_merged_gguf(change, lm, out)
+        )
         _show({"out": str(out), "form": to, "dtype": dtype, "merge_loss": merged.loss}, as_json)
         return
-    adapter = to_peft(change, lm, out, max_rank=max_rank, overwrite=overwrite)
+    adapter = (
+        to_gguf(change, lm, out, max_rank=max_rank)
+        if to == "gguf"
+        else to_peft(change, lm, out, max_rank=max_rank, overwrite=overwrite)
+    )
     figures: dict[str, Any] = {"out": str(out), "form": to, "rank": adapter.rank, "error": adapter.error}
-    if adapter.logits_differ_by is None:
-        note("The adapter was not proven, since PEFT is not installed: pip install peft")
-    else:
+    if adapter.logits_differ_by is not None:
         figures["logits_differ_by"] = adapter.logits_differ_by
+    elif to == "peft":
+        note("The adapter was not proven, since PEFT is not installed: pip install peft")
     _show(figures, as_json)
 
 
@@ -164,7 +184,7 @@ def _show(figures: dict[str, Any], as_json: bool) -> None:
             f"Wrote {figures['adapters']} adapters and index.json to {figures['out']}.", soft_wrap=True
         )
         return
-    if figures["form"] == "merged":
+    if "merge_loss" in figures:
         console.print(
             f"Merged into {figures['out']}. Rounding to {figures['dtype']} lost {figures['merge_loss']:.2%} of it.",
             soft_wrap=True,
@@ -176,6 +196,7 @@ def _show(figures: dict[str, Any], as_json: bool) -> None:
         if "logits_differ_by" in figures
         else ""
     )
+    kind = "GGUF" if figures["form"] == "gguf" else "PEFT"
     console.print(
-        f"Wrote a PEFT adapter of rank {figures['rank']}{cut} to {figures['out']}.{proof}", soft_wrap=True
+        f"Wrote a {kind} adapter of rank {figures['rank']}{cut} to {figures['out']}.{proof}", soft_wrap=True
     )

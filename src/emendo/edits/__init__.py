@@ -8,6 +8,7 @@ from emendo.edits._weights import Merged, merge, weight_norm
 from emendo.edits.base import BaseEdit
 from emendo.edits.edit import Attachment, Edit, as_weights, compose, conflicts, diff
 from emendo.edits.fusing import fuse
+from emendo.edits.gguf import to_gguf, to_merged_gguf
 from emendo.edits.merged import to_merged
 from emendo.edits.peft import Adapter, from_peft, prove, to_peft
 from emendo.edits.per_request import applied_to_rows
@@ -29,7 +30,9 @@ __all__ = [
     "fuse",
     "merge",
     "prove",
+    "to_gguf",
     "to_merged",
+    "to_merged_gguf",
     "to_peft",
     "weight_norm",
 ]

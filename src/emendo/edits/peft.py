@@ -89,15 +89,8 @@ def to_peft(
         ModelError: PEFT does not apply the adapter as the edit is applied.
         StorageError: the folder is not empty, or cannot be written.
     """
-    edit.check(lm)
-    edit.check_numbers()
-    if max_rank is not None and max_rank < 1:
-        raise RequestError(f"max_rank={max_rank}: the rank of an adapter must be at least 1.")
-    small, error = edit, 0.0
-    if max_rank is not None and max_rank < edit.rank:
-        small = edit.compact(rank=max_rank)
-        error = small.card["compacted"]["error"]
-    rank = max_rank or small.rank
+    small, adapter = limited(edit, lm, max_rank)
+    rank, error = adapter.rank, adapter.error
     notes = [f"Cut to rank {rank}: relative error {error:.2e}." if error else f"Rank {rank}, nothing cut."]
     difference = None
     with new_folder(folder, ADAPTER, overwrite=overwrite) as new:
@@ -113,6 +106,23 @@ def to_peft(
         (new / "README.md").write_text(card, encoding="utf-8")
         write_json(new / "emendo.json", {"version": __version__, "form": "peft"})
     return Adapter(rank, error, difference)
+
+
+def limited(edit: Edit, lm: LM, max_rank: int | None) -> tuple[Edit, Adapter]:
+    """An edit cut to a rank, with the rank of the adapter and the error of the cut.
+
+    Raises:
+        MismatchError: the edit belongs to another model.
+        RequestError: ``max_rank`` is not positive, or the edit holds NaN or infinite numbers.
+    """
+    edit.check(lm)
+    edit.check_numbers()
+    if max_rank is not None and max_rank < 1:
+        raise RequestError(f"max_rank={max_rank}: the rank of an adapter must be at least 1.")
+    if max_rank is None or max_rank >= edit.rank:
+        return edit, Adapter(max_rank or edit.rank, 0.0)
+    small = edit.compact(rank=max_rank)
+    return small, Adapter(max_rank, small.card["compacted"]["error"])
 
 
 def _config(edit: Edit, lm: LM, rank: int) -> dict[str, Any]:
