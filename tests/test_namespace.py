@@ -27,7 +27,7 @@ NAMES = [
     "load",
     "read_records",
 ]
-ROOMS = ("models", "edits", "editors", "data", "train", "evaluate", "report", "ledger", "memory")
+ROOMS = ("models", "edits", "editors", "data", "train", "evaluate", "report", "ledger", "memory", "serve")
 
 
 def test_the_names_of_emendo() -> None:

@@ -208,7 +208,7 @@ def applied(model: nn.Module, changes: Mapping[str, LowRank | Change]) -> Iterat
         for name, change in changes.items():
             module = model.get_submodule(name)
             by_row = isinstance(change, LowRank) and not change.batched
-            stack.callback(module.register_forward_hook(_hook(_on_rows(change), by_row=by_row)).remove)
+            stack.callback(module.register_forward_hook(_hook(prepared(change), by_row=by_row)).remove)
         yield
 
 
@@ -224,7 +224,12 @@ def _hook(change: Change, *, by_row: bool) -> Callable[..., Tensor]:
     return hook
 
 
-def _on_rows(change: LowRank | Change) -> Change:
+def prepared(change: LowRank | Change) -> Change:
+    """The change as a function of input rows, in their dtype and on their device after the first call.
+
+    :func:`applied` and :class:`RowGroups` prepare what they are given; whoever applies a change many times prepares it
+    once.
+    """
     return _Cast(change) if isinstance(change, LowRank) else change
 
 
@@ -266,7 +271,7 @@ class RowGroups:
 
     def __init__(self, size: int, groups: Sequence[tuple[Sequence[int], LowRank | Change]]) -> None:
         self.size = size
-        self.changes = [_on_rows(change) for _, change in groups]
+        self.changes = [prepared(change) for _, change in groups]
         self.counts = [len(rows) for rows, _ in groups]
         self.single = all(count == 1 for count in self.counts)
         self.order = torch.tensor([row for rows, _ in groups for row in rows])

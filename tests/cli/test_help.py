@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = (
     *("demo", "data", "train", "editors", "edit", "generate", "fuse", "export", "import", "evaluate"),
     *("evaluate show", "evaluate compare", "sites"),
-    *("apply", "why", "log", "show", "undo", "revert", "diff", "tag", "checkout", "doctor"),
+    *("apply", "serve", "why", "log", "show", "undo", "revert", "diff", "tag", "checkout", "doctor"),
 )
 
 

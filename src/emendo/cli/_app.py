@@ -38,6 +38,7 @@ COMMANDS = {
     "evaluate compare": "Compare two evaluations of the same facts.",
     "sites": "List the matrices that can be edited.",
     "apply": "Apply edits to the model's ledger if its guard accepts.",
+    "serve": "Serve a model with the edits of its ledger over HTTP.",
     "why": "Show which edit of a memory answers a prompt, and why.",
     "log": "List the changes of a model and its active edits.",
     "show": "Show one edit of the ledger.",

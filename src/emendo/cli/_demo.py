@@ -21,13 +21,13 @@ from emendo.cli._progress import show_progress
 from emendo.cli._runs import Run, digest
 from emendo.cli._tables import before_after
 from emendo.cli._tables import evaluation as print_evaluation
-from emendo.cli.edit import UNRELATED, make_edit
+from emendo.cli.edit import UNRELATED
 from emendo.data import Probe, Record
 from emendo.data.abilities import PASSAGES
 from emendo.editors import Editor
 from emendo.editors.library import Entry
 from emendo.edits import BaseEdit, Request
-from emendo.evaluate import Evaluation, Question, Row, evaluate, questions
+from emendo.evaluate import Evaluation, Question, Row, edit_with_answers, evaluate, questions
 from emendo.evaluate.damage import Damage
 from emendo.models.lm import LM
 from emendo.report.html import write_report
@@ -111,7 +111,7 @@ def show_edit(demo: Demo, lm: LM, editor: Editor, unseen: Sequence[Record]) -> t
     truth = by_id[EXAMPLE].answer or ""
     record = replace(by_id[EXAMPLE], target=truth, answer=None, neighbours=near)
     asked = [*questions(record, unrelated=0), *(Question("unrelated", text) for text in UNRELATED)]
-    edit, rows = make_edit(lm, editor, Request(record.prompt, record.target, record.separator), asked)
+    edit, rows = edit_with_answers(lm, editor, Request(record.prompt, record.target, record.separator), asked)
     edit.save_pretrained(demo.folder / "edit", overwrite=True)
     output().print(Text.assemble(("\nThe edit", "bold"), f': "{record.prompt}" → "{record.target}"\n'))
     before_after(rows)

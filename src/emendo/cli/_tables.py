@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import rich.table
@@ -85,8 +84,3 @@ def evaluation(values: Mapping[str, Any]) -> None:
         print_table(figures.damage(values))
         print_table(figures.routing(values))
     print_table(figures.harness(values.get("lm_eval")))
-
-
-def rows_as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as JSON values."""
-    return [asdict(row) for row in rows]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,12 +12,6 @@ from emendo._outputs import EDIT
 from emendo.cli import _ledger as keep
 from emendo.cli import _options as opt
 from emendo.cli._console import emit, note, output
-
-if TYPE_CHECKING:
-    from emendo.editors import Editor
-    from emendo.edits import BaseEdit, Request
-    from emendo.evaluate import Question, Row
-    from emendo.models.lm import LM
 
 HELP = """Make one edit: the model's answer to PROMPT becomes TARGET.
 
@@ -95,15 +88,16 @@ def run(
 ) -> None:
     """Make an edit."""
     from contextlib import nullcontext
+    from dataclasses import asdict
 
     from emendo.cli._loading import MethodOptions, load_editor, unescaped
     from emendo.cli._paths import claim
-    from emendo.cli._tables import before_after, rows_as_dicts
+    from emendo.cli._tables import before_after
     from emendo.cli.apply import applied_as_values, print_applied
     from emendo.edits import Request
     from emendo.edits.edit import as_weights
     from emendo.errors import RequestError
-    from emendo.evaluate import Question
+    from emendo.evaluate import Question, edit_with_answers
 
     if (ledger is not None or force or reason or alias or subject or into_weights) and not apply:
         raise RequestError(
@@ -122,7 +116,7 @@ def run(
     work = keep.open_workspace(lm, ledger, create=True) if apply else None
     head = work.ledger.head if work else None
     with work.in_weights(head) if work and head else nullcontext():
-        edit, rows = make_edit(lm, maker, request, questions)
+        edit, rows = edit_with_answers(lm, maker, request, questions)
     if work and head:
         edit = work.upon(as_weights(edit, "A ledger stores changes of weights"), head)
     if out is not None:
@@ -154,7 +148,7 @@ def run(
                 "chat": lm.chat,
                 **figures,
                 **({"operation": applied_as_values(work, step)} if work and step else {}),
-                "rows": rows_as_dicts(rows),
+                "rows": [asdict(row) for row in rows],
             }
         )
         return
@@ -170,35 +164,3 @@ def run(
             f"Saved in {out}. Try it: {shlex.join(command)}",
             soft_wrap=True,
         )
-
-
-def make_edit(
-    lm: LM, editor: Editor, request: Request, questions: Sequence[Question]
-) -> tuple[BaseEdit, list[Row]]:
-    """An edit with its figures in its card, and the model's answers before and after it.
-
-    Where no weights change, the edit's rank and norm are 0.
-
-    Raises:
-        RequestError: a text does not fit the model, or the edit holds NaN or infinite numbers.
-        MismatchError: the editor was trained for another model.
-    """
-    from statistics import fmean
-
-    from emendo._storage import finite
-    from emendo.cli._tables import rows_as_dicts
-    from emendo.evaluate import before_after
-
-    edit = editor.edit(lm, [request])
-    edit.check_numbers()
-    host = editor.host(lm)
-    rows = before_after(lm, edit, questions, host=host)
-    card = {
-        "target_before": rows[0].target_before,
-        "target_after": rows[0].target_after,
-        "reached": rows[0].reached,
-        "rank": edit.rank,
-        "relative_norm": finite(fmean(edit.relative_norms(host).values() or [0.0])),
-        "rows": rows_as_dicts(rows),
-    }
-    return edit.with_card(card), rows

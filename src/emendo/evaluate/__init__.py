@@ -1,6 +1,6 @@
 """Measuring editors: scores of many edits, and one edit before and after."""
 
-from emendo.evaluate.before_after import Answer, Question, Row, before_after, questions
+from emendo.evaluate.before_after import Answer, Question, Row, before_after, edit_with_answers, questions
 from emendo.evaluate.evaluation import Evaluation, SequentialEvaluation
 from emendo.evaluate.intervals import Interval
 from emendo.evaluate.results import Outcome, Result
@@ -17,6 +17,7 @@ __all__ = [
     "Row",
     "SequentialEvaluation",
     "before_after",
+    "edit_with_answers",
     "evaluate",
     "evaluate_sequence",
     "questions",

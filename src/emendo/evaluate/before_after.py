@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 
 import torch
 
+from emendo._storage import finite
 from emendo.data.schema import Record
-from emendo.edits.edit import BaseEdit
+from emendo.editors import Editor
+from emendo.edits.edit import BaseEdit, Request
 from emendo.evaluate.metrics import all_match, answer_match, answer_probability
 from emendo.evaluate.results import Kind
 from emendo.models.framing import Pair
@@ -146,6 +149,38 @@ def before_after(
         )
         for i, question in enumerate(asked)
     ]
+
+
+def edit_with_answers(
+    lm: LM, editor: Editor, request: Request, asked: Sequence[Question]
+) -> tuple[BaseEdit, list[Row]]:
+    """An edit with its figures in its card, and the model's answers before and after it.
+
+    Where no weights change, the edit's rank and norm are 0.
+
+    Args:
+        lm: the model; it is not changed.
+        editor: makes the edit.
+        request: the prompt and its new answer.
+        asked: the questions; the first one is the edit's own prompt.
+
+    Raises:
+        RequestError: a text does not fit the model, or the edit holds NaN or infinite numbers.
+        MismatchError: the editor was trained for another model.
+    """
+    edit = editor.edit(lm, [request])
+    edit.check_numbers()
+    host = editor.host(lm)
+    rows = before_after(lm, edit, asked, host=host)
+    card = {
+        "target_before": rows[0].target_before,
+        "target_after": rows[0].target_after,
+        "reached": rows[0].reached,
+        "rank": edit.rank,
+        "relative_norm": finite(fmean(edit.relative_norms(host).values() or [0.0])),
+        "rows": [asdict(row) for row in rows],
+    }
+    return edit.with_card(card), rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
@@ -81,6 +82,16 @@ class LM:
         other = replace(self, chat=chat)
         if "fingerprint" in vars(self):  # computed already, and the same
             vars(other)["fingerprint"] = self.fingerprint
+        return other
+
+    def twin(self) -> Self:
+        """The same weights in a module tree of its own, with a tokenizer of its own.
+
+        Hooks of one are not seen by the other, so two threads can run both at once. It takes no memory for weights.
+        """
+        tensors = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        other = replace(self, model=deepcopy(self.model, tensors), tokenizer=deepcopy(self.tokenizer))
+        vars(other)["fingerprint"] = self.fingerprint
         return other
 
     @cached_property
@@ -202,6 +213,34 @@ class LM:
         rows = self._prompt_ids(prompts)
         ids, mask = padded(rows, self.pad_id, "left" if self.kind == "causal" else "right")
         return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+    def conversation_ids(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        """The token ids of a conversation in the chat template, up to where the assistant's answer begins.
+
+        Args:
+            messages: objects with ``role`` and ``content``, as chat templates read them.
+
+        Raises:
+            ModelError: there is no chat template.
+            RequestError: the template does not accept the messages, or they do not fit the context.
+        """
+        chat_framing(self.tokenizer, self.name)  # refuses a tokenizer without a template
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [dict(each) for each in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program and can raise anything
+            raise RequestError(
+                f"The chat template of {self.name} does not accept these messages: {error}"
+            ) from error
+        said = Framing("a conversation", lambda prompt: prompt, lambda prompt, answer: "", chat=True)
+        (ids,) = encode_prompts(self.tokenizer, [text], max_tokens=self.context, framing=said)
+        if self.context is not None and len(ids) > self.context:
+            raise RequestError(
+                f"The conversation has {len(ids)} tokens but the model's context is {self.context}: shorten it."
+            )
+        self.check_vocabulary([ids])
+        return ids
 
     @torch.no_grad()
     def generate(self, prompts: str | list[str], max_new_tokens: int = 20) -> Any:

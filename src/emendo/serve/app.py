@@ -1,0 +1,81 @@
+"""The application: its routes around the parts of the service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from emendo._version import __version__
+from emendo.editors import Editor
+from emendo.ledger.workspace import Workspace
+from emendo.serve import edit_routes, openai_routes
+from emendo.serve._worker import Worker
+from emendo.serve.backend import Backend
+from emendo.serve.editing import EditingDesk
+from emendo.serve.engine import Bounds, Engine
+from emendo.serve.errors import add_handlers
+from emendo.serve.routing import Router
+from emendo.serve.schemas import ErrorBody
+from emendo.serve.service import Service, Settings
+
+
+def create_app(
+    work: Workspace,
+    editor: Editor,
+    *,
+    backend: Backend | None = None,
+    bounds: Bounds | None = None,
+    settings: Settings | None = None,
+    name: str | None = None,
+) -> FastAPI:
+    """The service of a model with its ledger.
+
+    Args:
+        work: the model with its ledger and guard. The edits are made with it; requests are routed and answered with a
+            twin over the same weights.
+        editor: makes the edits that clients ask for.
+        backend: answers the requests; None answers them with the model itself.
+        bounds: of the model's own engine.
+        settings: of the service.
+        name: the name by which clients know the model; by default the last part of its own.
+
+    Raises:
+        ModelError: the model is no decoder, and there is no other engine.
+        RequestError: the editor's edits change no weights.
+    """
+    settings = settings or Settings()
+    lm, worker = work.lm.twin(), Worker("emendo-model")
+    found = Service(
+        ledger=work.ledger,
+        router=Router(lm, work.ledger, worker, name),
+        backend=backend or Engine(lm, worker, bounds),
+        desk=EditingDesk(work, editor),
+        settings=settings,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await found.close()
+
+    app = FastAPI(
+        title="emendo",
+        version=__version__,
+        description="A language model with its corrections, live.",
+        lifespan=lifespan,
+        max_body_size=settings.body,
+        responses={status: {"model": ErrorBody} for status in (400, 404, 429, 503)},
+    )
+    app.state.service = found
+    add_handlers(app)
+    app.include_router(openai_routes.router)
+    app.include_router(edit_routes.router)
+
+    @app.get("/health", tags=["Operation"])
+    async def health() -> dict[str, str]:
+        """Tell that the process answers."""
+        return {"status": "ok"}
+
+    return app

@@ -1,0 +1,68 @@
+"""The parts of a running service, as its routes see them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from emendo.ledger import Ledger
+from emendo.serve.backend import Backend
+from emendo.serve.editing import EditingDesk
+from emendo.serve.routing import Router
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings of the service.
+
+    Attributes:
+        timeout: seconds after which an answer that is not complete is given up.
+        body: the largest size of a request's body, in bytes.
+    """
+
+    timeout: float = 300.0
+    body: int = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The parts of a running service.
+
+    Attributes:
+        ledger: the only state.
+        router: finds the edits in force for a request.
+        backend: answers it under these edits.
+        desk: makes edits and takes them off.
+        settings: of the service.
+        started: time, in seconds since 1970.
+    """
+
+    ledger: Ledger
+    router: Router
+    backend: Backend
+    desk: EditingDesk
+    settings: Settings
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    async def models(self) -> list[str]:
+        """The names of the models that can be asked."""
+        return await self.router.worker.run(self.router.models)
+
+    async def close(self) -> None:
+        """End all work."""
+        await self.backend.close()
+        self.desk.close()
+        self.router.worker.close()
+
+
+def service(request: Request) -> Service:
+    """The service that a request came to."""
+    found: Service = request.app.state.service
+    return found
+
+
+Found = Annotated[Service, Depends(service)]
+"""The service as an argument of a route."""
