@@ -187,7 +187,7 @@ ADAPTER = Kind(
 ADAPTERS = Kind(
     "adapters of a memory",
     lambda folder: {"format", "adapters"} <= _head(folder, "index.json").keys(),
-    ("index.json", "edit-*"),
+    ("index.json", "edit-*", "emendo-*.gguf"),
 )
 CHECKPOINT = Kind(
     "a merged checkpoint",

@@ -63,6 +63,10 @@ def test_edits_in_the_memory_of_a_ledger(emendo_command: Emendo, model: Path, tm
     assert "1 adapters" in said
     assert [(one["edit"], one["folder"]) for one in index["adapters"]] == [(2, "edit-2")]
     assert index["adapters"][0]["scope"] == {"aliases": ["Old Gude"]}
+    emendo_command("export", "--model", own, "--to", "gguf-adapters", "--out", tmp_path / "gguf")
+    (one,) = json.loads((tmp_path / "gguf" / "index.json").read_text(encoding="utf-8"))["adapters"]
+    assert one["file"] == f"emendo-{one['digest'][:32]}.gguf"
+    assert (tmp_path / "gguf" / one["file"]).read_bytes().startswith(b"GGUF")
     assert (tmp_path / "all" / "edit-2" / "adapter_model.safetensors").exists()
     mixed = emendo_command("edit", *common, "A", "Oslo", "--into-weights", "--alias", "B", code=2).err
     assert "--subject and --alias are for the memory" in mixed

@@ -19,7 +19,8 @@ HELP = """Export an edit for other software: as a LoRA adapter of PEFT or llama.
 
 Without EDIT, the active edits of the model's ledger that are in the weights are exported together. With --to adapters
 each edit of its memory becomes an adapter in a folder of its own, with an index.json that names its prompts, for a
-server that takes an adapter for each request.
+server that takes an adapter for each request. With --to gguf-adapters each is a file for llama.cpp, which loads them at
+its start; it is named by its content, as emendo serve --upstream asks for it.
 
 With --to gguf the adapter is a file for llama.cpp (--lora FILE). A merged GGUF is made by llama.cpp's own converter,
 convert_hf_to_gguf.py, which must be on the PATH.
@@ -42,6 +43,7 @@ _KINDS = {
     "merged": CHECKPOINT,
     "adapters": ADAPTERS,
     "gguf": GGUF,
+    "gguf-adapters": ADAPTERS,
     "merged-gguf": GGUF,
 }
 """The forms, and the kinds of output that they make."""
@@ -53,7 +55,12 @@ EditFolder = Annotated[
         help="An edit: the --out folder of emendo edit.  [default: the active edits of the ledger]",
     ),
 ]
-To = Annotated[str, typer.Option("--to", metavar="FORM", help="peft, merged, adapters, gguf or merged-gguf.")]
+To = Annotated[
+    str,
+    typer.Option(
+        "--to", metavar="FORM", help="One of peft, merged, adapters, gguf, gguf-adapters, merged-gguf."
+    ),
+]
 Out = Annotated[
     Path, typer.Option("--out", metavar="PATH", help="The folder (of a GGUF, the file) to write.")
 ]
@@ -84,8 +91,9 @@ def run(
 
     if to not in _KINDS:
         raise RequestError(f"--to {to!r} is not one of {', '.join(_KINDS)}.")
-    if to == "adapters" and edit is not None:
-        raise RequestError("--to adapters exports the edits of a ledger's memory; leave EDIT out.")
+    of_memory = _KINDS[to] is ADAPTERS
+    if of_memory and edit is not None:
+        raise RequestError(f"--to {to} exports the edits of a ledger's memory; leave EDIT out.")
     if to.startswith("merged") and max_rank is not None:
         raise RequestError("--max-rank belongs to adapters: a merged checkpoint has no rank.")
     if edit is not None and ledger is not None:
@@ -99,9 +107,9 @@ def run(
         keep.find_ledger(model or opt.MODEL, ledger)  # fails before the model is loaded
         lm = load_model(model or opt.MODEL, dtype, device)
         work = keep.open_workspace(lm, ledger)
-        if to == "adapters":
+        if of_memory:
             claim(out, kind, model=lm.name, overwrite=overwrite)
-            _show(_adapters(work, out, max_rank, overwrite=overwrite), as_json)
+            _show(_adapters(work, out, to, max_rank, overwrite=overwrite), as_json)
             return
         active, remembered = work.composed(), len(work.ledger.scopes())
         if remembered:
@@ -136,27 +144,33 @@ def run(
     _show(figures, as_json)
 
 
-def _adapters(work: Workspace, out: Path, max_rank: int | None, *, overwrite: bool) -> dict[str, Any]:
+def _adapters(
+    work: Workspace, out: Path, to: str, max_rank: int | None, *, overwrite: bool
+) -> dict[str, Any]:
     """Write an adapter for each edit of the memory, and the index of them; returns the figures.
 
     Raises:
         RequestError: the memory is empty.
     """
+    from emendo._adapter_names import adapter_name
     from emendo._storage import new_folder, write_json
-    from emendo.edits import to_peft
+    from emendo.edits import to_gguf, to_peft
     from emendo.errors import RequestError
 
     scopes, listed = work.ledger.scopes(), []
     if not scopes:
         raise RequestError(f"The memory of {work.lm.name} has no edit, so there is nothing to export.")
+    place, write = ("file", to_gguf) if to == "gguf-adapters" else ("folder", to_peft)
     with new_folder(out, ADAPTERS, overwrite=overwrite) as new:
         for entry in work.ledger.entries(scopes):
-            name = f"edit-{entry.id}"
-            adapter = to_peft(work.edit(entry.id), work.lm, new / name, max_rank=max_rank)
+            name = (
+                f"edit-{entry.id}" if place == "folder" else f"{adapter_name([entry.digest], max_rank)}.gguf"
+            )
+            adapter = write(work.edit(entry.id), work.lm, new / name, max_rank=max_rank)
             listed.append(
                 {
                     "edit": entry.id,
-                    "folder": name,
+                    place: name,
                     "digest": entry.digest,
                     "requests": list(entry.requests),
                     "scope": scopes[entry.id],
@@ -171,7 +185,7 @@ def _adapters(work: Workspace, out: Path, max_rank: int | None, *, overwrite: bo
             "adapters": listed,
         }
         write_json(new / "index.json", index)
-    return {"out": str(out), "form": "adapters", "adapters": len(listed)}
+    return {"out": str(out), "form": to, "adapters": len(listed)}
 
 
 def _show(figures: dict[str, Any], as_json: bool) -> None:
@@ -179,7 +193,7 @@ def _show(figures: dict[str, Any], as_json: bool) -> None:
         emit(figures)
         return
     console = output()
-    if figures["form"] == "adapters":
+    if "adapters" in figures:
         console.print(
             f"Wrote {figures['adapters']} adapters and index.json to {figures['out']}.", soft_wrap=True
         )
