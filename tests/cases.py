@@ -264,6 +264,7 @@ EDITOR_CASES: dict[str, EditorCase] = {
         refuses={"seq2seq": "rome is for decoders", "classifier": "rome is for decoders"},
     ),
     "repair": EditorCase({"margin": 0.1}, own_sites=True),
+    "k-adapter": EditorCase({"width": 4, "lr": 0.05, "steps": 3}),
     "cache": EditorCase(),
     "in-context": EditorCase(refuses={"classifier": "classifier, which answers with classes"}, teaches=False),
 }

@@ -26,6 +26,7 @@ EDITORS = {
     "meta-lstm": "Meta-LSTM",
     "lora": "LoRA",
     "repair": "Repair",
+    "k-adapter": "K-Adapter",
     "in-context": "In context",
     "cache": "Cache, eps*",
 }
@@ -97,7 +98,18 @@ SETTINGS: Mapping[tuple[str, str], Mapping[str, Any]] = {
 }
 """Settings of a method on a task."""
 
-SLOW = ("ft", "ft-kl", "lora", "meta-lstm", "repair", "ft-constrained", "ft-penalised", "diff-pruning", "ewc")
+SLOW = (
+    "ft",
+    "ft-kl",
+    "lora",
+    "meta-lstm",
+    "repair",
+    "k-adapter",
+    "ft-constrained",
+    "ft-penalised",
+    "diff-pruning",
+    "ewc",
+)
 """Editors that run a loop of gradient steps for every edit."""
 
 REFUSES = {("atlas-bert", "in-context"), ("wikitext", "meta-lstm"), ("counterfact", "meta-lstm")}

@@ -29,6 +29,7 @@ EDITORS = {
     "lora": "emendo.editors.lora:Lora",
     "rome": "emendo.editors.rome:Rome",
     "repair": "emendo.editors.repair:Repair",
+    "k-adapter": "emendo.editors.k_adapter:KAdapter",
     "cache": "emendo.editors.cache:Cache",
     "in-context": "emendo.editors.in_context:InContext",
 }

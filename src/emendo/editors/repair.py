@@ -52,7 +52,8 @@ from emendo.models.trunk_cache import TrunkCache
 
 _CUTS = 4  # other tokens that are added for a label in one round
 _ROUNDS = 100
-_CORNERS = 1000  # of one round
+_CORNERS = 1000  # solutions of one round
+_PRICED = 32  # corners that are added after a solution, for L1
 _GROUPS = 32  # of rows, for L-inf
 _GAP = 1e-5  # between the norm and its lower bound, relative
 _ENOUGH = 0.99  # of the margin
@@ -290,7 +291,7 @@ class Program:
         self.corners = [corner for corner, is_used in zip(self.corners, used, strict=False) if is_used]
         self.products = [self._products(corner) for corner in self.corners]
         for g in dense:
-            self._take(self._corner(g))
+            self._take(g, 1)
 
     def solve(self) -> bool:
         """Find the least change; False where there is none."""
@@ -314,7 +315,7 @@ class Program:
             self.bound = float(multipliers @ self.needed) / steepness
             if found.fun - self.bound <= _GAP * found.fun:
                 break
-            self._take(self._corner(direction))
+            self._take(direction, _PRICED)
         return missed <= 1e-6 * max(1.0, float(self.needed.max()))
 
     def change(self) -> LowRank:
@@ -340,17 +341,19 @@ class Program:
     def _dual_norm(self, direction: Tensor) -> Tensor:
         return direction.abs().amax() if self.norm == "l1" else direction.abs().sum()
 
-    def _corner(self, direction: Tensor) -> Tensor:
-        """The corner of the unit ball that a matrix points to."""
+    def _take(self, direction: Tensor, count: int) -> None:
+        """Add the corners of the unit ball that a matrix points to most, at most ``count`` of them."""
         if self.norm == "linf":
-            return torch.where(direction < 0, -1, 1).to(torch.int8)
-        place = int(direction.abs().argmax())
-        row, column = divmod(place, self.shape[1])
-        return torch.tensor([row, column, -1 if direction[row, column] < 0 else 1])
-
-    def _take(self, corner: Tensor) -> None:
-        self.corners.append(corner)
-        self.products.append(self._products(corner))
+            corners = [torch.where(direction < 0, -1, 1).to(torch.int8)]
+        else:
+            flat = direction.flatten()
+            places = flat.abs().topk(min(count, len(flat))).indices
+            corners = [
+                torch.tensor([*divmod(int(place), self.shape[1]), -1 if flat[place] < 0 else 1])
+                for place in places
+            ]
+        self.corners += corners
+        self.products += map(self._products, corners)
 
     def _products(self, corner: Tensor) -> Tensor:
         """``<G_k, S>`` of every constraint ``[constraints, groups]``, with the signs of one group of rows at a time."""

@@ -267,7 +267,7 @@ def conflicts(edits: Iterable[BaseEdit]) -> dict[str, tuple[str, ...]]:
     return {own[0].prompt: tuple(r.target for r in own) for own in found.values() if len(own) > 1}
 
 
-def common_origin(edits: Sequence[Edit], editor: str, settings: Mapping[str, Any]) -> Origin:
+def common_origin(edits: Sequence[BaseEdit], editor: str, settings: Mapping[str, Any]) -> Origin:
     """The origin of one edit that is made of several.
 
     Raises:
