@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,8 +66,66 @@ MaxRank = Annotated[
 ]
 
 
+Host = Annotated[
+    str,
+    typer.Option(
+        "--host", metavar="ADDRESS", help="Where to listen; other machines are served with tokens only."
+    ),
+]
+AskToken = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ask-token",
+        metavar="[NAME=]TOKEN",
+        help="Requests need this token, or that for editing (may be repeated).  [default: EMENDO_ASK_TOKEN]",
+    ),
+]
+EditToken = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--edit-token",
+        metavar="[NAME=]TOKEN",
+        help="Edits need this token; the ledger records its name (may be repeated).  [default: EMENDO_EDIT_TOKEN]",
+    ),
+]
+_BOUNDS = "Bounds"
+Rows = Annotated[
+    int,
+    typer.Option("--rows", metavar="N", min=1, help="Requests answered at once.", rich_help_panel=_BOUNDS),
+]
+Tokens = Annotated[
+    int,
+    typer.Option(
+        "--tokens", metavar="N", min=1, help="Tokens of all of these together.", rich_help_panel=_BOUNDS
+    ),
+]
+Waiting = Annotated[
+    int,
+    typer.Option(
+        "--waiting", metavar="N", min=1, help="Requests that may wait; 429 beyond.", rich_help_panel=_BOUNDS
+    ),
+]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        "--timeout",
+        metavar="SECONDS",
+        min=0.1,
+        help="Give an answer up that takes longer.",
+        rich_help_panel=_BOUNDS,
+    ),
+]
+EditRate = Annotated[
+    int,
+    typer.Option(
+        "--edits-per-minute", metavar="N", min=1, help="Edits of one caller.", rich_help_panel=_BOUNDS
+    ),
+]
+
+
 def run(
     model: opt.ModelArgument,
+    host: Host = "127.0.0.1",
     port: Port = 8000,
     editor: opt.BestEditor = None,
     ledger: keep.Where = None,
@@ -74,6 +135,13 @@ def run(
     adapters: Adapters = None,
     adapters_seen_as: SeenAs = None,
     max_rank: MaxRank = None,
+    ask_token: AskToken = None,
+    edit_token: EditToken = None,
+    rows: Rows = 32,
+    tokens: Tokens = 32_768,
+    waiting: Waiting = 256,
+    timeout: Timeout = 300.0,
+    edits_per_minute: EditRate = 60,
     probes: keep.Probes = None,
     passage: keep.Passage = None,
     limit: keep.Limit = None,
@@ -86,21 +154,37 @@ def run(
     try:
         import uvicorn
 
-        from emendo.serve import create_app
+        from emendo.serve import Access, Bounds, Settings, create_app
     except ImportError as error:
         raise RequestError(
             f"emendo serve needs packages that are not installed ({error.name}): pip install 'emendo[serve]'"
         ) from error
     from emendo.cli._loading import load_editor
 
-    lm, maker = load_editor(editor, model, dtype, device, chat=False)
-    work = keep.open_workspace(lm, ledger, create=True, probes=probes, passage=passage, limits=limit)
-    backend = None
-    if upstream is not None:
-        backend = _upstream(lm, upstream, engine, adapters, adapters_seen_as, max_rank)
-    app = create_app(work, maker, name=name, backend=backend)
-    note(f"Serving {lm.name} at http://127.0.0.1:{port}/v1 with the ledger {work.ledger.where}")
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+    access = Access.of(_tokens(ask_token, "EMENDO_ASK_TOKEN"), _tokens(edit_token, "EMENDO_EDIT_TOKEN"))
+    access.check_host(host)
+    with _listening(host, port) as listener:
+        lm, maker = load_editor(editor, model, dtype, device, chat=False)
+        work = keep.open_workspace(lm, ledger, create=True, probes=probes, passage=passage, limits=limit)
+        backend = None
+        if upstream is not None:
+            backend = _upstream(lm, upstream, engine, adapters, adapters_seen_as, max_rank)
+        app = create_app(
+            work,
+            maker,
+            backend=backend,
+            bounds=Bounds(rows, tokens, waiting),
+            settings=Settings(timeout=timeout, edits_per_minute=edits_per_minute, access=access),
+            name=name,
+        )
+        _log_as_json()
+        shown = f"[{host}]" if ":" in host else host
+        note(
+            f"Serving {lm.name} at http://{shown}:{listener.getsockname()[1]}/v1 with the ledger {work.ledger.where}"
+        )
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+        with suppress(KeyboardInterrupt):  # raised again by uvicorn, which has ended all work
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def _upstream(
@@ -119,3 +203,32 @@ def _upstream(
     folder = adapters or cache_folder() / "adapters" / lm.fingerprint
     files = AdapterFolder(folder.absolute(), kind.form, max_rank, seen_as)
     return Upstream(url, kind, files, lm.twin(), key=os.environ.get("EMENDO_UPSTREAM_KEY"))
+
+
+def _tokens(given: list[str] | None, variable: str) -> list[str]:
+    return given or [text for text in os.environ.get(variable, "").split(",") if text.strip()]
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """A socket at an address, so that one in use is told before the model is loaded."""
+    from emendo.errors import RequestError
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise RequestError(f"Port {port} of {host} cannot be used: {error.strerror}.") from error
+
+
+def _log_as_json() -> None:
+    """Write the service's log as JSON lines on standard error."""
+    from emendo.serve.observing import JsonLines
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    for name in ("emendo.serve", "uvicorn"):
+        log = logging.getLogger(name)
+        log.addHandler(handler)
+        log.propagate = False
+    logging.getLogger("emendo.serve").setLevel(logging.INFO)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)

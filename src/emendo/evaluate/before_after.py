@@ -152,7 +152,7 @@ def before_after(
 
 
 def edit_with_answers(
-    lm: LM, editor: Editor, request: Request, asked: Sequence[Question]
+    lm: LM, editor: Editor, request: Request, asked: Sequence[Question], *, k: int = 3
 ) -> tuple[BaseEdit, list[Row]]:
     """An edit with its figures in its card, and the model's answers before and after it.
 
@@ -163,6 +163,7 @@ def edit_with_answers(
         editor: makes the edit.
         request: the prompt and its new answer.
         asked: the questions; the first one is the edit's own prompt.
+        k: as for :func:`before_after`.
 
     Raises:
         RequestError: a text does not fit the model, or the edit holds NaN or infinite numbers.
@@ -171,7 +172,7 @@ def edit_with_answers(
     edit = editor.edit(lm, [request])
     edit.check_numbers()
     host = editor.host(lm)
-    rows = before_after(lm, edit, asked, host=host)
+    rows = before_after(lm, edit, asked, k=k, host=host)
     card = {
         "target_before": rows[0].target_before,
         "target_after": rows[0].target_after,

@@ -19,6 +19,8 @@ from emendo.ledger._composition import Candidate, EditStack, evidence
 from emendo.ledger._schema import Entry, Operation, Values
 from emendo.ledger.health import Drift, Health
 from emendo.ledger.probes import ProbeOutputs, ProbeRunner, Probes
+from emendo.memory.bank import EditMemory, RoutedLM
+from emendo.memory.router import Query
 from emendo.models.framing import Pair
 from emendo.models.lm import LM
 from emendo.models.tokenization import to_texts
@@ -111,6 +113,7 @@ class Guard:
         self.stack = stack
         self._runner = ProbeRunner(stack.lm, probes)
         self._outputs: dict[_Key, ProbeOutputs] = {}
+        self._queries: list[Query] | None = None
 
     @torch.no_grad()
     def health(
@@ -133,11 +136,16 @@ class Guard:
         if paraphrases and len(requests) != 1:
             raise RequestError(f"Paraphrases belong to an edit of one request; this one has {len(requests)}.")
         before, clean = self._outputs_of(state), self._outputs_of(None)
+        key = (state.active, edit.digest, scope is not None)
+        choices = None if scope is None else self._choices(self.stack.memory(state))
+        pairs = [*(r.pair for r in requests), *(requests[0].asking(text).pair for text in paraphrases)]
         with self.stack.applied(state, Candidate(edit, scope)) as edited:
-            reader = edited.reading(chat=edit.origin.chat)
-            reached = targets_reached(reader, [r.pair for r in requests])
-            generalised = targets_reached(reader, [requests[0].asking(text).pair for text in paraphrases])
-            after = self._run((state.active, edit.digest, scope is not None), edited)
+            right = targets_reached(edited.reading(chat=edit.origin.chat), pairs)
+            if choices is None:
+                after = self._run(key, edited)
+            else:
+                after = self._rerun(key, edited, before, choices)
+        reached, generalised = right[: len(requests)], right[len(requests) :]
         excluded = self._edited_probes(state) | {*(request.prompt for request in requests), *paraphrases}
         return Health.of(
             edit_success=fmean(map(float, reached)) if reached else 1.0,
@@ -207,9 +215,27 @@ class Guard:
         active = state.active
         return active[:-1], self.stack.ledger.digests(active[-1:])[0], active[-1] in self.stack.scopes(state)
 
+    def _choices(self, memory: EditMemory) -> list[int | None]:
+        """The edit of a memory that answers each probe."""
+        if self._queries is None:
+            reader = RoutedLM(self.stack.lm.model, self.stack.lm.tokenizer, memory=memory)
+            prompts = [reader.prompt_of(text) for text in self._runner.texts]
+            self._queries = memory.router.read(self.stack.lm, prompts)
+        return [memory.choose(query).edit for query in self._queries]
+
+    def _rerun(self, key: _Key, lm: LM, before: ProbeOutputs, choices: Sequence[int | None]) -> ProbeOutputs:
+        """The outputs with one more edit in the memory: only the probes that another edit answers now are run."""
+        assert isinstance(lm, RoutedLM)
+        now = self._choices(lm.memory)
+        places = [i for i, (old, new) in enumerate(zip(choices, now, strict=True)) if old != new]
+        return self._keep(key, self._runner.rerun(lm, before, places))
+
     def _run(self, key: _Key, lm: LM) -> ProbeOutputs:
-        """The outputs on the probes now; those of the base model and of the last two other states are kept."""
-        outputs = self._runner.run(lm)
+        """The outputs on the probes now."""
+        return self._keep(key, self._runner.run(lm))
+
+    def _keep(self, key: _Key, outputs: ProbeOutputs) -> ProbeOutputs:
+        """Keep outputs: those of the base model and of the last two other states."""
         others = [other for other in self._outputs if other != _CLEAN]
         kept = [other for other in (_CLEAN, *others[-1:]) if other in self._outputs]
         self._outputs = {**{other: self._outputs[other] for other in kept}, key: outputs}

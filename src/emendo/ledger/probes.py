@@ -129,16 +129,38 @@ class ProbeRunner:
         self._texts = _tokenised(lm, probes.prompts)
         self._passage = _passage(lm, probes.passage)
 
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        """The prompts, and the passage if there is one."""
+        return (*self._texts, *([] if self._passage is None else [self._passage]))
+
     @torch.no_grad()
     def run(self, lm: LM | None = None) -> ProbeOutputs:
         """The outputs of the model with everything that is attached to it; ``lm`` may have a memory besides."""
         lm = lm or self.lm
-        logits = tuple(lm.logits(self._texts))
+        return ProbeOutputs(self.prompts, tuple(lm.logits(self._texts)), self._nll(lm))
+
+    @torch.no_grad()
+    def rerun(self, lm: LM, before: ProbeOutputs, places: Collection[int]) -> ProbeOutputs:
+        """The outputs where only some differ from earlier ones.
+
+        Args:
+            lm: the model.
+            before: the earlier outputs.
+            places: of the texts that are run again, in :attr:`texts`.
+        """
+        own = [place for place in sorted(places) if place < len(self._texts)]
+        found = list(before.logits)
+        for place, logits in zip(own, lm.logits([self._texts[i] for i in own]), strict=True):
+            found[place] = logits
+        nll = self._nll(lm) if len(self._texts) in places else before.nll
+        return ProbeOutputs(self.prompts, tuple(found), nll)
+
+    def _nll(self, lm: LM) -> float | None:
         if self._passage is None:
-            return ProbeOutputs(self.prompts, logits, None)
+            return None
         labels = torch.tensor(self._passage.labels, device=self.lm.device)
-        found = lm.logits([self._passage])[0]
-        return ProbeOutputs(self.prompts, logits, float(token_nll(found, labels).mean()))
+        return float(token_nll(lm.logits([self._passage])[0], labels).mean())
 
 
 def _tokenised(lm: LM, prompts: Sequence[tuple[str, str]]) -> list[Text]:

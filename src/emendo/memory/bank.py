@@ -247,11 +247,11 @@ class RoutedLM(LM):
         found: list[Tensor] = []
         for start in range(0, len(texts), _AT_ONCE):
             part = texts[start : start + _AT_ONCE]
-            with self._routed([self._prompt(text) for text in part]) as lm:
+            with self._routed([self.prompt_of(text) for text in part]) as lm:
                 found += lm.logits(part)
         return found
 
-    def _prompt(self, text: Text) -> str:
+    def prompt_of(self, text: Text) -> str:
         """The prompt of a text, without a chat template."""
         said: str = self.tokenizer.decode(text.source or text.ids[: text.start])
         before, after = self._template

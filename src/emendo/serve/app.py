@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from emendo._version import __version__
 from emendo.editors import Editor
@@ -16,8 +19,10 @@ from emendo.serve.backend import Backend
 from emendo.serve.editing import EditingDesk
 from emendo.serve.engine import Bounds, Engine
 from emendo.serve.errors import add_handlers
+from emendo.serve.observing import Observed
 from emendo.serve.routing import Router
 from emendo.serve.schemas import ErrorBody
+from emendo.serve.security import LOCAL_HOSTS, RateLimit, asking
 from emendo.serve.service import Service, Settings
 
 
@@ -65,17 +70,35 @@ def create_app(
         version=__version__,
         description="A language model with its corrections, live.",
         lifespan=lifespan,
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
         max_body_size=settings.body,
         responses={status: {"model": ErrorBody} for status in (400, 404, 429, 503)},
     )
     app.state.service = found
+    app.state.access, app.state.rate = settings.access, RateLimit(settings.edits_per_minute)
     add_handlers(app)
-    app.include_router(openai_routes.router)
-    app.include_router(edit_routes.router)
+    if settings.access.open:  # access is by place, so a web page must not reach it by a name of its own
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS, www_redirect=False)
+    app.add_middleware(Observed, metrics=found.metrics)
+    app.include_router(openai_routes.router, dependencies=[Depends(asking)])
+    app.include_router(edit_routes.router, dependencies=[Depends(asking)])
 
     @app.get("/health", tags=["Operation"])
     async def health() -> dict[str, str]:
         """Tell that the process answers."""
         return {"status": "ok"}
+
+    @app.get("/ready", tags=["Operation"], responses={503: {}})
+    async def ready(response: Response) -> dict[str, bool]:
+        """Tell whether requests are answered now."""
+        now = await found.ready()
+        response.status_code = 200 if now else 503
+        return {"ready": now}
+
+    @app.get("/metrics", tags=["Operation"], dependencies=[Depends(asking)], response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Give the figures for Prometheus."""
+        return Response(generate_latest(found.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app

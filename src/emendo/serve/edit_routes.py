@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Path, Query, Request
+from fastapi import APIRouter, HTTPException, Path, Query
 
 from emendo._storage import finite_values
 from emendo.errors import RequestError
@@ -25,6 +25,7 @@ from emendo.serve.schemas import (
     UndoBody,
     WhyBody,
 )
+from emendo.serve.security import Editing
 from emendo.serve.service import Found, Service
 
 router = APIRouter(tags=["Edits"])
@@ -32,7 +33,7 @@ Id = Annotated[int, Path(ge=1, lt=2**31)]
 
 
 @router.post("/v1/edits", responses={409: {"model": ErrorBody, "description": "The guard refuses it."}})
-async def add(body: NewEditBody, request: Request, found: Found) -> StepBody:
+async def add(body: NewEditBody, found: Found, caller: Editing) -> StepBody:
     """Make an edit. When this returns, every later request is answered with it."""
     new = NewEdit(
         body.prompt,
@@ -42,9 +43,9 @@ async def add(body: NewEditBody, request: Request, found: Found) -> StepBody:
         body.aliases,
         body.note,
         body.force,
-        _who(request, body.by),
+        caller.signature(body.by),
     )
-    return _step(await found.desk.add(new))
+    return _counted(found, await found.desk.add(new))
 
 
 @router.get("/v1/edits")
@@ -68,20 +69,20 @@ async def edit(id: Id, found: Found) -> FullEditBody:
 @router.delete("/v1/edits/{id}")
 async def revert(
     id: Id,
-    request: Request,
     found: Found,
+    caller: Editing,
     note: Annotated[str, Query(max_length=10_000)] = "",
     by: Annotated[str | None, Query(max_length=200)] = None,
 ) -> StepBody:
     """Take one edit off, wherever it stands."""
     await found.router.worker.run(_entry, found, id)
-    return _step(await found.desk.revert(id, _who(request, by), note))
+    return _counted(found, await found.desk.revert(id, caller.signature(by), note))
 
 
 @router.post("/v1/undo")
-async def undo(body: UndoBody, request: Request, found: Found) -> StepBody:
+async def undo(body: UndoBody, found: Found, caller: Editing) -> StepBody:
     """Take the last edits off."""
-    return _step(await found.desk.undo(body.n, _who(request, body.by), body.note))
+    return _counted(found, await found.desk.undo(body.n, caller.signature(body.by), body.note))
 
 
 @router.get("/v1/tags")
@@ -91,9 +92,9 @@ async def tags(found: Found) -> list[TagBody]:
 
 
 @router.post("/v1/tags")
-async def tag(body: NewTagBody, request: Request, found: Found) -> TagBody:
+async def tag(body: NewTagBody, found: Found, caller: Editing) -> TagBody:
     """Name a state; it can be asked as ``NAME@TAG``."""
-    by = _who(request, body.by)
+    by = caller.signature(body.by)
     made = await found.router.worker.run(found.ledger.tag, body.name, body.operation, by=by)
     return TagBody(**asdict(made))
 
@@ -107,8 +108,9 @@ async def why(body: WhyBody, found: Found) -> ChoiceBody:
     return ChoiceBody(**asdict(await found.router.why(body.prompt, state)))
 
 
-def _who(request: Request, by: str | None) -> str | None:
-    return by
+def _counted(found: Found, step: Operation) -> StepBody:
+    found.metrics.steps.labels(step.kind).inc()
+    return _step(step)
 
 
 def _step(step: Operation) -> StepBody:

@@ -83,7 +83,7 @@ class EditingDesk:
         work, head = self.work, self.work.ledger.head
         asked = [Question("edit", new.prompt), *(Question("paraphrase", text) for text in new.paraphrases)]
         with work.in_weights(head):
-            edit, _ = edit_with_answers(work.lm, self.editor, Request(new.prompt, new.target), asked)
+            edit, _ = edit_with_answers(work.lm, self.editor, Request(new.prompt, new.target), asked, k=1)
         scope = {"subject": new.subject, "paraphrases": new.paraphrases, "aliases": new.aliases}
         return work.apply(
             work.upon(as_weights(edit, "A ledger stores changes of weights"), head),

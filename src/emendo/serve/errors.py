@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +16,7 @@ from emendo.errors import ConflictError, EmendoError, MismatchError, ModelError,
 from emendo.ledger.health import RefusedError
 from emendo.serve.backend import BusyError, UpstreamError
 from emendo.serve.routing import UnknownModelError
+from emendo.serve.security import TooManyEditsError
 
 log = logging.getLogger("emendo.serve")
 
@@ -23,6 +25,7 @@ _STATUS: tuple[tuple[type[Exception], int, str], ...] = (
     (ConflictError, 409, "conflict"),
     (UnknownModelError, 404, "model_not_found"),
     (BusyError, 429, "queue_full"),
+    (TooManyEditsError, 429, "too_many_edits"),
     (TimeoutError, 504, "timeout"),
     (UpstreamError, 502, "upstream_error"),
     (StorageError, 503, "ledger_unavailable"),
@@ -61,7 +64,8 @@ def add_handlers(app: FastAPI) -> None:
 
     async def own(request: Request, error: Exception) -> JSONResponse:
         status, body = described(error)
-        return JSONResponse(body, status, {"Retry-After": "1"} if status in (429, 503) else None)
+        wait = math.ceil(getattr(error, "seconds", 1))
+        return JSONResponse(body, status, {"Retry-After": str(wait)} if status in (429, 503) else None)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -75,6 +79,7 @@ def add_handlers(app: FastAPI) -> None:
         body = error_body(str(error.detail), f"http_{error.status_code}", error.status_code)
         return JSONResponse(body, error.status_code, error.headers)
 
+    app.add_exception_handler(Exception, own)
     app.add_exception_handler(EmendoError, own)
     app.add_exception_handler(TimeoutError, own)
     app.add_exception_handler(RequestValidationError, invalid)

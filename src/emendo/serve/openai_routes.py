@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,7 @@ from emendo.serve.schemas import ChatRequest, CompletionRequest, ModelBody, Mode
 from emendo.serve.service import Found, Service
 
 HEADER = "X-Emendo-Edits"
+_GONE = 499  # nobody reads it; the log shows it
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -78,15 +79,58 @@ async def _answer(
     ]
     reply = form(body.model, [force for _, force in several])
     headers = {HEADER: header(reply.forces)}
-    pieces = _all_pieces(found, several)
+    request.scope["emendo"]["edits"] = headers[HEADER]
+    pieces = _counted(found, reply, _all_pieces(found, several))
     if not body.stream:
-        async with aclosing(pieces):
-            async for index, piece in pieces:
-                reply.add(index, piece)
+        if not await _unless_gone(request, _drained(pieces)):
+            return Response(status_code=_GONE)
         return JSONResponse(finite_values(reply.whole()), headers=headers)
     first = await anext(pieces)  # what is refused is refused with a status of its own
     usage = body.stream_options is not None and body.stream_options.include_usage
     return EventSourceResponse(_events(first, pieces, reply, usage=usage), headers=headers)
+
+
+async def _counted(
+    found: Service, reply: _Form, pieces: AsyncGenerator[tuple[int, Piece]]
+) -> AsyncGenerator[tuple[int, Piece]]:
+    """The same pieces, added to the answer; in the end the answer is counted."""
+    try:
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                reply.add(index, piece)
+                yield index, piece
+    finally:
+        used, metrics = reply.usage(), found.metrics
+        metrics.tokens.labels("prompt").inc(used["prompt_tokens"])
+        metrics.tokens.labels("generated").inc(used["completion_tokens"])
+        for force in reply.forces:
+            metrics.answers.labels("edit" if force.parts else "base").inc()
+
+
+async def _drained(pieces: AsyncGenerator[tuple[int, Piece]]) -> None:
+    async with aclosing(pieces):
+        async for _ in pieces:
+            pass
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> bool:
+    """Do some work, unless the client hangs up before it is done; returns whether it was done."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            return False
+        working.result()
+        return True
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _events(
@@ -94,9 +138,10 @@ async def _events(
 ) -> AsyncGenerator[bytes]:
     """The answer as server-sent events; an error in the middle becomes an event, too."""
     try:
-        yield _event(reply.chunk(*first))
-        async for index, piece in rest:
-            yield _event(reply.chunk(index, piece))
+        async with aclosing(rest):
+            yield _event(reply.chunk(*first))
+            async for index, piece in rest:
+                yield _event(reply.chunk(index, piece))
         if usage:
             yield _event(reply.last_chunk())
     except Exception as error:  # noqa: BLE001 - the status was sent already
@@ -219,11 +264,10 @@ class _Form:
         choices = [self._whole_choice(i, choice, self._tokens[i]) for i, choice in enumerate(self._choices)]
         for choice, force in zip(choices, self.forces, strict=True):
             choice["emendo"] = _in_force(force)
-        return {**self._head, "object": self.whole_object, "choices": choices, "usage": self._usage()}
+        return {**self._head, "object": self.whole_object, "choices": choices, "usage": self.usage()}
 
     def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         """A piece as a chunk."""
-        self.add(index, piece)
         choice = self._choices[index]
         values = self._chunk_choice(index, piece, first=not choice.begun)
         if not choice.begun:
@@ -233,9 +277,10 @@ class _Form:
 
     def last_chunk(self) -> dict[str, Any]:
         """The chunk with the numbers of tokens."""
-        return {**self._head, "object": self.chunk_object, "choices": [], "usage": self._usage()}
+        return {**self._head, "object": self.chunk_object, "choices": [], "usage": self.usage()}
 
-    def _usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, int]:
+        """Numbers of tokens."""
         prompt = sum(choice.prompt_tokens for choice in self._choices)
         generated = sum(choice.generated for choice in self._choices)
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}

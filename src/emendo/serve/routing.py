@@ -57,6 +57,9 @@ class Router:
         ledger: its ledger.
         worker: the thread that runs it.
         name: the name by which clients know the model; by default the last part of its own.
+
+    Attributes:
+        head: the latest operation of the ledger when it was last read; None before the first time.
     """
 
     def __init__(self, lm: LM, ledger: Ledger, worker: Worker, name: str | None = None) -> None:
@@ -64,6 +67,7 @@ class Router:
         self.name = name or Path(lm.name).name
         self._states: OrderedDict[int, _State] = OrderedDict()
         self._tags: dict[str, int] = {}
+        self.head: Operation | None = None
         self.route = Together(worker, self._route)
 
     def state(self, model: str) -> str:
@@ -115,7 +119,10 @@ class Router:
 
     def _state(self, name: str) -> _State:
         """A state that is ready, made if need be; those used last are kept."""
-        operation = self.ledger.head if name == "head" else self._named(name)
+        if name == "head":
+            operation = self.head = self.ledger.head
+        else:
+            operation = self._named(name)
         if operation.id not in self._states:
             self._states[operation.id] = self._made(operation, head=name == "head")
         self._states.move_to_end(operation.id)
