@@ -259,9 +259,24 @@ EDITOR_CASES: dict[str, EditorCase] = {
     "diff-pruning": EditorCase({"lr": 0.01, "steps": 3, "gate_lr": 0.1}),
     "ewc": EditorCase({"lr": 0.01, "steps": 3, "texts": 3}),
     "lora": EditorCase({"lr": 0.01, "steps": 3}),
+    "locft": EditorCase({"lr": 0.01, "epochs": 3}),
+    "crisp": EditorCase(
+        {"lr": 0.01, "epochs": 3, "gamma": 0.5},
+        refuses={"seq2seq": "crisp is for decoders", "classifier": "crisp is for decoders"},
+    ),
     "rome": EditorCase(
         {"lr": 0.3, "steps": 3},
         refuses={"seq2seq": "rome is for decoders", "classifier": "rome is for decoders"},
+    ),
+    "memit": EditorCase(
+        {"lr": 0.3, "steps": 3, "covariance": 1.0},
+        refuses={"seq2seq": "memit is for decoders", "classifier": "memit is for decoders"},
+        own_sites=True,
+    ),
+    "alphaedit": EditorCase(
+        {"lr": 0.3, "steps": 3, "threshold": 3.0},
+        refuses={"seq2seq": "alphaedit is for decoders", "classifier": "alphaedit is for decoders"},
+        own_sites=True,
     ),
     "repair": EditorCase({"margin": 0.1}, own_sites=True),
     "k-adapter": EditorCase({"width": 4, "lr": 0.05, "steps": 3}),

@@ -21,7 +21,7 @@ from emendo.train import TrainConfig
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = (
     *("demo", "data", "train", "editors", "edit", "generate", "fuse", "export", "import", "evaluate"),
-    *("evaluate show", "evaluate compare", "sites"),
+    *("evaluate show", "evaluate compare", "sites", "stats"),
     *("apply", "serve", "why", "log", "show", "undo", "revert", "diff", "tag", "checkout", "doctor"),
 )
 

@@ -19,10 +19,21 @@ from emendo.evaluate import evaluate
 
 PROMPT = "The capital of Bada is"
 CHEAP = dict.fromkeys(
-    ("ft", "ft-kl", "ft-constrained", "ft-penalised", "diff-pruning", "ewc", "lora"), "steps=2"
-)
+    ("ft", "ft-kl", "ft-constrained", "ft-penalised", "diff-pruning", "ewc", "lora", "memit", "alphaedit"),
+    "steps=2",
+) | dict.fromkeys(("locft", "crisp"), "epochs=2")
 
-LIKE_FT = ("ft-kl", "ft-constrained", "ft-penalised", "diff-pruning", "ewc")
+LIKE_FT = (
+    "ft-kl",
+    "ft-constrained",
+    "ft-penalised",
+    "diff-pruning",
+    "ewc",
+    "locft",
+    "crisp",
+    "memit",
+    "alphaedit",
+)
 """Methods whose way through the commands is that of ft."""
 
 

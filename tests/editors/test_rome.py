@@ -10,7 +10,9 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from cases import build_lm, plain_logits, records, unchanged
 from emendo._subject import find_subject
-from emendo.editors.rome import Background, Rome, RomeConfig, Whitening, contexts, inputs_of, subject_end
+from emendo.editors._contexts import contexts, subject_end
+from emendo.editors._values import Background, Whitening, inputs_of
+from emendo.editors.rome import Rome, RomeConfig
 from emendo.edits.edit import Request
 from emendo.low_rank import LowRank, applied
 from emendo.models.lm import LM

@@ -37,6 +37,7 @@ COMMANDS = {
     "evaluate show": "Trace a figure of an evaluation to its records.",
     "evaluate compare": "Compare two evaluations of the same facts.",
     "sites": "List the matrices that can be edited.",
+    "stats": "Take the moments that some editors write around.",
     "apply": "Apply edits to the model's ledger if its guard accepts.",
     "serve": "Serve a model with the edits of its ledger over HTTP.",
     "why": "Show which edit of a memory answers a prompt, and why.",

@@ -17,10 +17,10 @@ from emendo.data import Record, RecordSet, read_records
 from emendo.editors import DEFAULT, EDITORS, Editor, editor_class, library
 from emendo.errors import DataError, RequestError
 from emendo.models.loading import BUILT_IN, LM, fastest_dtype, load, usable_device
+from emendo.models.moments import passages_of
 from emendo.models.sites import Site, find_sites
 from emendo.models.tokenization import to_texts
 
-_WORDS = 8  # the fewest words in a passage
 _SHOWN = 10  # records in an error message
 _SPECIAL_TOKENS = 8  # the most that a tokenizer adds to a text
 
@@ -283,15 +283,7 @@ def passages(path: str | None) -> list[str]:
     Raises:
         DataError: the file is missing, or has no such line.
     """
-    if path is None:
-        return []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--text {path} cannot be read: {error}") from error
-    found = [line.strip() for line in lines if len(line.split()) >= _WORDS]
-    if not found:
-        raise DataError(
-            f"--text {path} has no line of at least {_WORDS} words; give plain text, one paragraph per line."
-        )
-    return found
+        return [] if path is None else passages_of(path)
+    except DataError as error:
+        raise DataError(f"--text {error}") from error
