@@ -20,7 +20,7 @@ from emendo.low_rank import Change, RowGroups, applied, prepared, total
 from emendo.models.caching import can_grow, concatenated, new_cache, selected
 from emendo.models.lm import LM
 from emendo.models.text import padded
-from emendo.serve._text import TextStream
+from emendo.serve._text import BROKEN, TextStream
 from emendo.serve.backend import Ask, Finish, InForce, Piece, Token
 
 _SETS = 64  # sets of edits that are kept ready
@@ -202,7 +202,8 @@ class Batch:
         chosen = logits.argmax(-1)
         for i, row in enumerate(rows):
             if row.random is not None:
-                chosen[i] = sample(logits[i], row.ask.temperature, row.ask.top_p, row.random)
+                weights = probabilities(logits[i].cpu(), row.ask.temperature, row.ask.top_p)
+                chosen[i] = torch.multinomial(weights, 1, generator=row.random)
         return [self._piece(row, int(chosen[i]), logits[i]) for i, row in enumerate(rows)], chosen
 
     def _piece(self, row: Row, token: int, logits: Tensor) -> Piece:
@@ -224,23 +225,24 @@ class Batch:
         return Token(self._shown(token), float(logprobs[token]), top)
 
     def _shown(self, token: int) -> str:
+        """A token as text; one that is part of a character as the tokenizer's vocabulary has it."""
         text: str = self.lm.tokenizer.decode([token])
-        return text
+        return text if BROKEN not in text else str(self.lm.tokenizer.convert_ids_to_tokens(token))
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
-    """A token from the most likely ones that together have the probability ``top_p``.
+def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The probabilities ``[vocabulary]`` that a sampled token has.
 
     Args:
         logits: ``[vocabulary]``.
         temperature: divides the logits.
-        top_p: from 0 to 1.
-        random: makes the choice.
+        top_p: from 0 to 1; the least likely tokens that lie beyond this share have none.
     """
-    probabilities, order = (logits.cpu() / temperature).softmax(-1).sort(descending=True)
-    beyond = probabilities.cumsum(-1) - probabilities >= top_p
+    ordered, order = (logits / temperature).softmax(-1).sort(descending=True)
+    beyond = ordered.cumsum(-1) - ordered >= top_p
     beyond[0] = False
-    return int(order[torch.multinomial(probabilities.masked_fill(beyond, 0.0), 1, generator=random)])
+    kept = ordered.masked_fill(beyond, 0.0)
+    return torch.zeros_like(kept).index_copy(0, order, kept / kept.sum())
 
 
 def _widened(mask: Tensor, width: int) -> Tensor:

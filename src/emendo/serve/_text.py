@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_BROKEN = "\N{REPLACEMENT CHARACTER}"  # a decoder's sign for the first bytes of a character
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+"""A decoder's sign for a part of a character."""
 
 
 class TextStream:
@@ -47,7 +48,7 @@ class TextStream:
 
     def _uncertain(self, text: str) -> int:
         """The number of characters at the end that may change, or be the beginning of a stop text."""
-        broken = len(text) - len(text.rstrip(_BROKEN))
+        broken = len(text) - len(text.rstrip(BROKEN))
         starts = [
             length
             for stop in self._stop
