@@ -9,24 +9,28 @@ that ships.
 
 from __future__ import annotations
 
+import argparse
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
-from _common import load, machine, parser, table
+from _common import CLOCKS, load, machine, parser, table
 
 from emendo.data import Record, read_records
 from emendo.data.abilities import PASSAGES
 from emendo.data.portability import with_consequences
 from emendo.evaluate.routed import SMALL_TALK
 from emendo.memory.index import Index, Scope
-from emendo.memory.router import Query, Router, index_of
+from emendo.memory.router import Floats, Query, Router, index_of
 from emendo.memory.words import Prompt
 from emendo.models.lm import LM
 
 RATES = (0.01, 0.02, 0.05, 0.1)
 ABROAD = ("Die Hauptstadt von {} ist", "La capitale de {} est", "La capital de {} es", "La capitale di {} è")
+AT_ONCE = 50_000
 TALK = " ".join(PASSAGES[:3])
 Best = tuple[float, int]
 """A score, and the number of its edit."""
@@ -155,50 +159,78 @@ def hard(router: Router, lm: LM, records: Sequence[Record]) -> list[tuple[str, s
     return rows + [(name, "none", f"{1 - share:.3f}", str(count)) for name, share, count in out]
 
 
-def cost(router: Router, lm: LM, counts: Sequence[int]) -> list[tuple[str, ...]]:
-    """The time to route a prompt among many edits, against one forward pass of it."""
+def cost(
+    router: Router, lm: LM, records: Sequence[Record], counts: Sequence[int], clock: Callable[[], float]
+) -> list[tuple[str, ...]]:
+    """The time to route a prompt among many edits, against one forward pass of it, and what the edits take.
+
+    The edits are invented: names of two words of real subjects in real wordings, with keys between real ones.
+    """
     rng, rows = random.Random(0), []
-    wordings = [record.prompt for record in read_records("atlas", split="train").records]
-    names = [record.subject or "" for record in read_records("atlas", split="train").records]
     query = "The capital city of Australia is called"
     read = router.read(lm, [query])[0]
-    forward = seconds(lambda: lm.next_logits([query]))
-    keys = np.random.default_rng(0).normal(size=(max(counts), 2, max(1, router.key_size))).astype(np.float32)
-    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
-    one = keys[:1] if router.key_size else None
+    one = None if read.key is None else read.key[None]
+    forward = seconds(lambda: lm.next_logits([query]), clock)
+    real = router.keys(lm, [record.prompt for record in records])
+    words = [word for record in records for word in (record.subject or "").split()]
+    forms = [record.prompt.replace(record.subject or "", "{}") for record in records]
     for count in counts:
-        index = Index(router.key_size)
-        texts = [f"{rng.choice(wordings)} {rng.choice(names)} {i}" for i in range(count)]
-        scopes = [Scope(i, Prompt.read(text)) for i, text in enumerate(texts)]
-        index.add(scopes, keys[:count] if router.key_size else None)
-        routing = seconds(lambda index=index: router.scores(Query(read.prompt, read.key), index))
-        adding = seconds(lambda index=index: (index.add([Scope(-1, read.prompt)], one), index.remove(-1)))
+        with TemporaryDirectory() as folder:
+            index = Index(router.key_size, Path(folder))
+            start = time.process_time()
+            for first in range(0, count, AT_ONCE):
+                texts = [
+                    f"{rng.choice(words)} {rng.choice(words)}" for _ in range(min(AT_ONCE, count - first))
+                ]
+                scopes = [
+                    Scope(first + i, Prompt.read(rng.choice(forms).replace("{}", name), name))
+                    for i, name in enumerate(texts)
+                ]
+                index.add(scopes, between(real, len(scopes), first))
+            index.write()
+            built = time.process_time() - start
+            stored = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+            routing = seconds(lambda index=index: router.scores(Query(read.prompt, read.key), index), clock)
+            adding = seconds(
+                lambda index=index: (index.add([Scope(-1, read.prompt)], one), index.remove(-1)), clock
+            )
+            reading = seconds(lambda folder=folder: Index(router.key_size, Path(folder)), clock, 3)
         rows.append(
-            (f"{count:,}", f"{routing * 1e3:.2f} ms", f"{routing / forward:.1%}", f"{adding * 1e3:.2f} ms")
+            (
+                f"{count:,}",
+                f"{routing * 1e3:.2f} ms",
+                f"{routing / forward:.1%}",
+                f"{adding * 1e3:.2f} ms",
+                f"{built / count * 1e3:.2f} ms",
+                f"{stored / count:,.0f}",
+                f"{reading:.2f} s",
+            )
         )
     return rows
 
 
-def seconds(do: object, rounds: int = 20) -> float:
+def between(real: Floats | None, count: int, seed: int) -> Floats | None:
+    """Keys between those of real prompts: four fifths of one, a third of another, and noise."""
+    if real is None:
+        return None
+    rng = np.random.default_rng(seed)
+    one, other = (real[rng.integers(len(real), size=count)] for _ in range(2))
+    found = 0.8 * one + 0.35 * other + 0.03 * rng.normal(size=one.shape)
+    return (found / np.linalg.norm(found, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def seconds(do: object, clock: Callable[[], float], rounds: int = 20) -> float:
     """The median time of a call."""
     times = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = clock()
         do()  # type: ignore[operator]
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return float(np.median(times))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the tables."""
-    options = parser(__doc__)
-    options.add_argument("--limit", type=int, default=1000, help="edits in memory")
-    options.add_argument("--counts", type=int, nargs="+", default=[1_000, 10_000, 100_000])
-    asked = options.parse_args(argv)
-    lm = load(asked)
-    router = Router.shipped_for(lm)
-    machine(asked)
-    print(f"{lm.name}, {'a router of its own' if router.encoder is not None else 'the lexical router'}")
+def shares(router: Router, lm: LM, asked: argparse.Namespace) -> None:
+    """Print the tables of shares."""
     unseen = read_records("atlas", split="test", limit=asked.limit).records
     rows = [same_subject(router, lm, unseen)]
     if asked.data != "atlas":
@@ -211,8 +243,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     table("Paraphrases that find their edit, while a share of the others fires one", headings, rows)
     table("Hard cases", ("prompt", "should be answered by", "share", "prompts"), hard(router, lm, unseen))
-    headings = ("edits", "routing a prompt", "of a forward pass", "adding one")
-    table("Cost, without the keys", headings, cost(router, lm, asked.counts))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    options = parser(__doc__)
+    options.add_argument("--only-cost", action="store_true", help="print the last table alone")
+    options.add_argument("--limit", type=int, default=1000, help="edits in memory")
+    options.add_argument("--counts", type=int, nargs="*", default=[1_000, 10_000, 100_000])
+    asked = options.parse_args(argv)
+    lm = load(asked)
+    router = Router.shipped_for(lm)
+    machine(asked)
+    print(f"{lm.name}, {'a router of its own' if router.encoder is not None else 'the lexical router'}")
+    if not asked.only_cost:
+        shares(router, lm, asked)
+    headings = (
+        "edits",
+        "routing a prompt",
+        "of a forward pass",
+        "adding one",
+        "building, each",
+        "bytes each",
+        "opening",
+    )
+    if asked.counts:
+        records = read_records(asked.data, split="train" if asked.data == "atlas" else None).records[:2000]
+        table(
+            "Cost, without the keys", headings, cost(router, lm, records, asked.counts, CLOCKS[asked.clock])
+        )
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ class Evidence:
             rows = index.candidates(query.prompt, query.key)
             if rows:
                 self.x.append(router.evidence(query, index, rows))
-                self.right += [float(index.scopes[row].edit in own) for row in rows]  # type: ignore[union-attr]
+                self.right += [float(index.edit(row) in own) for row in rows]
                 self.query += [len(self.weight)] * len(rows)
                 self.weight.append(weight)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from emendo.memory.key_file import KeyFile
@@ -66,3 +67,18 @@ def test_a_file_that_was_begun_anew_is_read_anew(tmp_path: Path) -> None:
     path.unlink()
     check(KeyFile(path, SIZE), ["bb", "ccc"], computed)
     check(one, ["a", "ccc"], computed)
+
+
+def test_a_full_disk_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, computed = tmp_path / "keys", Computed()
+    file = KeyFile(path, SIZE)
+    check(file, ["a"], computed)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        check(file, ["bb", "a", "ccc"], computed)
+    check(file, ["bb", "a"], computed)
+    assert computed.asked == ["a", "bb", "ccc", "bb"]

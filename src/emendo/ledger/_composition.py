@@ -8,6 +8,7 @@ to them: after ``undo`` and ``revert`` the weights are those that they would be 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -61,6 +62,11 @@ class EditStack:
         self._scopes: dict[int, Values] = {}  # of the edits that the memory holds now
         self._read: tuple[int | None, dict[int, Values]] = (None, {})  # an operation, and the scopes after it
 
+    @property
+    def _name(self) -> str:
+        """Of the ledger, in the cache."""
+        return hashlib.sha256(self.ledger.id.encode()).hexdigest()[:16]
+
     def edit(self, id: int) -> Edit:
         """An edit of the ledger, active or not.
 
@@ -112,23 +118,30 @@ class EditStack:
     def memory(self, operation: Operation | None) -> EditMemory:
         """The memory of the edits that are not in the weights after an operation."""
         scopes = self.scopes(operation)
-        memory = self._memory or EditMemory(self.lm, keys=cache_folder() / "keys")
-        for id in [id for id, scope in self._scopes.items() if scopes.get(id) != scope]:
-            memory.remove(id)
-            del self._scopes[id]
-        new = [id for id in scopes if id not in self._scopes]
+        if (memory := self._memory) is None:
+            cache = cache_folder()
+            memory = EditMemory(self.lm, keys=cache / "keys", index=cache / "indexes" / self._name)
+            self._memory = memory
+            digests = self.ledger.digests(list(scopes))
+            marks = {id: _mark(digest, scopes[id]) for id, digest in zip(scopes, digests, strict=True)}
+            new = memory.restore(marks, self.edit)
+        else:
+            for id in [id for id, scope in self._scopes.items() if scopes.get(id) != scope]:
+                memory.remove(id)
+                del self._scopes[id]
+            new = [id for id in scopes if id not in self._scopes]
         memory.add_all(
             {
                 entry.id: Remembered(
                     partial(self.edit, entry.id),
                     [request["prompt"] for request in entry.requests],
                     **evidence(scopes[entry.id]),
+                    mark=_mark(entry.digest, scopes[entry.id]),
                 )
                 for entry in self.ledger.entries(new)
             }
         )
-        self._scopes |= {id: scopes[id] for id in new}
-        self._memory = memory
+        self._scopes = dict(scopes)
         return memory
 
     @contextmanager
@@ -179,7 +192,7 @@ class EditStack:
         if last_ids == ids:
             return last
         keys = _keys(self.ledger.digests(ids))
-        folder = cache_folder() / "composed" / hashlib.sha256(self.ledger.id.encode()).hexdigest()[:16]
+        folder = cache_folder() / "composed" / self._name
         done, deltas = 0, dict[str, LowRank]()
         for count in range(len(keys), 0, -1):
             kept = last if last_key == keys[count - 1] else _read(folder / keys[count - 1])
@@ -205,6 +218,12 @@ def evidence(scope: Values | None) -> dict[str, Any]:
     return {
         name: value for name, value in (scope or {}).items() if name in ("subject", "paraphrases", "aliases")
     }
+
+
+def _mark(digest: str, scope: Values) -> int:
+    """A number that identifies an edit with its scope."""
+    text = f"{digest} {json.dumps(evidence(scope), sort_keys=True)}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def _keys(digests: Sequence[str]) -> list[str]:

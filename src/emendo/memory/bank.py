@@ -50,6 +50,7 @@ class Remembered:
         subject: of its fact, as a prompt names it; None guesses it.
         paraphrases: further prompts that ask for it.
         aliases: other names of the subject.
+        mark: identifies the edit with all of this in an index that is kept in a folder.
     """
 
     load: Callable[[], Edit]
@@ -57,6 +58,7 @@ class Remembered:
     subject: str | None = None
     paraphrases: Sequence[str] = ()
     aliases: Sequence[str] = ()
+    mark: int = 0
 
     def wordings(self) -> list[Prompt]:
         """The prompts and paraphrases, and the first prompt with each other name of the subject.
@@ -107,6 +109,8 @@ class EditMemory:
         router: by default the one that ships for the model, or the lexical one.
         false_fires: the share of the prompts about other subjects that may fire an edit.
         keys: a folder that keeps the keys of the edits' prompts, so that they are computed once; None keeps none.
+        index: a folder that keeps the index of many edits, memory-mapped; None keeps none. It is for one list of edits,
+            such as a ledger's, and :meth:`restore` puts those in force that it holds.
     """
 
     def __init__(
@@ -116,16 +120,18 @@ class EditMemory:
         *,
         false_fires: float = FALSE_FIRES,
         keys: Path | None = None,
+        index: Path | None = None,
     ) -> None:
         self.lm = lm
         self.router = router or Router.shipped_for(lm)
         self.threshold = self.router.judge.threshold(false_fires)
-        self.index = Index(self.router.key_size)
+        self.index = Index(self.router.key_size, None if index is None else index / self.router.name)
         self._edits: dict[int, Callable[[], Edit]] = {}
+        self._load: Callable[[int], Edit] | None = None
         self._keys = None if keys is None else self.router.key_file(keys)
 
     def __len__(self) -> int:
-        return len(self._edits)
+        return len(self.index)
 
     def add(
         self,
@@ -153,7 +159,7 @@ class EditMemory:
         change = as_weights(edit, "A memory holds changes of weights")
         change.check(self.lm)
         prompts = [request.prompt for request in change.origin.requests]
-        number = max(self._edits, default=0) + 1 if number is None else number
+        number = max(self.index.numbers, default=0) + 1 if number is None else number
         self.add_all({number: Remembered(lambda: change, prompts, subject, paraphrases, aliases)})
         return number
 
@@ -163,12 +169,29 @@ class EditMemory:
         Raises:
             RequestError: an edit has no prompt, or a number is taken.
         """
-        if taken := edits.keys() & self._edits.keys():
+        if taken := edits.keys() & self.index.numbers:
             raise RequestError(f"The memory has an edit {min(taken)} already.")
-        scopes = [Scope(number, prompt) for number, edit in edits.items() for prompt in edit.wordings()]
+        scopes = [
+            Scope(number, prompt, edit.mark) for number, edit in edits.items() for prompt in edit.wordings()
+        ]
         texts = [scope.prompt.text for scope in scopes]
         self.index.add(scopes, self.router.keys(self.lm, texts, self._keys))
         self._edits |= {number: edit.load for number, edit in edits.items()}
+        self.index.write()
+
+    def restore(self, marks: Mapping[int, int], load: Callable[[int], Edit]) -> list[int]:
+        """Put the edits in force that the kept index holds; for a memory to which nothing was added.
+
+        Args:
+            marks: number -> mark of each edit that is wanted.
+            load: gives an edit by its number.
+
+        Returns:
+            The wanted edits that are not in the index, which :meth:`add_all` adds.
+        """
+        self._load = load
+        self.index.keep(marks)
+        return [number for number in marks if number not in self.index.numbers]
 
     def remove(self, number: int) -> None:
         """Take an edit out; all other prompts are answered as before, bit for bit.
@@ -176,18 +199,20 @@ class EditMemory:
         Raises:
             RequestError: there is no such edit.
         """
-        if number not in self._edits:
+        if number not in self.index.numbers:
             raise RequestError(f"The memory has no edit {number}.")
-        del self._edits[number]
+        self._edits.pop(number, None)
         self.index.remove(number)
 
     def edit(self, number: int) -> Edit:
         """An edit by its number."""
-        return self._edits[number]()
+        if number in self._edits or self._load is None:
+            return self._edits[number]()
+        return self._load(number)
 
     def route(self, prompts: Sequence[str]) -> list[Choice]:
         """Choose an edit, or none, for each prompt."""
-        if not self._edits:
+        if not len(self):
             return [Choice(prompt, None, None, 0.0, None, 0.0, self.threshold) for prompt in prompts]
         return [self.choose(query) for query in self.router.read(self.lm, prompts)]
 

@@ -1,7 +1,8 @@
 """Keys of prompts in a file, so that each prompt passes through the model once.
 
 The file is appended to only. A row is the hash of the prompt, a checksum of the key, and the key in half precision.
-Rows of an interrupted write or with damaged keys are computed again, so the file may be deleted at any time.
+Rows of an interrupted write or with damaged keys are computed again, so the file may be deleted at any time, and a disk
+that is full costs time only.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from zlib import crc32
 
@@ -45,10 +47,13 @@ class KeyFile:
         if not self._places.keys() >= set(hashes):
             self._read()
         missing = {one: text for one, text in zip(hashes, prompts, strict=True) if not self._has(one)}
-        if missing:
-            self._append([*missing], compute([*missing.values()]))
-            self._read()
-        return self._rows["key"][[self._places[one] for one in hashes]].astype(np.float32)
+        new = dict(zip(missing, compute([*missing.values()]), strict=True)) if missing else {}
+        if new:
+            with suppress(OSError):  # a full disk, or a folder that may not be written
+                self._append([*new], np.stack([*new.values()]))
+                self._read()
+        found = [new[one] if one in new else self._rows["key"][self._places[one]] for one in hashes]
+        return np.stack(found).astype(np.float16).astype(np.float32)
 
     def _has(self, hash: bytes) -> bool:
         place = self._places.get(hash)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -137,12 +137,17 @@ class Router:
 
     def key_file(self, folder: Path) -> KeyFile | None:
         """The file in a folder that keeps the keys of this router; None without an encoder."""
+        return None if self.encoder is None else KeyFile(folder / f"{self.name}.keys", self.key_size)
+
+    @cached_property
+    def name(self) -> str:
+        """16 hex digits that identify the keys; ``lexical`` without an encoder."""
         if self.encoder is None:
-            return None
+            return "lexical"
         found = hashlib.sha256(self.fingerprint.encode())
         for name, value in self.encoder.state_dict().items():
             found.update(name.encode() + value.contiguous().numpy().tobytes())
-        return KeyFile(folder / f"{found.hexdigest()[:16]}.keys", self.key_size)
+        return found.hexdigest()[:16]
 
     def read(self, lm: LM, prompts: Sequence[str]) -> list[Query]:
         """Read prompts."""
@@ -156,14 +161,13 @@ class Router:
             return {}
         found: dict[int, float] = {}
         for row, score in zip(rows, self.judge(self.evidence(query, index, rows)), strict=True):
-            scope = index.scopes[row]
-            assert scope is not None
-            found[scope.edit] = max(found.get(scope.edit, 0.0), float(score))
+            edit = index.edit(row)
+            found[edit] = max(found.get(edit, 0.0), float(score))
         return found
 
     def evidence(self, query: Query, index: Index, rows: Sequence[int]) -> Floats:
         """The evidence ``[rows, numbers]`` for the scopes of some rows of an index."""
-        lexical = [compare(index.scopes[row].prompt, query.prompt) for row in rows]  # type: ignore[union-attr]
+        lexical = [compare(index.prompt(row), query.prompt) for row in rows]
         if query.key is None:
             return np.array(lexical, np.float32)
         learned = (index.key(rows) * query.key).sum(-1)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import log, sqrt
+from math import fsum, log, sqrt
 from pathlib import Path
 
 from emendo._subject import find_subject
@@ -48,8 +48,8 @@ class Rarity:
         return self.values.get(word, self.unknown)
 
     def mass(self, of: Iterable[str]) -> float:
-        """The sum over some words."""
-        return sum(map(self, of))
+        """The sum over some words, in whatever order they come."""
+        return fsum(map(self, of))
 
     @classmethod
     def of(cls, texts: Iterable[str], least: int = 2) -> Rarity:
@@ -103,15 +103,17 @@ class Prompt:
     def read(cls, text: str, subject: str | None = None) -> Prompt:
         """Read a prompt; a subject that is not given, or not named in it, is guessed (:func:`guessed_subject`)."""
         found = words(text)
-        known = frozenset(found)
-        rare = rarity()
+        return cls.of(
+            text, words(subject) if subject and subject in text else guessed_subject(text, found), found
+        )
+
+    @classmethod
+    def of(cls, text: str, subject: tuple[str, ...], found: tuple[str, ...] | None = None) -> Prompt:
+        """A prompt whose subject's words are known, and perhaps all of its words."""
+        found = words(text) if found is None else found
+        known, rare = frozenset(found), rarity()
         return cls(
-            text,
-            found,
-            known,
-            words(subject) if subject and subject in text else guessed_subject(text, found),
-            rare.mass(known),
-            sqrt(sum(rare(word) ** 2 for word in known)),
+            text, found, known, subject, rare.mass(known), sqrt(fsum(rare(word) ** 2 for word in known))
         )
 
 
@@ -153,10 +155,10 @@ def compare(edit: Prompt, query: Prompt) -> tuple[float, ...]:
     shared = edit.known & query.known
     stands = occurs(edit.subject, query.words)
     own = frozenset(edit.subject)
-    square = sum(rare(word) ** 2 for word in shared)
-    without = sum(rare(word) ** 2 for word in shared - own)
-    left = edit.norm**2 - sum(rare(word) ** 2 for word in own & edit.known)
-    right = query.norm**2 - sum(rare(word) ** 2 for word in own & query.known)
+    square = fsum(rare(word) ** 2 for word in shared)
+    without = fsum(rare(word) ** 2 for word in shared - own)
+    left = edit.norm**2 - fsum(rare(word) ** 2 for word in own & edit.known)
+    right = query.norm**2 - fsum(rare(word) ** 2 for word in own & query.known)
     return (
         float(stands),
         float(stands and _inside(edit.subject, query.text)),
