@@ -22,7 +22,9 @@ from _common import CLOCKS, load, machine, parser, table
 from emendo.data import Record, read_records
 from emendo.data.abilities import PASSAGES
 from emendo.data.portability import with_consequences
+from emendo.edits.edit import Edit
 from emendo.evaluate.routed import SMALL_TALK
+from emendo.memory.bank import EditMemory, Remembered
 from emendo.memory.index import Index, Scope
 from emendo.memory.router import Floats, Query, Router, index_of
 from emendo.memory.words import Prompt
@@ -159,6 +161,53 @@ def hard(router: Router, lm: LM, records: Sequence[Record]) -> list[tuple[str, s
     return rows + [(name, "none", f"{1 - share:.3f}", str(count)) for name, share, count in out]
 
 
+def conversations(lm: LM, records: Sequence[Record]) -> list[tuple[str, str, str, str]]:
+    """Turns of a chat: what should happen, how often it does, and of how many."""
+    edits = [r for r in records if r.subject and r.subject in r.prompt and r.subject in r.paraphrases[0]]
+    memory = EditMemory(lm)
+    memory.add_all({i: Remembered(never, [r.prompt]) for i, r in enumerate(edits)})
+    asked = [r.paraphrases[0] for r in edits]
+    before = [f"{r.prompt}?" for r in (*edits[1:], edits[0])]
+    pronouns = [
+        (f"Tell me about {r.subject}.", text.replace(r.subject or "", "it"))
+        for r, text in zip(edits, asked, strict=True)
+    ]
+    talk = [(f"{r.prompt}?", SMALL_TALK[i % len(SMALL_TALK)]) for i, r in enumerate(edits)]
+    it = [(f"{r.prompt}?", "Thank you! I will write it down.") for r in edits]
+
+    def right(turns: Sequence[str | Sequence[str]]) -> str:
+        return f"{np.mean([choice.edit == i for i, choice in enumerate(memory.route(turns))]):.3f}"
+
+    def none(turns: Sequence[str | Sequence[str]]) -> str:
+        return f"{np.mean([choice.edit is None for choice in memory.route(turns)]):.3f}"
+
+    count = str(len(edits))
+    return [
+        ("a paraphrase in one turn", "the right edit", right([(text,) for text in asked]), count),
+        (
+            "the prompt of another edit, then a paraphrase",
+            "the right edit",
+            right([*zip(before, asked, strict=True)]),
+            count,
+        ),
+        ("the subject, then a paraphrase with a pronoun", "the right edit", right(pronouns), count),
+        ("the prompt of an edit, then small talk", "none", none(talk), count),
+        ('the prompt of an edit, then "I will write it down"', "none", none(it), count),
+    ]
+
+
+def never() -> Edit:
+    """The edits are not applied."""
+    raise NotImplementedError
+
+
+def passages(router: Router, lm: LM, records: Sequence[Record], file: str) -> tuple[str, str, str, str]:
+    """Paragraphs of a plain text with all edits in memory."""
+    texts = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if len(line) > 100]
+    texts = [" ".join(text.split()[:400]) for text in texts[:1000]]
+    return "passages of --text", "none", f"{1 - Asked(router, lm, records).fires(texts):.3f}", str(len(texts))
+
+
 def cost(
     router: Router, lm: LM, records: Sequence[Record], counts: Sequence[int], clock: Callable[[], float]
 ) -> list[tuple[str, ...]]:
@@ -242,12 +291,20 @@ def shares(router: Router, lm: LM, asked: argparse.Namespace) -> None:
         "hits / fires, at 2%",
     )
     table("Paraphrases that find their edit, while a share of the others fires one", headings, rows)
-    table("Hard cases", ("prompt", "should be answered by", "share", "prompts"), hard(router, lm, unseen))
+    headings = ("prompt", "should be answered by", "share", "prompts")
+    table("Hard cases", headings, hard(router, lm, unseen))
+    if asked.data != "atlas":
+        records = read_records(asked.data, limit=asked.limit).records
+        cases = conversations(lm, records)
+        table("Turns of a chat", headings, cases)
+        if asked.text is not None:
+            table("Plain text", headings, [passages(router, lm, records, asked.text)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables."""
     options = parser(__doc__)
+    options.add_argument("--text", help="plain text; its first 1,000 paragraphs are asked")
     options.add_argument("--only-cost", action="store_true", help="print the last table alone")
     options.add_argument("--limit", type=int, default=1000, help="edits in memory")
     options.add_argument("--counts", type=int, nargs="*", default=[1_000, 10_000, 100_000])

@@ -113,6 +113,28 @@ def test_an_edit_of_several_facts_is_in_force_for_each(tiny_llama: LM) -> None:
     assert [choice.edit for choice in memory.route([prompt for prompt, _ in FACTS])] == [1, 1, 1]
 
 
+def test_the_last_turn_of_a_conversation_decides(tiny_llama: LM) -> None:
+    memory = a_memory(tiny_llama)
+    capital, river = "What is the capital of Fosoba?", "How is the river in Dorumi called?"
+    talks = [
+        [capital, river],
+        ["Tell me about Fosoba.", "What is its capital, the capital of it?"],
+        [capital, "Hello, how are you?"],
+        [],
+        river,
+    ]
+    choices = memory.route(talks)
+    assert [choice.edit for choice in choices] == [2, 1, None, None, 2]
+    assert choices[1].prompt == "\n".join(talks[1])
+    assert memory.why(talks[0]) == choices[0]
+
+
+def test_the_question_after_a_long_conversation_counts(tiny_llama: LM) -> None:
+    memory, talk = a_memory(tiny_llama), "It rained. The mayor went home. Nobody was there to see it. " * 12
+    assert memory.why(f"{talk}{FACTS[0][0]}").edit == 1
+    assert memory.why(f"{FACTS[0][0]} Oslo. {talk}").edit is None
+
+
 def test_what_cannot_be_routed_is_refused(tiny_llama: LM, tiny_gpt2: LM) -> None:
     memory = EditMemory(tiny_llama)
     with pytest.raises(RequestError, match="names no prompt"):

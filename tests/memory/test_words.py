@@ -6,7 +6,7 @@ from math import log, sqrt
 
 import pytest
 
-from emendo.memory.words import EVIDENCE, Prompt, Rarity, compare, occurs, rarity, words
+from emendo.memory.words import EVIDENCE, Prompt, Rarity, compare, ending, occurs, questions, rarity, words
 
 
 def evidence(edit: str, query: str, subject: str | None = None) -> dict[str, float]:
@@ -88,3 +88,36 @@ def test_occurrences_have_no_gaps() -> None:
 def test_evidence_is_a_share() -> None:
     for edit, query in [("", "a"), ("a", ""), ("…", "…"), ("The capital of X is", "The capital of X is")]:
         assert all(0 <= value <= 1 + 1e-9 for value in compare(Prompt.read(edit), Prompt.read(query)))
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("The capital of Peru is", "The capital of Peru is"),
+        ("  Two\n lines ", "  Two\n lines "),
+        ("long " * 50 + "Peru", "long " * 50 + "Peru"),  # one sentence
+        ("A word. " * 30 + "The capital of Peru is", "A word. " * 17 + "The capital of Peru is"),
+        ("Peru. " + "long " * 45 + "ago. It rains.\nSo", "It rains.\nSo"),
+        (
+            "秘鲁在南美洲。" * 5 + "首都是利马。" * 5 + "秘鲁的首都是",
+            "秘鲁在南美洲。" + "首都是利马。" * 5 + "秘鲁的首都是",
+        ),
+    ],
+)
+def test_of_a_long_text_the_last_sentences_are_read(text: str, end: str) -> None:
+    assert ending(text) == end
+    assert Prompt.read(text).text == end
+
+
+@pytest.mark.parametrize(
+    ("turns", "texts"),
+    [
+        ([], []),
+        (["Tell me about Peru."], ["Tell me about Peru."]),
+        (["Tell me about Peru.", "Hello!"], ["Hello!"]),
+        (["Tell me about Peru.", "", "What is its capital?"], ["What is its capital?", "both"]),
+    ],
+)
+def test_a_pronoun_is_read_with_the_turns_before(turns: list[str], texts: list[str]) -> None:
+    both = "Tell me about Peru.\nWhat is its capital?"
+    assert questions(turns) == [both if text == "both" else text for text in texts]

@@ -130,7 +130,9 @@ class _RoutedRun(Run):
                 for number, r in enumerate(self.records)
             }
         )
-        self.fired = {choice.prompt: choice.edit for choice in memory.route(prompts)}
+        self.fired = {
+            prompt: choice.edit for prompt, choice in zip(prompts, memory.route(prompts), strict=True)
+        }
 
     def _edit(self, number: int) -> Edit:
         edit = self.editor.edit(self.lm, [request_of(self.records[number])])

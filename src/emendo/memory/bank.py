@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from emendo.edits.per_request import applied_to_rows
 from emendo.errors import RequestError
 from emendo.memory.index import Index, Scope
 from emendo.memory.router import Query, Router
-from emendo.memory.words import Prompt
+from emendo.memory.words import Prompt, questions
 from emendo.models.lm import LM
 from emendo.models.text import Text
 
@@ -83,7 +83,7 @@ class Choice:
     """The edit that a prompt is answered with, and why.
 
     Attributes:
-        prompt: the prompt.
+        prompt: the prompt; of a conversation, the part of it that decided.
         edit: the number of the edit in force; None where the base model answers.
         best: the number of the edit with the highest score; None if none was compared.
         score: its score, from 0 to 1.
@@ -210,11 +210,28 @@ class EditMemory:
             return self._edits[number]()
         return self._load(number)
 
-    def route(self, prompts: Sequence[str]) -> list[Choice]:
-        """Choose an edit, or none, for each prompt."""
-        if not len(self):
-            return [Choice(prompt, None, None, 0.0, None, 0.0, self.threshold) for prompt in prompts]
-        return [self.choose(query) for query in self.router.read(self.lm, prompts)]
+    def route(self, prompts: Sequence[str | Sequence[str]]) -> list[Choice]:
+        """Choose an edit, or none, for each prompt.
+
+        Args:
+            prompts: prompts, or conversations as what the user said in each turn. Of a conversation the last turn
+                decides; if it finds no edit and has a pronoun, it is read together with the turns before.
+        """
+        texts = [[each] if isinstance(each, str) else questions(each) for each in prompts]
+        found = [
+            Choice(each[0] if each else "", None, None, 0.0, None, 0.0, self.threshold) for each in texts
+        ]
+        left = [place for place, each in enumerate(texts) if each and len(self)]
+        turn = 0
+        while left:
+            asked = [texts[place][turn] for place in left]
+            for place, text, query in zip(left, asked, self.router.read(self.lm, asked), strict=True):
+                choice = replace(self.choose(query), prompt=text)
+                if turn == 0 or choice.edit is not None:
+                    found[place] = choice
+            turn += 1
+            left = [place for place in left if found[place].edit is None and turn < len(texts[place])]
+        return found
 
     def choose(self, query: Query) -> Choice:
         """Choose an edit, or none, for a prompt that was read. Of two edits with one score the later one wins."""
@@ -231,8 +248,8 @@ class EditMemory:
             self.threshold,
         )
 
-    def why(self, prompt: str) -> Choice:
-        """The edit that answers a prompt, its score, the runner-up, and the threshold."""
+    def why(self, prompt: str | Sequence[str]) -> Choice:
+        """The edit that answers a prompt or a conversation, its score, the runner-up, and the threshold."""
         return self.route([prompt])[0]
 
     @contextmanager

@@ -22,6 +22,9 @@ _SINGLE = (
 )
 _WORD = re.compile(rf"[{_SINGLE}]|[^\W_{_SINGLE}]+")
 _ENDS = ".?!:"
+_SENTENCE = re.compile(r"[.?!:]\s+|[\n\u3002\uff1f\uff01]\s*")
+LONGEST = 40
+"""Words that are read of a long text, at its end."""
 _RARER = 2.0  # in nats
 _COMMON = 3.5  # nats; "In", "The law in" and "Where is" are no part of a name
 IDF_FILE = Path(__file__).with_name("idf.json")
@@ -84,7 +87,7 @@ class Prompt:
     """A prompt as the router reads it.
 
     Attributes:
-        text: as it was typed.
+        text: as it was typed, or the end of it.
         words: all of them in order.
         known: the same as a set.
         subject: the words of the subject's name, given or guessed.
@@ -101,7 +104,11 @@ class Prompt:
 
     @classmethod
     def read(cls, text: str, subject: str | None = None) -> Prompt:
-        """Read a prompt; a subject that is not given, or not named in it, is guessed (:func:`guessed_subject`)."""
+        """Read a prompt; a subject that is not given, or not named in it, is guessed (:func:`guessed_subject`).
+
+        Of a long text the end is read (:func:`ending`).
+        """
+        text = ending(text)
         found = words(text)
         return cls.of(
             text, words(subject) if subject and subject in text else guessed_subject(text, found), found
@@ -115,6 +122,34 @@ class Prompt:
         return cls(
             text, found, known, subject, rare.mass(known), sqrt(fsum(rare(word) ** 2 for word in known))
         )
+
+
+def ending(text: str) -> str:
+    """The last sentences of a text, at most :data:`LONGEST` words of them, but at least the last one.
+
+    What a text goes on with depends on its end, and a passage that names a subject somewhere asks for nothing.
+    """
+    if len(_WORD.findall(text)) <= LONGEST:
+        return text
+    starts = [match.end() for match in _SENTENCE.finditer(text) if match.end() < len(text)]
+    ends = [text[start:] for start in starts]
+    return next((end for end in ends if len(_WORD.findall(end)) <= LONGEST), ends[-1] if ends else text)
+
+
+_PRONOUNS = frozenset("it its he him his she her hers they them their theirs".split())
+
+
+def questions(turns: Sequence[str]) -> list[str]:
+    """The texts by which a conversation finds an edit, the first one that finds one counts.
+
+    The last turn; then, if it has a pronoun, which may stand for a subject that was named before, all turns together.
+
+    Args:
+        turns: what the user said, in order; empty ones do not count.
+    """
+    said = [turn for turn in turns if turn.strip()]
+    together = ["\n".join(said)] if len(said) > 1 and _PRONOUNS & {*words(said[-1])} else []
+    return said[-1:] + together
 
 
 def guessed_subject(text: str, found: Sequence[str]) -> tuple[str, ...]:

@@ -49,15 +49,13 @@ class Ask:
     logprobs: int | None = None
 
     @property
-    def questions(self) -> tuple[str, ...]:
-        """The texts by which an edit is found, the first one that finds an edit counts.
-
-        A prompt as it stands; of a conversation the user's last message, then all of the user's messages together.
-        """
+    def asked(self) -> str | tuple[str, ...]:
+        """What an edit is found by: a prompt as it stands, or what the user said in each turn of a conversation."""
         if not self.messages:
-            return (self.prompt,)
-        said = [str(each["content"]) for each in self.messages if each["role"] == "user" and each["content"]]
-        return (said[-1], *(["\n".join(said)] if len(said) > 1 else [])) if said else ()
+            return self.prompt
+        return tuple(
+            str(each["content"]) for each in self.messages if each["role"] == "user" and each["content"]
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,9 +69,7 @@ async def _answer(
 ) -> Response:
     state = found.router.state(body.model)
     edits = body.edits if isinstance(body.edits, str) else tuple(body.edits)
-    forces = await asyncio.gather(
-        *(found.router.route(Question(ask.questions, edits, state)) for ask in asks)
-    )
+    forces = await asyncio.gather(*(found.router.route(Question(ask.asked, edits, state)) for ask in asks))
     several = [
         (ask if ask.seed is None else replace(ask, seed=ask.seed + i), force)
         for ask, force in zip(asks, forces, strict=True)

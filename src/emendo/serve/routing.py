@@ -39,12 +39,12 @@ class Question:
     """What is to be routed.
 
     Attributes:
-        texts: the first of these that finds an edit counts.
+        asked: a prompt, or what the user said in each turn of a conversation.
         edits: which edits may be in force.
         state: of the ledger: ``"head"``, a tag, an operation's number, or ``"base"``.
     """
 
-    texts: tuple[str, ...]
+    asked: str | tuple[str, ...]
     edits: Edits = "auto"
     state: str = "head"
 
@@ -113,7 +113,7 @@ class Router:
             except Exception as error:  # noqa: BLE001 - of this question alone
                 found[i] = error
         for state, rows in by_state.values():
-            for row, force in zip(rows, state.route([questions[i].texts for i in rows]), strict=True):
+            for row, force in zip(rows, state.route([questions[i].asked for i in rows]), strict=True):
                 found[row] = force
         return found
 
@@ -183,22 +183,11 @@ class _State:
                 raise RequestError(f"Edit {id} is not active, so it cannot answer.")
         return InForce(self.operation.id, tuple(self.part(id) for id in dict.fromkeys(ids)))
 
-    def route(self, questions: Sequence[Sequence[str]]) -> list[InForce]:
-        """The edits in force for requests, each of which is given by one or more texts."""
-        left = {row: list(texts) for row, texts in enumerate(questions)}
-        chosen: dict[int, Choice] = {}
-        while left := {row: texts for row, texts in left.items() if texts}:
-            choices = self.memory.route([texts.pop(0) for texts in left.values()])
-            for row, choice in zip(list(left), choices, strict=True):
-                if row not in chosen or choice.edit is not None:
-                    chosen[row] = choice
-                if choice.edit is not None:
-                    del left[row]
-        return [self._in_force(chosen.get(row)) for row in range(len(questions))]
+    def route(self, asked: Sequence[str | Sequence[str]]) -> list[InForce]:
+        """The edits in force for prompts or conversations."""
+        return [self._in_force(choice) for choice in self.memory.route(asked)]
 
-    def _in_force(self, choice: Choice | None) -> InForce:
-        if choice is None:
-            return InForce(self.operation.id, self.weights)
+    def _in_force(self, choice: Choice) -> InForce:
         routed = () if choice.edit is None else (self.part(choice.edit, choice.score),)
         best = choice.best
         score = None if best is None else choice.score
