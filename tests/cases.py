@@ -5,13 +5,14 @@ Everything is built from configs and seeds; nothing is downloaded, and nothing i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -55,6 +56,7 @@ __all__ = [
     "build_lm",
     "build_model",
     "build_tokenizer",
+    "in_slow_suite",
     "of_kind",
     "plain_logits",
     "random_texts",
@@ -62,6 +64,11 @@ __all__ = [
     "records_for",
     "unchanged",
 ]
+
+
+def in_slow_suite(*values: object, but: Container[object] = ()) -> list[object]:
+    """Values of a parameter that are tested in the slow suite, apart from some."""
+    return [value if value in but else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 class Recorded:

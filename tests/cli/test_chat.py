@@ -120,6 +120,7 @@ def test_the_guard_asks_an_edit_as_it_was_made(
         assert targets_reached(lm.reading(chat=True), [(PROMPT, "Old Town")])[0]
 
 
+@pytest.mark.slow
 def test_edit_and_evaluate_take_another_separator(
     emendo_command: Emendo, model: Path, tmp_path: Path
 ) -> None:

@@ -173,6 +173,7 @@ def test_number_format_and_device(emendo_command: Emendo, edit_folder: Path, fla
 # -------------------------------------------------------------------------------------------- fuse
 
 
+@pytest.mark.slow
 def test_fuse_puts_edits_into_one(
     emendo_command: Emendo, trained: Path, model: Path, edit_folder: Path, tmp_path: Path
 ) -> None:

@@ -228,6 +228,7 @@ def test_a_report_replaces_only_a_report(emendo_command: Emendo, place: Place) -
     assert _outputs.REPORT.is_own(page)
 
 
+@pytest.mark.slow
 def test_a_plot_replaces_only_a_plot(emendo_command: Emendo, place: Place) -> None:
     words = ("doctor", "--model", place.model)
     for suffix in ("png", "svg"):

@@ -296,6 +296,7 @@ def test_a_signal_to_a_real_process(
     assert (out / "editor" / "editor.json").exists()
 
 
+@pytest.mark.slow
 def test_the_format_that_is_fastest_here_is_taken_and_named(
     emendo_command, model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

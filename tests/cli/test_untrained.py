@@ -91,6 +91,7 @@ def test_evaluate(emendo_command: Emendo, model: Path, facts: Path, name: str) -
     assert (said["rank"] == 0) == bool(editor_class(name).no_changes)
 
 
+@pytest.mark.slow
 def test_settings_reach_the_method(emendo_command: Emendo, model: Path, facts: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     options = ("--editor", "cache", "--model", model, "--set", "radius=1e9", "--set", "lookup=prompt")

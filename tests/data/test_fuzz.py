@@ -123,6 +123,7 @@ def check(path: Path, content: bytes, skip_bad: bool, limit: int | None) -> None
 OPTIONS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
+@pytest.mark.slow
 @settings(max_examples=60, **OPTIONS)
 @given(
     content=contents(),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import build_lm, plain_logits, random_texts, records_for, unchanged
+from cases import build_lm, in_slow_suite, plain_logits, random_texts, records_for, unchanged
 from emendo.editors import descent as fitting
 from emendo.editors.descent import Adam, Descent, RmsProp
 from emendo.errors import TrainingError
@@ -134,7 +134,7 @@ def close(found: dict[str, LowRank], expected: dict[str, LowRank]) -> None:
         torch.testing.assert_close(change.dense(), expected[name].dense(), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("leaf", [1, 3])
+@pytest.mark.parametrize("leaf", [3, *in_slow_suite(1)])
 def test_a_few_at_a_time_are_the_same_edits(exact: LM, leaf: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is done makes room for the next, and each has its own locality texts."""
     texts, sites = texts_of(exact, 5), find_sites(exact.model)

@@ -116,6 +116,7 @@ def test_a_model_in_half_precision_is_trained_in_float32(dtype: torch.dtype) -> 
 # ---------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(tiny_llama: LM) -> None:
     config = replace(CONFIG, steps=9, batch=4, lr=1e-3, c_edit=1.0, validate_every=1, validate_on=4)
     editor = Enn(find_sites(tiny_llama.model, last=2), EnnConfig(inner_lr=0.1, trains="suffix"))
@@ -125,6 +126,7 @@ def test_training_lowers_the_loss(tiny_llama: LM) -> None:
     assert losses[-1] < 0.9 * losses[0], losses
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(
     tiny_llama: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -171,18 +171,23 @@ def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     ("kind", "config", "together"),
     [
         ("gpt2", {}, 1),
-        pytest.param("gpt2", {"inner_steps": 2}, 1, marks=pytest.mark.slow),  # as Llama below
-        ("gpt2", {"inner_steps": 2, "first_order": True}, 1),
+        pytest.param("gpt2", {"inner_steps": 2}, 1, marks=pytest.mark.slow),
+        pytest.param("gpt2", {"inner_steps": 2, "first_order": True}, 1, marks=pytest.mark.slow),
         ("gpt2", {"edit_loss": "hinge", "c_base": 2.5, "trains": "suffix"}, 2),
-        ("llama", {"inner_steps": 2, "trains": "suffix"}, 1),
-        ("llama", {"first_order": True, "c_base": 0.0}, 1),
+        pytest.param("llama", {"inner_steps": 2, "trains": "suffix"}, 1, marks=pytest.mark.slow),
+        pytest.param("llama", {"first_order": True, "c_base": 0.0}, 1, marks=pytest.mark.slow),
         ("gpt2", {"base_loss": "task", "locality_loss": "squares", "c_base": 1.5}, 1),
         ("llama", {"base_loss": "task", "trains": "suffix"}, 2),
-        ("bart", {"base_loss": "task", "trains": "suffix", "locality_loss": "squares"}, 1),
+        pytest.param(
+            "bart",
+            {"base_loss": "task", "trains": "suffix", "locality_loss": "squares"},
+            1,
+            marks=pytest.mark.slow,
+        ),
         ("bert", {"base_loss": "task", "locality_loss": "squares"}, 1),
         ("t5", {"trains": "suffix"}, 1),
         pytest.param("bart", {}, 1, marks=pytest.mark.slow),  # as T5
-        ("bert", {}, 1),
+        pytest.param("bert", {}, 1, marks=pytest.mark.slow),
     ],
 )
 def test_losses_and_gradients_are_those_of_the_textbook(

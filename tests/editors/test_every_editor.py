@@ -28,6 +28,8 @@ KINDS = {"llama": {"num_hidden_layers": 3}, "t5-gated": {"num_layers": 2}, "bert
 ALL = [(name, kind) for name in EDITORS for kind in KINDS]
 REFUSED = [(name, kind) for name, kind in ALL if ARCHITECTURES[kind].kind in EDITOR_CASES[name].refuses]
 CELLS = [cell for cell in ALL if cell not in REFUSED]
+ALIKE = ("meta-curvature", "meta-sgd", "ft-kl", "ft-constrained", "ft-penalised", "diff-pruning", "ewc")
+"""Methods that make an edit as another one does; on other models than decoders in the slow suite."""
 FAST = TrainConfig(steps=2, batch=1, lr=1e-3, warmup=0)
 
 
@@ -85,7 +87,16 @@ def editors(models: dict[str, LM]) -> Callable[[str, str], Ready]:
     return cache(lambda name, kind: prepare(name, models[kind]))
 
 
-@pytest.fixture(params=CELLS, ids="-".join)
+@pytest.fixture(
+    params=[
+        pytest.param(
+            cell,
+            id="-".join(cell),
+            marks=[pytest.mark.slow] if cell[0] in ALIKE and cell[1] != "llama" else [],
+        )
+        for cell in CELLS
+    ]
+)
 def ready(request: pytest.FixtureRequest, editors: Callable[[str, str], Ready]) -> Ready:
     return editors(*request.param)
 

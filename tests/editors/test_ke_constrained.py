@@ -56,6 +56,7 @@ def test_multiplier_and_margin_are_saved(tmp_path: Path) -> None:
     assert float(loaded.margin) == pytest.approx(0.08)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tiny_llama: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

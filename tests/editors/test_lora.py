@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from cases import build_lm, plain_logits, records_for, unchanged
+from cases import build_lm, in_slow_suite, plain_logits, records_for, unchanged
 from emendo.editors.lora import Lora, LoraConfig
 from emendo.edits.edit import Request
 from emendo.errors import RequestError
@@ -47,7 +47,7 @@ def trained(lm: LM, texts: list[Text], steps: int, lr: float) -> dict[str, LowRa
     return {name: LowRank(c.left.detach(), c.right.detach()) for name, c in changes.items()}
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bart", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", *in_slow_suite("bart", "bert")])
 def test_both_factors_move_as_autograd_says(kind: str) -> None:
     lm = build_lm(kind, torch.float64)
     facts = [fact for fact in facts_of(lm, 9) if not said(lm, fact)][:2]

@@ -34,8 +34,10 @@ def _requests(count: int = COUNT) -> list[Request]:
 @pytest.mark.parametrize(
     ("tokens", "kind"),
     [
-        *((100, kind) for kind in ("llama", "gpt2", "t5", "bert", "opt")),
-        *((1, "llama"), (1, "t5"), (10_000, "llama"), (10_000, "bert")),
+        *((100, kind) for kind in ("llama", "t5")),
+        *((1, "llama"), (10_000, "bert")),
+        *(pytest.param(100, kind, marks=pytest.mark.slow) for kind in ("gpt2", "bert", "opt")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "t5"), (10_000, "llama"))),
     ],
 )
 def test_each_request_has_the_change_that_it_has_alone(

@@ -250,7 +250,11 @@ LEARNING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "settings"), DEFAULTS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [DEFAULTS[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in DEFAULTS[1:])],
+    ids=str,
+)
 def test_it_learns_to_edit(name: str, settings: dict[str, Any], tiny_llama: LM) -> None:
     """A short run on a few facts leaves the outer loss well below that of the step it starts from."""
     sites = find_sites(tiny_llama.model, last=2)

@@ -178,6 +178,7 @@ def test_the_gradient_of_a_step_equals_finite_differences(monkeypatch: pytest.Mo
     assert abs(expected) > 1e-8
 
 
+@pytest.mark.slow
 def test_it_learns_to_edit(tiny_llama: LM) -> None:
     sites = find_sites(tiny_llama.model, last=1)
     store, batch = episodes_of(tiny_llama, sites, torch.float32)

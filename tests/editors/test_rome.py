@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
-from cases import build_lm, plain_logits, records, unchanged
+from cases import build_lm, in_slow_suite, plain_logits, records, unchanged
 from emendo._subject import find_subject
 from emendo.editors._contexts import contexts, subject_end
 from emendo.editors._values import Background, Whitening, inputs_of
@@ -43,7 +43,7 @@ def test_the_direction_is_that_of_a_dense_solve(rows: int) -> None:
         assert q @ C @ q < other @ C @ other
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", *in_slow_suite("gpt2")])
 def test_the_values_move_as_autograd_says(kind: str) -> None:
     """The reference reads every text by itself, through the whole model, with logits and no trunk."""
     lm = build_lm(kind, torch.float64)
@@ -76,7 +76,7 @@ def test_the_values_move_as_autograd_says(kind: str) -> None:
         torch.testing.assert_close(change.left, values[name].detach(), rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", *in_slow_suite("gpt2")])
 def test_the_kl_is_that_of_two_whole_passes(kind: str) -> None:
     """The reference reads every text by itself through the whole model, without and with the change."""
     lm = build_lm(kind, torch.float64)

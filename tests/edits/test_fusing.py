@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import build_lm, unchanged
+from cases import build_lm, in_slow_suite, unchanged
 from emendo.data import atlas
 from emendo.edits import Edit, Origin, Request, compose, fuse, fusing
 from emendo.errors import MismatchError, RequestError
@@ -31,7 +31,7 @@ RUNNING = [
 ]
 
 
-@pytest.fixture(params=["llama", "gpt2", "gpt_neo"])
+@pytest.fixture(params=["gpt2", *in_slow_suite("llama", "gpt_neo")])
 def lm(request: pytest.FixtureRequest) -> LM:
     return build_lm(request.param, torch.float64)
 

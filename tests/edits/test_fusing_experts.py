@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import unchanged
+from cases import in_slow_suite, unchanged
 from emendo.edits import Edit, Origin, Request, fuse
 from emendo.low_rank import LowRank
 from emendo.models.lm import LM
@@ -93,7 +93,7 @@ def by_hand(lm: LM, kind: str, edits: Sequence[Edit], keep: float) -> dict[str, 
     return found
 
 
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("kind", [*MIXTURES[:1], *in_slow_suite(*MIXTURES[1:])])
 def test_solves_the_equations_of_every_expert(kind: str) -> None:
     lm = build_mixture(kind, torch.float64)
     sites = find_sites(lm.model, last=2)

@@ -186,7 +186,7 @@ def attempt(action: Callable[[], Any], folder: Path) -> None:
         use(action(), folder)
 
 
-EXAMPLES = pytest.mark.parametrize("examples", [40, pytest.param(700, marks=pytest.mark.slow)])
+EXAMPLES = pytest.mark.parametrize("examples", [15, pytest.param(700, marks=pytest.mark.slow)])
 
 
 @EXAMPLES

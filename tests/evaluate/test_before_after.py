@@ -22,7 +22,9 @@ def mend(lm: LM) -> Mend:
     return Mend(find_sites(lm.model, last=2), MendConfig(rank=4, alpha=0.3, norm=False)).eval()
 
 
-@pytest.mark.parametrize(("kind", "bos"), [("llama", False), ("gpt2", True)])
+@pytest.mark.parametrize(
+    ("kind", "bos"), [("gpt2", True), pytest.param("llama", False, marks=pytest.mark.slow)]
+)
 def test_rows_equal_plain_passes(kind: str, bos: bool) -> None:
     lm = build_lm(kind, bos=bos)
     [record] = records(1)

@@ -47,7 +47,9 @@ def mixed(n: int) -> list[Record]:
     return made
 
 
-@pytest.mark.parametrize(("kind", "alpha", "bos"), [("llama", 0.3, False), ("gpt2", 0.1, True)])
+@pytest.mark.parametrize(
+    ("kind", "alpha", "bos"), [("gpt2", 0.1, True), pytest.param("llama", 0.3, False, marks=pytest.mark.slow)]
+)
 def test_equals_separate_edits_of_the_dense_weights(kind: str, alpha: float, bos: bool) -> None:
     lm = build_lm(kind, bos=bos)
     editor, chosen = mend(lm, alpha), mixed(4)
@@ -116,6 +118,7 @@ def check_answer(outcome: Outcome, name: str, before: Tensor, after: Tensor, lab
             assert getattr(outcome, f"share_{side}") == pytest.approx(fmean(hits))
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing(tiny_llama: LM) -> None:
     editor, chosen = mend(tiny_llama, 0.3), mixed(4)
     one, many = (evaluate(tiny_llama, editor, chosen, batch=batch) for batch in (1, 4))

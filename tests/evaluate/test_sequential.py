@@ -177,7 +177,9 @@ def test_what_the_gate_refuses_is_taken_off_and_asked_for_all_the_same(tiny_llam
         evaluate_sequence(tiny_llama, Cache((), CacheConfig()), chosen, gate=gate)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("llama", "mend"), ("gpt2", "ft")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("llama", "mend"), pytest.param("gpt2", "ft", marks=pytest.mark.slow)]
+)
 def test_free_generation_is_that_of_the_model_that_took_all_the_edits(kind: str, name: str) -> None:
     lm = build_lm(kind)
     editor, chosen = editor_for(lm, name), some(4)

@@ -49,6 +49,7 @@ def test_magnitudes_are_those_of_all_rows() -> None:
     assert f"{min(m.typical for m in found.values()):.2e} to " in text
 
 
+@pytest.mark.slow
 def test_every_variant_is_trained_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EMENDO_CACHE", str(tmp_path))
     found = curves(Tiny().bench("tiny"), CONFIG, SETTINGS)

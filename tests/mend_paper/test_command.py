@@ -110,6 +110,7 @@ def test_the_list(emendo_command: Emendo, out: Path) -> None:
     assert listed["about_seconds_left"] >= 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(
     emendo_command: Emendo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_whether_a_norm_degrades(points: list[tuple[float, float, float]], holds
     assert (drawn is None) == (not points)
 
 
+@pytest.mark.slow
 def test_the_whole_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One value of each norm on a tiny model with running text; MEND is read, not trained."""
     monkeypatch.setenv("EMENDO_CACHE", str(tmp_path / "cache"))

@@ -31,6 +31,7 @@ def test_where_all_or_none_fit() -> None:
     assert largest(lambda _: False) == 2**-20
 
 
+@pytest.mark.slow
 def test_the_drawdown_is_matched() -> None:
     """Cache against cache: the radius found lets through what the other one's does, and no more."""
     lm = build_lm("bert")

@@ -238,6 +238,7 @@ def made(emendo_command: Emendo, data: Path, out: Path, *names: str, editors: st
     emendo_command("compare", *presets, *own, *(("--tasks", tasks) if tasks else ()))
 
 
+@pytest.mark.slow
 def test_a_column_of_a_table(emendo_command: Emendo, data: Path, tmp_path: Path) -> None:
     made(emendo_command, data, tmp_path, "paper-table4", editors="ft,mend", tasks="zsre-bart-base")
     page = (tmp_path / "compare.md").read_text()

@@ -68,6 +68,7 @@ def test_a_cell_is_trained_measured_and_kept(tmp_path: Path) -> None:
     assert Folder(tmp_path).latest() == {digest(mend().plan()): result}
 
 
+@pytest.mark.slow
 def test_the_losses_of_enn_and_the_statistics_of_mend_make_rows(tmp_path: Path) -> None:
     """Every row of eq5, and MEND with either kind of statistics; ENN reports both drifts, of its own model."""
     log = Log()
@@ -92,6 +93,7 @@ def test_nothing_is_done_twice(tmp_path: Path) -> None:
     assert second.trainings == 0
 
 
+@pytest.mark.slow
 def test_tasks_are_loaded_one_after_the_other(tmp_path: Path) -> None:
     source, log = Tiny(), Log()
     cells = [mend(), mend(task="other"), mend(seed=1)]
@@ -161,6 +163,7 @@ def test_an_editor_without_training(tmp_path: Path) -> None:
     assert "rank" not in log.results[0].figures
 
 
+@pytest.mark.slow
 def test_a_repair_changes_its_own_matrix(tmp_path: Path) -> None:
     log = Log()
     Runner(Folder(tmp_path), Tiny(), log).run([Cell("tiny", "repair", facts=2)])
@@ -196,6 +199,7 @@ def test_what_shall_stay() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_start_follows_from_the_seed(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         torch.manual_seed(len(folder) + id(folder) % 7)

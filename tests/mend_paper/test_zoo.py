@@ -37,6 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["atlas-t5", "atlas-bart"])
 def test_an_answering_model(name: str, cache: Path) -> None:
     heard = Counter()
@@ -59,6 +60,7 @@ def test_an_answering_model(name: str, cache: Path) -> None:
     assert list(folder.parent.iterdir()) == [folder]  # nothing temporary is left
 
 
+@pytest.mark.slow
 def test_a_seed_gives_one_model(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_file(zoo.make("atlas-t5", facts=TINY, epochs=1) / "model.safetensors")
     monkeypatch.setenv("EMENDO_CACHE", str(cache / "again"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cases import BEGIN, EDITOR_CASES, END, build_lm, records, unchanged
+from cases import BEGIN, EDITOR_CASES, END, build_lm, in_slow_suite, records, unchanged
 from chats import BEGUN, SPACED, TEMPLATES, TURNS, chat_lm
 from emendo import Edit, Editor, Request, load
 from emendo.editors import EDITORS, editor_class
@@ -164,7 +164,7 @@ def test_load(tmp_path: Path) -> None:
     assert not load(tmp_path).chat
 
 
-@pytest.mark.parametrize("name", EDITORS)
+@pytest.mark.parametrize("name", in_slow_suite(*EDITORS, but=("mend", "enn", "ft", "rome", "in-context")))
 def test_every_editor_edits_what_the_template_asks(name: str, tmp_path: Path) -> None:
     lm, kind, case = chat_lm(), editor_class(name), EDITOR_CASES[name]
     with torch.no_grad():  # the end of a turn has a row of zeros, which no edit could make the likeliest

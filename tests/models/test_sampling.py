@@ -22,6 +22,7 @@ def lm() -> LM:
     return build_lm("llama")
 
 
+@pytest.mark.slow
 def test_samples_follow_the_full_distribution_whatever_the_generation_config() -> None:
     lm = build_lm("llama")
     lm.model.generation_config.update(

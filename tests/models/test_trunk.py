@@ -15,6 +15,7 @@ from cases import (
     DEPTH,
     VOCABULARY,
     build_model,
+    in_slow_suite,
     of_kind,
     plain_logits,
     random_texts,
@@ -61,7 +62,7 @@ def test_resumed_pass_equals_the_full_one_bit_for_bit(kind: str, side: Side) -> 
             assert torch.equal(logits(trunk, batch, hidden), logits(trunk, batch)), f"split at {block}"
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "t5-gated", "bart", "bert"])
+@pytest.mark.parametrize("kind", ["llama", *in_slow_suite("gpt2", "t5", "t5-gated", "bart", "bert")])
 def test_bit_for_bit_in_bfloat16_too(kind: str) -> None:
     model = build_model(kind, torch.bfloat16)
     batch = collate(random_texts(kind, 14, 5, 9))

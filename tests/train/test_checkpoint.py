@@ -115,6 +115,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(lab: Lab, step: int, ho
     assert_same(lab.tensors("whole"), lab.tensors("stopped"))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_half_precision_model_is_resumed_on_that_alone(lab: Lab) -> None:
     half, exact = Lab(build_lm("llama", torch.bfloat16), lab.root, lab.monkeypatch), lab
     whole = half.train("whole")
@@ -126,7 +127,7 @@ def test_a_run_on_a_half_precision_model_is_resumed_on_that_alone(lab: Lab) -> N
     assert_same(half.tensors("whole"), half.tensors("stopped"))
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "crash"])
+@pytest.mark.parametrize("how", ["crash", pytest.param("ctrl-c", marks=pytest.mark.slow)])
 def test_a_pass_for_the_statistics_goes_on_where_it_was_stopped(lab: Lab, how: str) -> None:
     """Its chunks end after 8, 16 and 24 facts; the run stops after the second, and resumes to the same statistics."""
     lab.monkeypatch.setattr(loop, "_CHUNK", 8)
@@ -173,6 +174,7 @@ def test_a_run_from_before_a_setting_is_resumed(lab: Lab) -> None:
     assert lab.train("stopped", resume=True, statistics="running").stopped == "finished"
 
 
+@pytest.mark.slow
 def test_stopped_twice(lab: Lab) -> None:
     whole = lab.train("whole")
     lab.interrupted("stopped", 5, "ctrl-c")

@@ -159,6 +159,7 @@ def test_validation_feeds_no_statistics(lm: LM, monkeypatch: pytest.MonkeyPatch)
     assert counts[0] == counts[1] and min(counts[0].values()) > 0
 
 
+@pytest.mark.slow
 def test_the_time_limit_stops_and_shapes_the_schedule(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10_000))
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
