@@ -20,7 +20,7 @@ from typing import Any
 from emendo.editors import Editor
 from emendo.edits.edit import BaseEdit, Edit, Request, as_weights
 from emendo.errors import RequestError, StorageError
-from emendo.ledger._composition import EditStack
+from emendo.ledger._composition import Candidate, EditStack
 from emendo.ledger._database import Where
 from emendo.ledger._schema import Entry, NewEntry, Operation, State
 from emendo.ledger.guard import Examination, Guard
@@ -116,6 +116,15 @@ class Workspace:
             state: an earlier operation or a tag, instead of the latest state.
         """
         return self._stack.applied(self.ledger.operation(state))
+
+    def tried(self, edit: BaseEdit, scope: Mapping[str, Any]) -> AbstractContextManager[LM]:
+        """The working model with one more edit in its memory, for the length of a ``with`` block; nothing is applied.
+
+        Args:
+            edit: the edit.
+            scope: as in :meth:`apply`.
+        """
+        return self._stack.applied(self.ledger.head, Candidate(_of_weights(edit), scope))
 
     @contextmanager
     def in_weights(self, operation: Operation) -> Iterator[LM]:

@@ -20,6 +20,7 @@ from emendo.serve.editing import EditingDesk
 from emendo.serve.engine import Bounds, Engine
 from emendo.serve.errors import add_handlers
 from emendo.serve.observing import Observed
+from emendo.serve.page import add_page
 from emendo.serve.routing import Router
 from emendo.serve.schemas import ErrorBody
 from emendo.serve.security import LOCAL_HOSTS, RateLimit, asking
@@ -83,6 +84,7 @@ def create_app(
     app.add_middleware(Observed, metrics=found.metrics)
     app.include_router(openai_routes.router, dependencies=[Depends(asking)])
     app.include_router(edit_routes.router, dependencies=[Depends(asking)])
+    add_page(app)
 
     @app.get("/health", tags=["Operation"])
     async def health() -> dict[str, str]:

@@ -57,13 +57,13 @@ async def edits(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> EditList:
     """List edits, the latest first."""
-    return await found.router.worker.run(_list, found, search, active, offset, limit)
+    return await found.router.worker.run(some_edits, found, search, active, offset, limit)
 
 
 @router.get("/v1/edits/{id}")
 async def edit(id: Id, found: Found) -> FullEditBody:
     """Show one edit, with the answers before and after it."""
-    return await found.router.worker.run(_one, found, id)
+    return await found.router.worker.run(one_edit, found, id)
 
 
 @router.delete("/v1/edits/{id}")
@@ -135,7 +135,8 @@ def _entry(found: Service, id: int) -> Entry:
         raise HTTPException(404, str(error)) from error
 
 
-def _list(found: Service, search: str, active: bool | None, offset: int, limit: int) -> EditList:
+def some_edits(found: Service, search: str, active: bool | None, offset: int, limit: int) -> EditList:
+    """A part of the list of edits whose prompts and targets have the given words."""
     head, words = found.ledger.head, search.casefold().split()
     now = set(head.active)
     chosen = [
@@ -153,7 +154,8 @@ def _mentions(entry: Entry, words: Sequence[str]) -> bool:
     return all(word in text for word in words)
 
 
-def _one(found: Service, id: int) -> FullEditBody:
+def one_edit(found: Service, id: int) -> FullEditBody:
+    """All that the ledger knows of an edit."""
     entry, head = _entry(found, id), found.ledger.head
     steps = found.ledger.operations_of(id)
     scopes = found.ledger.scopes(head.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from emendo.editors import Editor
 from emendo.edits import Request
@@ -13,6 +14,7 @@ from emendo.evaluate import Question, edit_with_answers
 from emendo.ledger import Operation
 from emendo.ledger.workspace import Workspace
 from emendo.serve._worker import Worker
+from emendo.serve.previewing import Preview, preview
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,11 @@ class NewEdit:
     force: bool = False
     by: str | None = None
 
+    def scope(self) -> dict[str, Any]:
+        """As :meth:`emendo.ledger.workspace.Workspace.apply` takes it."""
+        values = {"subject": self.subject, "paraphrases": self.paraphrases, "aliases": self.aliases}
+        return {name: value for name, value in values.items() if value}
+
 
 class EditingDesk:
     """Makes edits and takes them off, on a thread and a module tree of its own beside the one that answers.
@@ -63,6 +70,17 @@ class EditingDesk:
         """
         return await self._worker.run(self._add, new)
 
+    async def preview(self, new: NewEdit, neighbours: Sequence[str] = ()) -> Preview:
+        """Make an edit and try it, with further prompts that must stay as they are; nothing is applied.
+
+        Raises:
+            RequestError: a text does not fit the model.
+        """
+        request, scope = Request(new.prompt, new.target), new.scope()
+        return await self._worker.run(
+            preview, self.work, self.editor, request, new.paraphrases, neighbours, scope
+        )
+
     async def revert(self, id: int, by: str | None = None, note: str = "") -> Operation:
         """Take one edit off, wherever it stands.
 
@@ -84,11 +102,10 @@ class EditingDesk:
         asked = [Question("edit", new.prompt), *(Question("paraphrase", text) for text in new.paraphrases)]
         with work.in_weights(head):
             edit, _ = edit_with_answers(work.lm, self.editor, Request(new.prompt, new.target), asked, k=1)
-        scope = {"subject": new.subject, "paraphrases": new.paraphrases, "aliases": new.aliases}
         return work.apply(
             work.upon(as_weights(edit, "A ledger stores changes of weights"), head),
             paraphrases=new.paraphrases,
-            scope={name: value for name, value in scope.items() if value},
+            scope=new.scope(),
             force=new.force,
             by=new.by,
             note=new.note,
