@@ -1,119 +1,135 @@
-"""The effect of single edits combined in one model: added up, and fused.
+"""Many facts in one checkpoint: every method, in one call and in sequence, all facts asked at the end.
 
-Every edit is made from the clean model. Edit success and generalisation are scored on the facts whose edits are in the
-model, locality on the first neighbour of each of ``--facts`` records, all teacher forced; perplexity on plain passages.
+A cell is a method, a number of facts, and how many of them one edit has: all of them (one call), or a batch, each edit
+made in the model with all earlier ones. Success, generalisation and locality are means over the records, generated and
+teacher forced; the perplexity is that of plain passages. A method is an editor's name, a trained editor's folder or
+name, or ``fused:EDITOR`` for its single edits fused.
+
+Every cell is kept in a file of ``--out`` and not measured again, so that a run can be stopped and gone on with.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-import torch
 from _common import facts, load, machine, parser, table
-from torch import Tensor
 
-from emendo import Edit, Editor, fuse
+from emendo import fuse
+from emendo._settings import parse_settings
 from emendo._storage import cache_folder
 from emendo.data.abilities import PASSAGES
-from emendo.editors import editor_class
-from emendo.edits import compose
+from emendo.data.schema import Record
+from emendo.editors import EDITORS, Editor, editor_class
+from emendo.edits.edit import Request
+from emendo.evaluate import evaluate_sequence
+from emendo.evaluate.damage import Damage
+from emendo.evaluate.results import Result
+from emendo.low_rank import LowRank
 from emendo.models.lm import LM
-from emendo.models.losses import token_nll
 from emendo.models.sites import find_sites
-from emendo.models.text import Text
-from emendo.models.tokenization import passage_texts, to_texts
-
-TOKENS = 48
-"""The longest passage."""
 
 
-class Scores:
-    """Scores a model in its present state."""
+class Fused(Editor):
+    """The single edits of another editor, fused."""
 
-    def __init__(self, lm: LM, probes: Sequence[tuple[str, str]]) -> None:
-        self.lm, self.texts = lm, to_texts(lm, probes)
-        self.passages = passage_texts(lm, PASSAGES, TOKENS)
-        self.clean = self._answers(self.texts)
+    name = "fused"
+    needs_training = False
 
-    def right(self, pairs: Sequence[tuple[str, str]]) -> float:
-        """The share of pairs whose whole answer is the most likely one."""
-        texts = to_texts(self.lm, pairs)
-        answers = self._answers(texts)
-        return sum(
-            bool((own == torch.tensor(text.labels)).all()) for own, text in zip(answers, texts, strict=True)
-        ) / len(texts)
+    def __init__(self, editor: Editor) -> None:
+        super().__init__(editor.sites, editor.config)
+        self.editor = editor
 
-    def kept(self) -> float:
-        """The share of probes whose answer keeps all its tokens."""
-        now = self._answers(self.texts)
-        return sum(bool((a == b).all()) for a, b in zip(self.clean, now, strict=True)) / len(now)
+    def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
+        """The single edits."""
+        return self.editor.each(lm, requests)
 
-    def perplexity(self) -> float:
-        """The perplexity of the passages, over all their tokens."""
-        lost = [
-            token_nll(logits.cpu(), torch.tensor(text.labels))
-            for text, logits in zip(self.passages, self.lm.logits(self.passages), strict=True)
-        ]
-        nll = float(torch.cat(lost).mean())
-        return math.exp(nll) if nll < 700 else math.inf
+    def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
+        """The fused edit."""
+        edits = [self.editor.edit(lm, request.prompt, request.target) for request in requests]
+        return dict(fuse(lm, edits, folder=cache_folder() / "written").deltas)
 
-    def _answers(self, texts: Sequence[Text]) -> list[Tensor]:
-        return [logits.argmax(-1).cpu() for logits in self.lm.logits(texts)]
+
+def editor_of(lm: LM, method: str, settings: Sequence[str], sites: Sequence[str]) -> Editor:
+    """The editor of a method; settings and sites are for methods that need no training."""
+    if method.startswith("fused:"):
+        return Fused(editor_of(lm, method.removeprefix("fused:"), settings, sites))
+    if method not in EDITORS:
+        return Editor.from_pretrained(method)
+    kind = editor_class(method)
+    chosen = find_sites(lm.model, list(sites)) if sites else kind.default_sites(lm.model)
+    return kind(chosen, parse_settings(kind.Config, settings, "--set", f"{method} has no setting"))
+
+
+def measured(lm: LM, editor: Editor, records: Sequence[Record], together: int) -> dict[str, Any]:
+    """The figures of a cell."""
+    began = time.process_time()
+    found = evaluate_sequence(lm, editor, records, at=(), together=together, damage=Damage(PASSAGES))
+    last = found.checkpoints[-1].results
+    return {
+        "generated": [share(last, kind, "generated") for kind in KINDS],
+        "teacher forced": [share(last, kind, "teacher_forced") for kind in KINDS],
+        "perplexity": last[-1].damage["perplexity"],
+        "clean perplexity": found.clean["perplexity"],
+        "norm": last[-1].norm,
+        "seconds": sum(result.seconds for result in found.right_after),
+        "processor seconds with scoring": time.process_time() - began,
+    }
+
+
+KINDS = ("edit", "paraphrase", "neighbour")
+
+
+def share(results: Sequence[Result], kind: str, score: str) -> float | None:
+    """The mean over records of the share of their prompts of a kind that hold; None where there are none."""
+    own = [[getattr(o, score) for o in result.outcomes if o.kind == kind] for result in results]
+    return fmean(fmean(one) for one in own if one) if any(own) else None
+
+
+def figure(value: float | None) -> str:
+    """A share with three digits."""
+    return "-" if value is None else f"{value:.3f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__, rounds=1)
-    made.add_argument(
-        "--editor", required=True, help="a trained editor's folder, or a method without training"
-    )
-    made.add_argument("--counts", type=int, nargs="+", default=[1, 5, 25, 100])
-    made.add_argument("--keep", type=float, nargs="+", default=[30.0], help="weights of running text")
-    made.add_argument("--facts", type=int, default=200, help="records whose neighbours are asked")
+    made.add_argument("--methods", nargs="+", default=["locft", "crisp", "memit", "alphaedit", "ultraedit"])
+    made.add_argument("--counts", type=int, nargs="+", default=[1, 10, 100])
+    made.add_argument("--batches", type=int, nargs="+", default=[0], help="facts of an edit; 0: all of them")
+    made.add_argument("--set", dest="settings", nargs="+", default=[], help="settings of the methods")
+    made.add_argument("--sites", nargs="+", default=[], help="matrices, by patterns over their names")
+    made.add_argument("--out", type=Path, default=Path("runs/many-edits"), help="where the cells are kept")
     options = made.parse_args(arguments)
     machine(options)
     lm = load(options)
-    if Path(options.editor).is_dir():
-        editor = Editor.from_pretrained(options.editor)
-    else:
-        editor = editor_class(options.editor)(find_sites(lm.model))
-    records = facts(options, max(options.facts, *options.counts))
-    edits = [editor.edit(lm, record.prompt, record.target) for record in records[: max(options.counts)]]
-    scores = Scores(
-        lm,
-        [(r.neighbours[0].prompt, r.neighbours[0].answer) for r in records[: options.facts] if r.neighbours],
-    )
-    folder = cache_folder() / "written"
-    paraphrases = [record.paraphrases[:1] for record in records]
-    methods: dict[str, Callable[[Sequence[Edit]], Edit]] = {"added up": compose}
-    for keep in options.keep:
-        methods[f"fused, keep {keep:g}"] = lambda own, keep=keep: fuse(lm, own, keep=keep, folder=folder)
-        methods[f"fused with paraphrases, keep {keep:g}"] = lambda own, keep=keep: fuse(
-            lm, own, paraphrases=paraphrases[: len(own)], keep=keep, folder=folder
-        )
+    options.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for count in options.counts:
-        own = records[:count]
-        for name, combine in methods.items():
-            before = time.perf_counter()
-            edit = combine(edits[:count])
-            seconds = time.perf_counter() - before
-            with edit.applied(lm):
-                rows.append(
-                    (
-                        count,
-                        name,
-                        scores.right([(r.prompt, r.target) for r in own]),
-                        scores.right([(r.paraphrases[0], r.target) for r in own if r.paraphrases]),
-                        scores.kept(),
-                        scores.perplexity(),
-                        seconds,
+    for method in options.methods:
+        for count in options.counts:
+            for batch in options.batches:
+                together = min(batch or count, count)
+                chosen = [method, lm.name, options.data, *options.settings, *options.sites]
+                name = "_".join(Path(part).name for part in chosen).replace(":", "-").replace("*", "")
+                file = options.out / f"{name}_{count}_{together}.json"
+                if not file.exists():
+                    editor = editor_of(lm, method, options.settings, options.sites)
+                    cell = measured(lm, editor, facts(options, count), together)
+                    file.write_text(
+                        json.dumps({"method": method, "facts": count, "together": together, **cell})
                     )
-                )
-    head = ("edits", "method", "success", "generalisation", "locality", "perplexity", "seconds")
-    table(f"Edits of {options.editor} in one model; clean perplexity {scores.perplexity():.1f}", head, rows)
+                cell = json.loads(file.read_text())
+                how = "one call" if together == count else f"in sequence, {together} at a time"
+                shown = [
+                    " / ".join("-" if x is None else f"{x:.3f}" for x in cell[k])
+                    for k in ("generated", "teacher forced")
+                ]
+                rows.append((method, count, how, *shown, cell["perplexity"], cell["seconds"]))
+    head = ("method", "facts", "how", "generated", "teacher forced", "perplexity", "seconds")
+    table("Success / generalisation / locality of many facts in one checkpoint", head, rows)
 
 
 if __name__ == "__main__":

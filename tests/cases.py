@@ -285,6 +285,10 @@ EDITOR_CASES: dict[str, EditorCase] = {
         refuses={"seq2seq": "alphaedit is for decoders", "classifier": "alphaedit is for decoders"},
         own_sites=True,
     ),
+    "ultraedit": EditorCase(
+        {"eta": 1e-3},
+        refuses={"seq2seq": "ultraedit is for decoders", "classifier": "ultraedit is for decoders"},
+    ),
     "repair": EditorCase({"margin": 0.1}, own_sites=True),
     "k-adapter": EditorCase({"width": 4, "lr": 0.05, "steps": 3}),
     "cache": EditorCase(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import _common
 import pytest
@@ -19,7 +20,7 @@ SCRIPTS = {
     "edit_latency": LATENCY,
     "apply_overhead": ["--edits", "1", "2", "--tokens", "3", "--rank", "8"],
     "growth": "--edits 1 3 --lengths 8 16 --blocks 1 2 --depths 4 5 --widths 64 128".split(),
-    "many_edits": ["--editor", "ft", "--counts", "1", "3", "--facts", "4"],
+    "many_edits": ["--methods", "ft", "fused:lora", "--counts", "1", "3", "--batches", "0", "2"],
     "startup": [],
     "routing": ["--limit", "60", "--counts", "10", "200"],
     "roofline": ["--batch", "2", "--rank", "8"],
@@ -42,8 +43,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_benchmark_prints_its_tables(
-    name: str, folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    folder: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # for what is kept between runs
     if name == "training_step":  # its children take seconds each
         monkeypatch.setattr("training_step.in_child", lambda *_: {"peak": 1.0}, raising=False)
     import_module(name).main(["--model", folder, "--rounds", "1", "--threads", "1", *SCRIPTS[name]])

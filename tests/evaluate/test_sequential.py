@@ -27,7 +27,8 @@ from emendo.evaluate.results import Result
 from emendo.evaluate.run_folder import RunFolder
 from emendo.evaluate.sequential import evaluate_sequence
 from emendo.models.lm import LM
-from emendo.models.sites import find_sites
+from emendo.models.sites import Site, find_sites
+from emendo.models.tokenization import to_texts
 from evaluate.reference import forced
 
 
@@ -148,12 +149,54 @@ def test_damage_is_seen_at_every_checkpoint(tiny_llama: LM) -> None:
     assert len(set(seen) | {plain["clean"]["perplexity"]}) == 3
 
 
+class Remembers(FineTuning):
+    """Fine-tuning that notes what it is told to continue from, and what the model says then."""
+
+    def __init__(self, sites: tuple[Site, ...], config: FineTuningConfig) -> None:
+        super().__init__(sites, config)
+        self.told: list[list[Request]] = []
+        self.seen: list[torch.Tensor] = []
+
+    def start_over(self) -> None:
+        self.told, self.seen = [], []
+
+    def continue_from(self, lm: LM, requests: Sequence[Request]) -> None:
+        self.told.append(list(requests))
+        self.seen.append(lm.logits(to_texts(lm, [requests[0].pair]))[0])
+
+
+def test_edits_of_several_facts_build_upon_one_another(tiny_llama: LM) -> None:
+    sites, chosen = find_sites(tiny_llama.model, last=1), some(5)
+    editor = Remembers(sites, FineTuningConfig(lr=0.01, steps=2))
+    editor.told.append([])
+    found = evaluate_sequence(tiny_llama, editor, chosen, at=(4,), together=2)
+    assert [point.edits for point in found.checkpoints] == [4, 5]
+    assert "each of 2 facts" in found.protocol["edits"]
+    groups = [chosen[:2], chosen[2:4], chosen[4:]]
+    assert editor.told == [[Request(r.prompt, r.target) for r in group] for group in groups]
+    twin = LM(copy.deepcopy(tiny_llama.model), tiny_llama.tokenizer)  # its weights are changed in earnest
+    for group, seen in zip(groups, editor.seen, strict=True):
+        facts = [Request(r.prompt, r.target) for r in group]
+        with torch.no_grad():
+            for site, change in editor.together(twin, facts).items():
+                twin.model.get_submodule(site).weight += change.dense()
+        torch.testing.assert_close(
+            seen, twin.logits(to_texts(twin, [facts[0].pair]))[0], rtol=1e-3, atol=1e-4
+        )
+    for result in (*found.right_after[4:], *found.checkpoints[-1].results):
+        check(tiny_llama, twin, result)
+
+
 def test_senseless_sequences_are_refused(tiny_llama: LM) -> None:
     editor = editor_for(tiny_llama, "mend")
     with pytest.raises(RequestError, match="no records"):
         evaluate_sequence(tiny_llama, editor, [])
     with pytest.raises(RequestError, match="at="):
         evaluate_sequence(tiny_llama, editor, some(1), at=(0,))
+    with pytest.raises(RequestError, match="together=0"):
+        evaluate_sequence(tiny_llama, editor, some(1), together=0)
+    with pytest.raises(RequestError, match="guard watches single edits"):
+        evaluate_sequence(tiny_llama, editor, some(2), together=2, gate=lambda request, change: True)
 
 
 def test_what_the_gate_refuses_is_taken_off_and_asked_for_all_the_same(tiny_llama: LM) -> None:

@@ -80,8 +80,8 @@ class EvaluateOptions:
     command: str = ""
 
     def __post_init__(self) -> None:
-        if self.sequential and self.together != 1:
-            raise RequestError("--sequential makes one edit of each fact; leave --together out.")
+        if self.guard and self.together != 1:
+            raise RequestError("--guard checks edits of one fact; leave --together out.")
         if self.routed and (self.sequential or self.together != 1 or self.harness is not None):
             raise RequestError(
                 "--routed keeps each edit by itself; leave --together, --sequential and --lm-eval out."
@@ -198,6 +198,7 @@ class Job:
                     self.editor,
                     records,
                     at=options.ask_after,
+                    together=options.together,
                     generated=options.generated,
                     damage=damage,
                     gate=GuardGate(self.lm, self.editor) if options.guard else None,
@@ -232,7 +233,7 @@ class Job:
                     progress=progress,
                 )
         unused = dict(self.unused)
-        if rest := len(records) % options.together:
+        if (rest := len(records) % options.together) and not options.sequential:
             unused["records of an incomplete last group"] = rest
         return replace(found, protocol={**found.protocol, "not_used": unused}) if unused else found
 

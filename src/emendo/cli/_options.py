@@ -60,7 +60,8 @@ TRAINED = ("mend", "enn", "ke", "meta-curvature", "meta-sgd", "meta-lstm")
 """Methods that must be trained; written out, so that help pages import nothing."""
 UNTRAINED = (
     *("ft", "ft-kl", "ft-constrained", "ft-penalised", "diff-pruning", "ewc"),
-    *("lora", "locft", "crisp", "rome", "memit", "alphaedit", "repair", "k-adapter", "cache", "in-context"),
+    *("lora", "locft", "crisp", "rome", "memit", "alphaedit", "ultraedit"),
+    *("repair", "k-adapter", "cache", "in-context"),
 )
 """Methods that need no training."""
 

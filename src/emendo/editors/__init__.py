@@ -32,6 +32,7 @@ EDITORS = {
     "rome": "emendo.editors.rome:Rome",
     "memit": "emendo.editors.memit:Memit",
     "alphaedit": "emendo.editors.alphaedit:AlphaEdit",
+    "ultraedit": "emendo.editors.ultraedit:UltraEdit",
     "repair": "emendo.editors.repair:Repair",
     "k-adapter": "emendo.editors.k_adapter:KAdapter",
     "cache": "emendo.editors.cache:Cache",

@@ -152,6 +152,10 @@ class KeyEditor(ValueEditor):
             keys = self._keys(lm, trunk, site, facts, {})
             self.earlier[site.name] = self.earlier.get(site.name, 0) + keys.mT @ keys
 
+    def start_over(self) -> None:
+        """Forget the edits of :meth:`continue_from`."""
+        self.earlier = {}
+
     def _keys(
         self, lm: LM, trunk: Trunk, site: Site, facts: Sequence[Found], changes: dict[str, LowRank]
     ) -> Tensor:

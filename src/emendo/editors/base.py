@@ -105,6 +105,16 @@ class Editor(nn.Module):
         """Compute one change for all requests: by default the sum of their separate changes (MEND, section 3.2)."""
         return {name: delta.sum() for name, delta in self.each(lm, requests).items()}
 
+    def continue_from(self, lm: LM, requests: Sequence[Request]) -> None:
+        """Take into account, in the following edits, that the model holds an edit of these requests.
+
+        Call it with that edit applied, for each edit in turn; after a restart, with the requests that the edits keep.
+        Methods whose edits do not depend on earlier ones do nothing.
+        """
+
+    def start_over(self) -> None:
+        """Forget the edits of :meth:`continue_from`."""
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Eval mode for the length of a ``with`` block."""

@@ -94,6 +94,10 @@ class Crisp(BreadthEditor):
         self._earlier = {name: own.averaged(self._earlier.get(name)) for name, own in fresh.items()}
         self._spaces = None
 
+    def start_over(self) -> None:
+        """Forget the edits of :meth:`continue_from`."""
+        self._earlier, self._spaces = {}, None
+
 
 def low_curvature(inputs: Tensor, outputs: Tensor, gamma: float) -> Subspace:
     """The subspace without the directions of highest curvature, which hold the share ``gamma`` of it.

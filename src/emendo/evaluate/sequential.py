@@ -1,9 +1,10 @@
 """Edits one after the other, each in the model with all earlier ones, and their retention.
 
-Right after its edit every fact is asked once, teacher forced. After N = 1, 10, 100 and 1,000 edits all facts so far are
-asked again, with their neighbours, teacher forced and by free generation. The two are reported apart, since a method
-may succeed at every edit and lose it with the next. The sum of the edits is kept as one dense fp32 change of each
-matrix, beside the weights; an editor that changes no weights makes one edit of all facts so far.
+An edit has one fact, or several at once (``together``). Right after its edit every fact is asked once, teacher forced.
+After N = 1, 10, 100 and 1,000 edits all facts so far are asked again, with their neighbours, teacher forced and by free
+generation. The two are reported apart, since a method may succeed at every edit and lose it with the next. The sum of
+the edits is kept as one dense fp32 change of each matrix, beside the weights; an editor that changes no weights makes
+one edit of all facts so far.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def evaluate_sequence(
     records: Sequence[Record],
     *,
     at: Sequence[int] = RETENTION,
+    together: int = 1,
     generated: bool = True,
     damage: Damage | None = None,
     gate: Gate | None = None,
@@ -63,6 +65,7 @@ def evaluate_sequence(
         editor: an editor of any kind.
         records: the facts, in the order of their edits.
         at: the checkpoints, as numbers of edits; there is always one after the last edit.
+        together: the number of facts in one edit; the last one before a checkpoint may have fewer.
         generated: score free generation at the checkpoints too.
         damage: measurements away from the records' prompts, at the checkpoints.
         gate: decides whether an edit stays; a refused one is removed, and counts as failed.
@@ -78,13 +81,16 @@ def evaluate_sequence(
         raise RequestError("There are no records to evaluate on.")
     if gate is not None and editor.no_changes:
         raise RequestError(f"The guard watches changes of weights, and {editor.no_changes}.")
-    if any(count < 1 for count in at):
-        raise RequestError(f"at={tuple(at)}: give whole numbers from 1 up.")
+    if any(count < 1 for count in (*at, together)):
+        raise RequestError(f"at={tuple(at)}, together={together}: give whole numbers from 1 up.")
+    if gate is not None and together > 1:
+        raise RequestError("The guard watches single edits: give no gate, or together=1.")
     editor.check(lm)
+    editor.start_over()
     with editor.evaluating(), torch.no_grad():
         if harness is not None and unmeasured(editor, single=False) is None:
             harness.begin(lm)
-        run = _Run(lm, editor, records, generated, damage, gate, parts, progress)
+        run = _Run(lm, editor, records, together, generated, damage, gate, parts, progress)
         found = run.measure(sorted({count for count in at if count < len(records)} | {len(records)}))
         return found if harness is None else replace(found, harness=run.run_harness(harness))
 
@@ -97,6 +103,7 @@ class _Run:
         lm: LM,
         editor: Editor,
         records: Sequence[Record],
+        together: int,
         generated: bool,
         damage: Damage | None,
         gate: Gate | None,
@@ -104,6 +111,7 @@ class _Run:
         progress: Progress,
     ) -> None:
         self.lm, self.editor, self.records, self.generated = lm, editor, records, generated
+        self.together = together
         self.damage, self.guarded, self.parts, self.progress = damage, gate is not None, parts, progress
         self.store = TrunkCache(Trunk(lm.model, editor.sites or find_sites(lm.model)), dtype=torch.float32)
         if damage is not None:
@@ -123,15 +131,20 @@ class _Run:
         for number, count in enumerate(at):
             segment = self.records[done:count]
             found = self._kept(2 * number, segment)
-            fresh = [self._edit(index, score=found is None) for index in range(done, count)]
+            fresh = [
+                result
+                for at in range(done, count, self.together)
+                for result in self._edit(range(at, min(at + self.together, count)), score=found is None)
+            ]
             right_after += found if found is not None else self._keep(2 * number, fresh)
             again = self._kept(2 * number + 1, self.records[:count])
             if again is None:
                 again = self._keep(2 * number + 1, self._all(count))
             points.append(Checkpoint(count, tuple(again)))
             done = count
+        several = f", each of {self.together} facts" if self.together > 1 else ""
         protocol = {
-            "edits": "one after the other, each in the model with all earlier ones",
+            "edits": f"one after the other{several}, each in the model with all earlier ones",
             "right_after": "asked right after its own edit, teacher forced; edit prompt and paraphrases",
             "retained": "all facts so far asked again after N edits, with their neighbours and unrelated prompts; "
             "free_generation and *_generated by greedy decoding from the prompt alone, the rest teacher forced",
@@ -162,17 +175,18 @@ class _Run:
             self.parts.write(number, results)
         return results
 
-    def _edit(self, index: int, *, score: bool) -> Result:
-        """Make one more edit, and score it."""
-        record = self.records[index]
-        stays = self.edits.add(request_of(record))
-        self.progress.update("edits", index + 1, len(self.records))
+    def _edit(self, members: range, *, score: bool) -> list[Result]:
+        """Make one more edit, and score its facts."""
+        stays = self.edits.add([request_of(self.records[index]) for index in members])
+        self.progress.update("edits", members.stop, len(self.records))
         if not score:
-            return Result(record, (), 0, 0.0)
+            return [Result(self.records[index], (), 0, 0.0) for index in members]
         edited = self.edits.made()
-        own = [case for case in self.cases[index] if not case.local]
+        own = {index: [case for case in self.cases[index] if not case.local] for index in members}
+        self._score([case for cases in own.values() for case in cases], edited)
         seen = {"refused": float(not stays)} if self.guarded else {}
-        return self._result(index, self._score(own, edited), seen, edited.seconds)
+        seconds = edited.seconds / len(members)
+        return [self._result(index, cases, seen, seconds) for index, cases in own.items()]
 
     def _all(self, count: int) -> list[Result]:
         """All facts so far, asked again."""
@@ -216,17 +230,22 @@ class _Sum:
         self.dense: dict[str, Tensor] = {}
         self.seconds = 0.0
 
-    def add(self, request: Request) -> bool:
+    def add(self, requests: Sequence[Request]) -> bool:
         """Make one more edit; False where the gate refused it."""
         start = time.perf_counter()
         with torch.enable_grad(), applied(self.host, self.changes()):
-            changes = self.editor.each(self.lm, [request])
-            own = {name: LowRank(c.left[0].detach(), c.right[0].detach()) for name, c in changes.items()}
-            stays = self.gate is None or self.gate(request, own)
+            if len(requests) == 1:
+                changes = {name: change[0] for name, change in self.editor.each(self.lm, requests).items()}
+            else:
+                changes = self.editor.together(self.lm, requests)
+            own = {name: LowRank(c.left.detach(), c.right.detach()) for name, c in changes.items()}
+            stays = self.gate is None or self.gate(requests[0], own)
         if stays:
             for name, change in own.items():
                 dense = change.dense().float()
                 self.dense[name] = self.dense[name] + dense if name in self.dense else dense
+            with torch.enable_grad(), applied(self.host, self.changes()):
+                self.editor.continue_from(self.lm, requests)
         self.seconds = time.perf_counter() - start
         return stays
 
@@ -247,8 +266,8 @@ class _AllFacts:
         self.lm, self.editor, self.store = lm, editor, store
         self.requests: list[Request] = []
 
-    def add(self, request: Request) -> bool:
-        self.requests.append(request)
+    def add(self, requests: Sequence[Request]) -> bool:
+        self.requests += requests
         return True
 
     def made(self) -> EditedModels:

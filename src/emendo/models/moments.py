@@ -119,6 +119,8 @@ def kept_moments(
     """
     if lm.kind != "causal":
         raise RequestError(f"Moments are taken over running text, and {lm.name} is a {lm.kind}.")
+    if any(module._forward_hooks for module in lm.model.modules()):
+        folder = None  # the model holds an edit, so that these are not the moments of its fingerprint
     chosen = list(passages) or own_passages(
         lm, PASSAGES, None if folder is None else folder.parent / "written"
     )

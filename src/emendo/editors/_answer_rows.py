@@ -1,0 +1,53 @@
+"""The rows of matrices at the tokens where an answer is predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from emendo.models.losses import per_example, token_nll
+from emendo.models.sites import Site
+from emendo.models.text import Text
+from emendo.models.trunk_cache import TrunkCache
+
+
+def label_rows(
+    store: TrunkCache, sites: tuple[Site, ...], texts: Sequence[Text]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """The rows of some matrices at the tokens where a label is predicted.
+
+    Returns:
+        By site name, inputs ``[labels, d_in]`` and gradients ``[labels, d_out]`` of each text's mean NLL; and whether
+        each text's labels are all the argmax, ``[texts]``.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str) -> Tensor:
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        seen[name] = args[0].detach(), output
+        return output
+
+    handles = [
+        site.module(store.model).register_forward_hook(
+            lambda module, args, output, name=site.name: keep(module, args, output, name)
+        )
+        for site in sites
+    ]
+    try:
+        with torch.enable_grad():
+            batch, logits = store.logits(texts)
+            labels, owner = batch.labels.to(logits.device), batch.owner.to(logits.device)
+            loss = per_example(token_nll(logits, labels), owner, len(texts)).sum()
+            grads = torch.autograd.grad(loss, [seen[site.name][1] for site in sites])
+    finally:
+        for handle in handles:
+            handle.remove()
+    at = batch.positions.to(logits.device)
+    found = {
+        site.name: (seen[site.name][0].flatten(0, -2)[at], grad.flatten(0, -2)[at])
+        for site, grad in zip(sites, grads, strict=True)
+    }
+    missed = (logits.argmax(-1) != labels).float()
+    return found, per_example(missed, owner, len(texts)) == 0
