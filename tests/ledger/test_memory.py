@@ -9,6 +9,8 @@ import torch
 from sqlalchemy import create_engine, text
 
 from emendo.errors import RequestError
+from emendo.ledger.health import read_figures
+from emendo.ledger.probes import ProbeOutputs, ProbeRunner, Probes
 from emendo.ledger.store import Ledger
 from emendo.ledger.workspace import Workspace
 from emendo.models.lm import LM
@@ -115,3 +117,37 @@ def test_a_ledger_from_before_there_was_a_memory_is_converted(work: Workspace, t
     again = Ledger.open(tmp_path / "ledger")
     assert again.head.active == (1, 2, 3)
     assert again.scopes() == {}
+
+
+def test_probes_are_run_again_only_where_another_edit_answers_and_the_figures_are_those_of_a_full_run(
+    tiny_llama: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [*((prompt, "it") for prompt, _ in FACTS), ("Bread is made of", "")]
+    probes = Probes(tuple(prompts), "Bread is good. " * 3)
+
+    def figures(where: str) -> list[dict[str, float]]:
+        monkeypatch.setenv("EMENDO_HOME", str(tmp_path / f"home-{where}"))
+        work = Workspace.open(tiny_llama, tmp_path / where, recheck_every=0, probes=probes)
+        found = []
+        for seed, fact in enumerate(FACTS):
+            step = work.apply(an_edit(tiny_llama, fact, seed=seed), scope={}, **LOOSE)
+            found.append(read_figures(step.health))
+            if seed == 1:
+                work.ledger.revert(1)
+                work.apply(an_edit(tiny_llama, ("x", "y"), seed=9), **LOOSE)  # into the weights
+        return found
+
+    ran: list[int] = []
+    real = ProbeRunner.rerun
+
+    def watched(self: ProbeRunner, lm: LM, before: ProbeOutputs, places: list[int]) -> ProbeOutputs:
+        ran.append(len(places))
+        return real(self, lm, before, places)
+
+    monkeypatch.setattr(ProbeRunner, "rerun", watched)
+    quick = figures("quick")
+    assert ran and max(ran) <= 2
+    monkeypatch.setattr(ProbeRunner, "rerun", lambda self, lm, before, places: self.run(lm))
+    for one, other in zip(quick, figures("full"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    assert quick[0]["changed"] < quick[2]["total_changed"]

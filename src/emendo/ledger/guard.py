@@ -19,7 +19,7 @@ from emendo.ledger._composition import Candidate, EditStack, evidence
 from emendo.ledger._schema import Entry, Operation, Values
 from emendo.ledger.health import Drift, Health
 from emendo.ledger.probes import ProbeOutputs, ProbeRunner, Probes
-from emendo.memory.bank import EditMemory, RoutedLM
+from emendo.memory.bank import RoutedLM
 from emendo.memory.router import Query
 from emendo.models.framing import Pair
 from emendo.models.lm import LM
@@ -96,9 +96,12 @@ class Examination:
         }
 
 
-_Key = tuple[tuple[int, ...], str, bool]
-"""A state: the numbers of all active edits but the last, the digest of the last, and whether it is in the memory."""
-_CLEAN: _Key = ((), "", False)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Measured:
+    """The outputs on the probes, and the edits of the memory that answer them, by their digests."""
+
+    chosen: tuple[str | None, ...]
+    outputs: ProbeOutputs
 
 
 class Guard:
@@ -112,8 +115,14 @@ class Guard:
     def __init__(self, stack: EditStack, probes: Probes) -> None:
         self.stack = stack
         self._runner = ProbeRunner(stack.lm, probes)
-        self._outputs: dict[_Key, ProbeOutputs] = {}
+        self._kept: dict[tuple[str, ...], _Measured] = {}  # by the digests of the edits in the weights
         self._queries: list[Query] | None = None
+
+    @torch.no_grad()
+    def prepare(self, state: Operation) -> None:
+        """Take the outputs after an operation, so that the next edit need not wait for them."""
+        self._outputs_of(None)
+        self._outputs_of(state)
 
     @torch.no_grad()
     def health(
@@ -136,15 +145,11 @@ class Guard:
         if paraphrases and len(requests) != 1:
             raise RequestError(f"Paraphrases belong to an edit of one request; this one has {len(requests)}.")
         before, clean = self._outputs_of(state), self._outputs_of(None)
-        key = (state.active, edit.digest, scope is not None)
-        choices = None if scope is None else self._choices(self.stack.memory(state))
         pairs = [*(r.pair for r in requests), *(requests[0].asking(text).pair for text in paraphrases)]
         with self.stack.applied(state, Candidate(edit, scope)) as edited:
             right = targets_reached(edited.reading(chat=edit.origin.chat), pairs)
-            if choices is None:
-                after = self._run(key, edited)
-            else:
-                after = self._rerun(key, edited, before, choices)
+            in_weights = self._in_weights(state)
+            after = self._measured((*in_weights, edit.digest) if scope is None else in_weights, edited)
         reached, generalised = right[: len(requests)], right[len(requests) :]
         excluded = self._edited_probes(state) | {*(request.prompt for request in requests), *paraphrases}
         return Health.of(
@@ -164,13 +169,13 @@ class Guard:
         if not len(memory):
             return []
         similar: set[int] = set()
-        for query in memory.router.read(self.stack.lm, [request.prompt for request in edit.origin.requests]):
+        for query in memory.read_own([request.prompt for request in edit.origin.requests]):
             similar |= memory.router.scores(query, memory.index).keys()
         entries = self.stack.ledger.entries(sorted(similar))
-        prompts = [str(entry.requests[0]["prompt"]) for entry in entries]
+        queries = memory.read_own([str(entry.requests[0]["prompt"]) for entry in entries])
         number = memory.add(edit, **evidence(scope))
         try:
-            chosen = memory.route(prompts)
+            chosen = [memory.choose(query) for query in queries]
         finally:
             memory.remove(number)
         return [entry.id for entry, choice in zip(entries, chosen, strict=True) if choice.edit == number]
@@ -203,40 +208,36 @@ class Guard:
 
     def _outputs_of(self, state: Operation | None) -> ProbeOutputs:
         """The outputs on the probes after an operation, or of the base model."""
-        key = self._key(state)
-        if key in self._outputs:
-            return self._outputs[key]
         with self.stack.applied(state) as edited:
-            return self._run(key, edited)
+            return self._measured(self._in_weights(state), edited)
 
-    def _key(self, state: Operation | None) -> _Key:
-        if state is None or not state.active:
-            return _CLEAN
-        active = state.active
-        return active[:-1], self.stack.ledger.digests(active[-1:])[0], active[-1] in self.stack.scopes(state)
+    def _in_weights(self, state: Operation | None) -> tuple[str, ...]:
+        return tuple(self.stack.ledger.digests(self.stack.in_weights(state)))
 
-    def _choices(self, memory: EditMemory) -> list[int | None]:
-        """The edit of a memory that answers each probe."""
-        if self._queries is None:
-            reader = RoutedLM(self.stack.lm.model, self.stack.lm.tokenizer, memory=memory)
-            prompts = [reader.prompt_of(text) for text in self._runner.texts]
-            self._queries = memory.router.read(self.stack.lm, prompts)
-        return [memory.choose(query).edit for query in self._queries]
+    def _measured(self, in_weights: tuple[str, ...], lm: LM) -> ProbeOutputs:
+        """The outputs on the probes now; those of the base weights and of the last two others are kept.
 
-    def _rerun(self, key: _Key, lm: LM, before: ProbeOutputs, choices: Sequence[int | None]) -> ProbeOutputs:
-        """The outputs with one more edit in the memory: only the probes that another edit answers now are run."""
-        assert isinstance(lm, RoutedLM)
-        now = self._choices(lm.memory)
-        places = [i for i, (old, new) in enumerate(zip(choices, now, strict=True)) if old != new]
-        return self._keep(key, self._runner.rerun(lm, before, places))
-
-    def _run(self, key: _Key, lm: LM) -> ProbeOutputs:
-        """The outputs on the probes now."""
-        return self._keep(key, self._runner.run(lm))
-
-    def _keep(self, key: _Key, outputs: ProbeOutputs) -> ProbeOutputs:
-        """Keep outputs: those of the base model and of the last two other states."""
-        others = [other for other in self._outputs if other != _CLEAN]
-        kept = [other for other in (_CLEAN, *others[-1:]) if other in self._outputs]
-        self._outputs = {**{other: self._outputs[other] for other in kept}, key: outputs}
+        Where the edits in the weights are those of kept outputs, only the probes that another edit of the memory
+        answers are run again.
+        """
+        chosen, kept = self._chosen(lm), self._kept.get(in_weights)
+        if kept is None:
+            outputs = self._runner.run(lm)
+        else:
+            places = [i for i, pair in enumerate(zip(kept.chosen, chosen, strict=True)) if pair[0] != pair[1]]
+            outputs = self._runner.rerun(lm, kept.outputs, places) if places else kept.outputs
+        others = [each for each in self._kept if each not in ((), in_weights)]
+        self._kept = {each: self._kept[each] for each in ((), *others[-1:]) if each in self._kept}
+        self._kept[in_weights] = _Measured(chosen, outputs)
         return outputs
+
+    def _chosen(self, lm: LM) -> tuple[str | None, ...]:
+        """The edit of the memory that answers each probe."""
+        if not isinstance(lm, RoutedLM):
+            return (None,) * len(self._runner.texts)
+        memory = lm.memory
+        if self._queries is None:
+            prompts = [lm.prompt_of(text) for text in self._runner.texts]
+            self._queries = memory.router.read(self.stack.lm, prompts)
+        numbers = [memory.choose(query).edit for query in self._queries]
+        return tuple(None if number is None else memory.edit(number).digest for number in numbers)

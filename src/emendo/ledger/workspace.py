@@ -156,6 +156,10 @@ class Workspace:
 
     # ------------------------------------------------------------------------------------------ steps
 
+    def prepare(self) -> None:
+        """Take the guard's measurements of the state as it is, so that the next edit need not wait for them."""
+        self._guard.prepare(self.ledger.head)
+
     def check(
         self, edit: BaseEdit, paraphrases: Sequence[str] = (), scope: Mapping[str, Any] | None = None
     ) -> Health:

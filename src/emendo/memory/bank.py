@@ -233,6 +233,10 @@ class EditMemory:
             left = [place for place in left if found[place].edit is None and turn < len(texts[place])]
         return found
 
+    def read_own(self, prompts: Sequence[str]) -> list[Query]:
+        """Read prompts of edits, whose keys are kept."""
+        return self.router.read(self.lm, prompts, self._keys)
+
     def choose(self, query: Query) -> Choice:
         """Choose an edit, or none, for a prompt that was read. Of two edits with one score the later one wins."""
         scores = self.router.scores(query, self.index)

@@ -149,9 +149,9 @@ class Router:
             found.update(name.encode() + value.contiguous().numpy().tobytes())
         return found.hexdigest()[:16]
 
-    def read(self, lm: LM, prompts: Sequence[str]) -> list[Query]:
-        """Read prompts."""
-        keys = self.keys(lm, prompts)
+    def read(self, lm: LM, prompts: Sequence[str], file: KeyFile | None = None) -> list[Query]:
+        """Read prompts; the file keeps their keys."""
+        keys = self.keys(lm, prompts, file)
         return [Query(Prompt.read(text), None if keys is None else keys[i]) for i, text in enumerate(prompts)]
 
     def scores(self, query: Query, index: Index) -> dict[int, float]:

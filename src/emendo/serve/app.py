@@ -63,6 +63,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        found.desk.prepare()
         yield
         await found.close()
 

@@ -61,6 +61,10 @@ class EditingDesk:
         self.work, self.editor = work, editor
         self._worker = Worker("emendo-edits")
 
+    def prepare(self) -> None:
+        """Take the guard's measurements before the first edit is asked for."""
+        self._worker.submit(self.work.prepare)
+
     async def add(self, new: NewEdit) -> Operation:
         """Make an edit and apply it, unless the guard refuses it; every later request is answered with it.
 
