@@ -38,7 +38,7 @@ import sys, xllamacpp
 model, *adapters = sys.argv[1:]
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel = model, 2048, 2
-params.cpuparams.n_threads = 2
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # two would wait for each other
 params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path=path) for path in adapters]
 server = xllamacpp.Server(params)
 print(server.listening_address, flush=True)
@@ -66,7 +66,7 @@ def llama_cpp(*adapters: Path) -> Iterator[str]:
 
 def answers(address: str, prompts: list[str]) -> list[str]:
     """The answers of the engine alone."""
-    with httpx2.Client(base_url=address, timeout=120) as http:
+    with httpx2.Client(base_url=address, timeout=600) as http:
         bodies = [{"prompt": prompt, "max_tokens": 4, "temperature": 0} for prompt in prompts]
         return [http.post("/v1/completions", json=body).json()["choices"][0]["text"] for body in bodies]
 
@@ -92,7 +92,7 @@ def test_edits_are_answered_by_llama_cpp(work: Workspace, tmp_path: Path) -> Non
 
     async def through(address: str) -> None:
         upstream = Upstream(address, LlamaCpp(), folder, work.lm.twin())
-        async with client(an_app(work, backend=upstream), timeout=120) as http:
+        async with client(an_app(work, backend=upstream), timeout=600) as http:
 
             async def ask(prompt: str, **more: Any) -> tuple[str, str]:
                 body = {"model": MODEL, "prompt": prompt, "max_tokens": 4, "temperature": 0, **more}
@@ -125,7 +125,7 @@ def test_edits_are_answered_by_llama_cpp(work: Workspace, tmp_path: Path) -> Non
 def test_an_edit_that_llama_cpp_was_not_started_with_is_an_error(work: Workspace, tmp_path: Path) -> None:
     async def through(address: str) -> None:
         upstream = Upstream(address, LlamaCpp(), AdapterFolder(tmp_path, "gguf"), work.lm.twin())
-        async with client(an_app(work, backend=upstream), timeout=120) as http:
+        async with client(an_app(work, backend=upstream), timeout=600) as http:
             body = {"model": MODEL, "prompt": "The capital of Peru is", "max_tokens": 4}
             reply = await http.post("/v1/completions", json=body)
             assert reply.status_code == 502 and "is not loaded" in reply.json()["error"]["message"]

@@ -163,12 +163,13 @@ def run(
 
     access = Access.of(_tokens(ask_token, "EMENDO_ASK_TOKEN"), _tokens(edit_token, "EMENDO_EDIT_TOKEN"))
     access.check_host(host)
+    _check_upstream(upstream, engine, adapters, adapters_seen_as, max_rank)
     with _listening(host, port) as listener:
         lm, maker = load_editor(editor, model, dtype, device, chat=False)
         work = keep.open_workspace(lm, ledger, create=True, probes=probes, passage=passage, limits=limit)
         backend = None
         if upstream is not None:
-            backend = _upstream(lm, upstream, engine, adapters, adapters_seen_as, max_rank)
+            backend = _upstream(lm, upstream, engine, adapters, adapters_seen_as, max_rank, timeout)
         app = create_app(
             work,
             maker,
@@ -187,22 +188,44 @@ def run(
             uvicorn.Server(config).run(sockets=[listener])
 
 
-def _upstream(
-    lm: LM, url: str, engine: str, adapters: Path | None, seen_as: Path | None, max_rank: int | None
-) -> Backend:
-    """The engine at an address."""
-    from emendo._storage import cache_folder
+def _check_upstream(url: str | None, engine: str, *own: object) -> None:
+    """Make sure that there is an address where it is needed, and that both it and the engine's kind are known.
+
+    Raises:
+        RequestError: they are not.
+    """
     from emendo.errors import RequestError
-    from emendo.serve.adapters import AdapterFolder
-    from emendo.serve.upstream import Upstream
+    from emendo.serve.upstream import address
     from emendo.serve.upstream_engines import ENGINES
 
     if engine not in ENGINES:
         raise RequestError(f"--engine {engine!r} is not one of {', '.join(ENGINES)}.")
+    if url is not None:
+        address(url)
+    elif any(value is not None for value in own):
+        raise RequestError("--adapters, --adapters-seen-as and --max-rank belong to --upstream URL.")
+
+
+def _upstream(
+    lm: LM,
+    url: str,
+    engine: str,
+    adapters: Path | None,
+    seen_as: Path | None,
+    max_rank: int | None,
+    timeout: float,
+) -> Backend:
+    """The engine at an address."""
+    from emendo._storage import cache_folder
+    from emendo.serve.adapters import AdapterFolder
+    from emendo.serve.upstream import Upstream
+    from emendo.serve.upstream_engines import ENGINES
+
     kind = ENGINES[engine]()
     folder = adapters or cache_folder() / "adapters" / lm.fingerprint
     files = AdapterFolder(folder.absolute(), kind.form, max_rank, seen_as)
-    return Upstream(url, kind, files, lm.twin(), key=os.environ.get("EMENDO_UPSTREAM_KEY"))
+    key = os.environ.get("EMENDO_UPSTREAM_KEY")
+    return Upstream(url, kind, files, lm.twin(), key=key, timeout=timeout)
 
 
 def _tokens(given: list[str] | None, variable: str) -> list[str]:

@@ -23,7 +23,7 @@ from emendo.serve.schemas import ChatRequest, CompletionRequest, ModelBody, Mode
 from emendo.serve.service import Found, Service
 
 HEADER = "X-Emendo-Edits"
-_GONE = 499  # nobody reads it; the log shows it
+GONE = 499  # nobody reads it; the log shows it
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -80,8 +80,8 @@ async def _answer(
     request.scope["emendo"]["edits"] = headers[HEADER]
     pieces = _counted(found, reply, _all_pieces(found, several))
     if not body.stream:
-        if not await _unless_gone(request, _drained(pieces)):
-            return Response(status_code=_GONE)
+        if not await unless_gone(request, _drained(pieces)):
+            return Response(status_code=GONE)
         return JSONResponse(finite_values(reply.whole()), headers=headers)
     first = await anext(pieces)  # what is refused is refused with a status of its own
     usage = body.stream_options is not None and body.stream_options.include_usage
@@ -111,7 +111,7 @@ async def _drained(pieces: AsyncGenerator[tuple[int, Piece]]) -> None:
             pass
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> bool:
+async def unless_gone(request: Request, work: Coroutine[Any, Any, None]) -> bool:
     """Do some work, unless the client hangs up before it is done; returns whether it was done."""
 
     async def gone() -> None:

@@ -24,6 +24,7 @@ from emendo.serve.backend import Ask, InForce
 from emendo.serve.edit_routes import one_edit, some_edits
 from emendo.serve.editing import NewEdit
 from emendo.serve.health_curve import curves
+from emendo.serve.openai_routes import GONE, unless_gone
 from emendo.serve.routing import Question
 from emendo.serve.schemas import Line, Name, Text
 from emendo.serve.security import Access, Editing, asking
@@ -68,10 +69,16 @@ class TryBody(BaseModel):
     aliases: Annotated[list[Name], Field(max_length=64)] = []
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Answer:
-    text: str
     force: InForce
+    text: str = ""
+
+    async def read(self, found: Service, asked: Ask) -> None:
+        pieces = found.backend.answer(asked, self.force)
+        async with asyncio.timeout(found.settings.timeout), aclosing(pieces):
+            async for piece in pieces:
+                self.text += piece.text
 
 
 def add_page(app: FastAPI) -> None:
@@ -102,7 +109,7 @@ async def static(name: Static) -> Response:
 
 
 @fragments.post("/ask")
-async def ask(body: AskBody, found: Found) -> Response:
+async def ask(body: AskBody, request: Request, found: Found) -> Response:
     """The answers of the base model and of the model with its edits, side by side."""
     if not body.prompt.strip():
         raise RequestError("Type a prompt first.")
@@ -111,9 +118,13 @@ async def ask(body: AskBody, found: Found) -> Response:
     text = (body.prompt,) if body.chat else body.prompt
     question = Question(text, "auto", found.router.state(body.model))
     force = await found.router.route(question)
-    base, edited = await asyncio.gather(
-        _answer(found, asked, InForce(force.operation)), _answer(found, asked, force)
-    )
+    base, edited = _Answer(InForce(force.operation)), _Answer(force)
+
+    async def both() -> None:
+        await asyncio.gather(base.read(found, asked), edited.read(found, asked))
+
+    if not await unless_gone(request, both()):
+        return Response(status_code=GONE)
     ids = {id for part in force.parts for id in part.ids}
     if force.best is not None:
         ids.add(force.best)
@@ -163,17 +174,6 @@ async def models(found: Found) -> Response:
 # -------------------------------------------------------------------------------------------------- values
 
 
-async def _answer(found: Service, asked: Ask, force: InForce) -> _Answer:
-    text = ""
-    async with (
-        asyncio.timeout(found.settings.timeout),
-        aclosing(found.backend.answer(asked, force)) as pieces,
-    ):
-        async for piece in pieces:
-            text += piece.text
-    return _Answer(text, force)
-
-
 def _edits(found: Service, search: str, active: bool | None, limit: int) -> dict[str, Any]:
     listed = some_edits(found, search, active, 0, limit)
     return {"data": listed.data, "total": listed.total, "limit": limit, "searched": bool(search.strip())}
@@ -218,7 +218,7 @@ def _state(found: Service) -> dict[str, Any]:
 
 def _page(template: str, **values: Any) -> Response:
     text = _environment().get_template(template).render(**values)
-    return Response(text, media_type="text/html", headers=_HEADERS)
+    return Response(text.encode(errors="replace"), media_type="text/html", headers=_HEADERS)
 
 
 @cache

@@ -66,7 +66,7 @@ class Upstream:
     ) -> None:
         self.engine, self.adapters, self.lm, self.model = engine, adapters, lm, model
         self._client = httpx2.AsyncClient(
-            base_url=_address(url),
+            base_url=address(url),
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx2.Timeout(timeout, connect=5.0, pool=5.0),
             limits=httpx2.Limits(max_connections=256),
@@ -174,8 +174,8 @@ class Upstream:
                     yield piece
 
 
-def _address(url: str) -> str:
-    """The address without a slash at its end.
+def address(url: str) -> str:
+    """The address of an engine, without ``/v1`` or a slash at its end.
 
     Raises:
         RequestError: it is none.
