@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from cases import build_lm
 from emendo.edits.edit import Edit, Origin, Request
 from emendo.errors import MismatchError, RequestError
 from emendo.low_rank import LowRank
-from emendo.memory import EditMemory
+from emendo.memory import EditMemory, bank
 from emendo.models.lm import LM
 from emendo.models.sites import find_sites
 from emendo.models.tokenization import to_texts
@@ -111,6 +113,39 @@ def test_an_edit_of_several_facts_is_in_force_for_each(tiny_llama: LM) -> None:
     memory = EditMemory(tiny_llama)
     memory.add(an_edit(tiny_llama, *FACTS))
     assert [choice.edit for choice in memory.route([prompt for prompt, _ in FACTS])] == [1, 1, 1]
+
+
+class Maker:
+    """Makes the edits of :func:`a_memory`, and counts."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    def edit(self, lm: LM, prompt: Sequence[Request]) -> Edit:
+        (request,) = prompt
+        assert torch.is_grad_enabled()
+        self.made.append(request.prompt)
+        fact = (request.prompt, request.target)
+        return an_edit(lm, fact, seed=FACTS.index(fact))
+
+
+def test_a_fact_is_made_an_edit_when_a_prompt_first_asks_for_it(
+    tiny_llama: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bank, "_MADE", 1)
+    memory, maker = EditMemory(tiny_llama), Maker()
+    assert memory.add_facts(maker, [Request(*fact) for fact in FACTS]) == [1, 2, 3]
+    with memory.applied() as routed, a_memory(tiny_llama).applied() as stored:
+        assert maker.made == []
+        texts = to_texts(tiny_llama, [(prompt, "it", None) for prompt in (FACTS[1][0], *OUT_OF_SCOPE)])
+        assert all(map(torch.equal, routed.logits(texts), stored.logits(texts)))
+        assert routed.generate(FACTS[1][0], 4) == stored.generate(FACTS[1][0], 4)
+        assert maker.made == [FACTS[1][0]]  # kept
+        routed.generate(FACTS[2][0], 4)
+        assert routed.generate(FACTS[1][0], 4) == stored.generate(FACTS[1][0], 4)
+        assert maker.made == [FACTS[n][0] for n in (1, 2, 1)]
+    memory.remove(2)
+    assert memory.why(FACTS[1][0]).edit is None
 
 
 def test_the_last_turn_of_a_conversation_decides(tiny_llama: LM) -> None:

@@ -17,15 +17,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from emendo._subject import find_subject
-from emendo.edits.edit import BaseEdit, Edit, as_weights
+from emendo.edits.edit import BaseEdit, Edit, Request, as_weights
 from emendo.edits.per_request import applied_to_rows
 from emendo.errors import RequestError
 from emendo.memory.index import Index, Scope
@@ -37,7 +37,15 @@ from emendo.models.text import Text
 FALSE_FIRES = 0.02
 """Share of the prompts about other subjects that may fire an edit."""
 _AT_ONCE = 32  # texts of a pass, each of which may have an edit of its own
+_MADE = 64  # edits that are kept of those that are made when they are needed
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+class EditMaker(Protocol):
+    """Makes edits, as :class:`emendo.Editor` does."""
+
+    def edit(self, lm: LM, prompt: Sequence[Request]) -> BaseEdit:
+        """Make one edit from the clean model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +170,44 @@ class EditMemory:
         number = max(self.index.numbers, default=0) + 1 if number is None else number
         self.add_all({number: Remembered(lambda: change, prompts, subject, paraphrases, aliases)})
         return number
+
+    def add_facts(
+        self, editor: EditMaker, facts: Sequence[Request], subjects: Sequence[str | None] | None = None
+    ) -> list[int]:
+        """Add facts whose edits are made when a prompt first needs them, and made again after others were needed.
+
+        A fact is then a line of text instead of the factors of its edit. On one machine an editor makes the same edit
+        every time, from the clean model; on another processor it differs by rounding.
+
+        Args:
+            editor: makes the edits.
+            facts: the facts, each of which becomes an edit of its own.
+            subjects: of the facts, as their prompts name them; by default they are guessed.
+
+        Returns:
+            Their numbers.
+
+        Raises:
+            MismatchError: the editor was made for another model (raised when an edit is needed, where the editor cannot
+                tell before).
+        """
+        first = max(self.index.numbers, default=0) + 1
+        numbers = range(first, first + len(facts))
+        names = [None] * len(facts) if subjects is None else subjects
+
+        @lru_cache(_MADE)
+        def made(number: int) -> Edit:
+            with torch.enable_grad():
+                edit = editor.edit(self.lm, [facts[number - first]])
+            return as_weights(edit, "A memory holds changes of weights")
+
+        self.add_all(
+            {
+                number: Remembered(partial(made, number), [fact.prompt], name)
+                for number, fact, name in zip(numbers, facts, names, strict=True)
+            }
+        )
+        return list(numbers)
 
     def add_all(self, edits: Mapping[int, Remembered]) -> None:
         """Add many edits by their numbers.
