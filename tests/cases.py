@@ -256,6 +256,7 @@ EDITOR_CASES: dict[str, EditorCase] = {
     "mend": EditorCase({"rank": 8, "alpha": 0.02}),
     "enn": EditorCase({"inner_lr": 0.05}),
     "ke": EditorCase({"lstm_hidden": 8, "condition": 12, "hidden": 8}),
+    "malmen": EditorCase({"rank": 8, "eta": 1e-3}),
     "meta-curvature": EditorCase({"alpha": 0.02}),
     "meta-sgd": EditorCase({"alpha": 0.02}),
     "meta-lstm": EditorCase({"hidden": 3, "alpha": 0.05}),

@@ -17,8 +17,9 @@ from emendo.errors import MismatchError, RequestError
 from emendo.low_rank import LowRank
 from emendo.models._sampling import own_passages
 from emendo.models.lm import LM
+from emendo.models.moments import second_moments
 from emendo.models.sites import Site, find_sites
-from emendo.models.tokenization import to_texts
+from emendo.models.tokenization import passage_texts, to_texts
 
 FACTS = [
     ("The capital of Fosoba is", "Old Town"),
@@ -75,8 +76,13 @@ def rows(lm: LM, ids: Sequence[int], site: Site, start: int, changes: dict[str, 
     return seen[0][start - 1 :] if last else seen[0]
 
 
-def by_hand(lm: LM, edits: Sequence[Edit], keep: float) -> dict[str, Tensor]:
-    """The equations with dense matrices, one text and one matrix after the other."""
+def by_hand(lm: LM, edits: Sequence[Edit], keep: float, *, gradients: bool = False) -> dict[str, Tensor]:
+    """The equations with dense matrices, one text and one matrix after the other.
+
+    With gradients, all entries of a matrix at once, with the Kronecker product of both sides.
+    """
+    sites = find_sites(lm.model, last=2)
+    S = second_moments(lm, sites, passage_texts(lm, RUNNING, 64)) if gradients else {}
     asked = [to_texts(lm, [(r.prompt, r.target) for r in e.origin.requests])[0] for e in edits]
     running = lm.tokenizer(RUNNING)["input_ids"]
     found: dict[str, Tensor] = {}
@@ -90,7 +96,15 @@ def by_hand(lm: LM, edits: Sequence[Edit], keep: float) -> dict[str, Tensor]:
                 left += alone[site.name] @ rows(lm, text.ids, site, text.start, alone).T @ x
             right += x.T @ x
         p = torch.cat([rows(lm, ids, site, 1, {}) for ids in running])
-        right += keep * p.T @ p / len(p)
+        moment = keep * p.T @ p / len(p)
+        if gradients:
+            moment += 1e-6 * moment.diagonal().mean() * torch.eye(len(right))
+            outputs = S[site.name].outputs / S[site.name].outputs.diagonal().mean()
+            outputs += fusing._FLOOR * torch.eye(len(outputs))
+            system = torch.kron(torch.eye(site.d_out), right) + torch.kron(outputs, moment)
+            found[site.name] = torch.linalg.solve(system, left.flatten()).view_as(left)
+            continue
+        right += moment
         right += 1e-6 * right.diagonal().mean() * torch.eye(len(right))
         found[site.name] = left @ torch.linalg.inv(right)
     return found
@@ -109,6 +123,15 @@ def test_solves_the_equations(lm: LM) -> None:
         else:
             torch.testing.assert_close(fused.deltas[name].dense(), change, rtol=1e-6, atol=1e-9)
     assert 0 < fused.card["fused"]["error"] < 1
+
+
+def test_gradients_weigh_the_outputs_too() -> None:
+    lm = build_lm("gpt2", torch.float64)
+    edits = make_edits(lm)
+    with unchanged(lm.model):
+        fused = fuse(lm, edits, keep=2.0, passages=RUNNING, gradients=True)
+    for name, change in by_hand(lm, edits, 2.0, gradients=True).items():
+        assert (fused.deltas[name].dense() - change).norm() < 1e-3 * change.norm(), name
 
 
 @torch.no_grad()

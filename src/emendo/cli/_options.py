@@ -56,7 +56,7 @@ Separator = Annotated[
         "needs one]",
     ),
 ]
-TRAINED = ("mend", "enn", "ke", "meta-curvature", "meta-sgd", "meta-lstm")
+TRAINED = ("mend", "enn", "ke", "malmen", "meta-curvature", "meta-sgd", "meta-lstm")
 """Methods that must be trained; written out, so that help pages import nothing."""
 UNTRAINED = (
     *("ft", "ft-kl", "ft-constrained", "ft-penalised", "diff-pruning", "ewc"),

@@ -17,6 +17,7 @@ EDITORS = {
     "mend": "emendo.editors.mend:Mend",
     "enn": "emendo.editors.enn:Enn",
     "ke": "emendo.editors.ke:KnowledgeEditor",
+    "malmen": "emendo.editors.malmen:Malmen",
     "meta-curvature": "emendo.editors.meta_curvature:MetaCurvature",
     "meta-sgd": "emendo.editors.meta_sgd:MetaSgd",
     "meta-lstm": "emendo.editors.meta_lstm:MetaLstm",

@@ -195,13 +195,20 @@ class GradientEditor(Editor):
         """
         if not all_finite(row for f in ahead.values() for row in (f.u, f.delta)):
             return None
-        deltas = self(ahead)
-        if together > 1:
-            deltas = {name: delta.group(together) for name, delta in deltas.items()}
+        together = self.facts_in_an_edit(len(episodes), together)
+        deltas = self(ahead) if together == 1 else self.grouped(ahead, together)
         losses = partial(
             outer_losses, store, episodes=episodes, weights=weights, together=together, backward=backward
         )
         return backward_through(deltas, losses) if backward else losses(deltas)
+
+    def grouped(self, factors: Mapping[str, Factors], together: int) -> dict[str, LowRank]:
+        """One change for every ``together`` consecutive examples: by default the sum of theirs."""
+        return {name: delta.group(together) for name, delta in self(factors).items()}
+
+    def facts_in_an_edit(self, episodes: int, together: int) -> int:
+        """The number of facts of the edits of a step, a divisor of ``episodes``: by default what was asked for."""
+        return together
 
     def adapt(self, outcome: Outcome, *, validation: bool = False) -> None:
         """Adapt the objective after a step, or after a validation, to its outcome; most methods do nothing."""

@@ -9,6 +9,7 @@ from emendo.edits.base import BaseEdit
 from emendo.edits.edit import Attachment, Edit, as_weights, compose, conflicts, diff
 from emendo.edits.fusing import fuse
 from emendo.edits.gguf import to_gguf, to_merged_gguf
+from emendo.edits.incremental import FusedEdits
 from emendo.edits.merged import to_merged
 from emendo.edits.peft import Adapter, from_peft, prove, to_peft
 from emendo.edits.per_request import applied_to_rows
@@ -18,6 +19,7 @@ __all__ = [
     "Attachment",
     "BaseEdit",
     "Edit",
+    "FusedEdits",
     "Merged",
     "Origin",
     "Request",

@@ -11,6 +11,10 @@ ruin a model that each of them leaves intact. Fusing solves, for each matrix::
 
     dW = Y^T X (X^T X + keep * P^T P / n)^-1
 
+With ``gradients`` a change counts, on running text, by what it does to the text's likelihood, not by its size:
+``keep * mean_j ||S^(1/2) dW p_j||^2``, where ``S`` is the second moment of the gradients at the matrix's outputs,
+scaled to a mean eigenvalue of 1 (K-FAC, :mod:`emendo.models.moments`).
+
 An expert of a mixture has these rows for the tokens that are routed to it. Elsewhere its x_i and p_j count as zero, and
 so does the y_i of an edit under which the token takes another way.
 
@@ -35,12 +39,14 @@ from torch import Tensor, nn
 from emendo.data import atlas
 from emendo.edits.edit import Edit, common_origin
 from emendo.errors import RequestError
+from emendo.least_squares import change_of_two_sides, solve
 from emendo.low_rank import LowRank, applied
 from emendo.models._experts import ExpertMatrix
 from emendo.models._packing import Rows
 from emendo.models._sampling import own_passages
 from emendo.models.lm import LM
-from emendo.models.sites import all_sites
+from emendo.models.moments import second_moments
+from emendo.models.sites import Site, all_sites
 from emendo.models.text import Text, collate, length_buckets
 from emendo.models.tokenization import passage_texts, to_texts
 from emendo.models.trunk import Trunk
@@ -50,9 +56,10 @@ KEEP = 30.0
 """Weight of running text; 10 to 100 work equally well (docs/log.md)."""
 _PASSAGES = 256
 _FACTS = 500
-_TOKENS = 64  # of a passage, at most
+TOKENS = 64  # of a passage, at most
 _TOGETHER = 64  # passages whose rows are held at once
 _BATCH_TOKENS = 512
+_FLOOR = 0.01  # of the weight of an output, as a multiple of the mean
 _RIDGE = 1e-6  # of the mean square of a feature, for directions that occur in no text
 
 
@@ -65,6 +72,7 @@ def fuse(
     keep: float = KEEP,
     passages: Sequence[str] = (),
     folder: Path | None = None,
+    gradients: bool = False,
     rewordings: Sequence[Sequence[str]] = (),
 ) -> Edit:
     """Several edits as one that has, at each edit's own texts, the effect of that edit; see the module's docstring.
@@ -77,6 +85,7 @@ def fuse(
         passages: running text that should not change, one passage a string; by default text that the model generates
             and built-in facts.
         folder: a cache for the model's generated passages.
+        gradients: weigh a change of running text by the gradients there; not for experts of a mixture.
         rewordings: the former name of ``paraphrases``.
 
     Returns:
@@ -91,32 +100,33 @@ def fuse(
         warnings.warn("fuse(rewordings=...) is now fuse(paraphrases=...)", DeprecationWarning, stacklevel=2)
         paraphrases = rewordings
     origin = common_origin(edits, "fused", {"keep": keep})
-    _check(lm, edits, paraphrases, keep)
+    check_fusible(lm, edits, paraphrases, keep)
     names = {name for edit in edits for name in edit.deltas}
     sites = tuple(site for site in all_sites(lm.model) if site.name in names)
     store = TrunkCache(Trunk(lm.model, sites), dtype=lm.model.dtype)
     more = paraphrases or [()] * len(edits)
-    own = [_own_texts(lm, edit, prompts) for edit, prompts in zip(edits, more, strict=True)]
+    own = [own_texts(lm, edit, prompts) for edit, prompts in zip(edits, more, strict=True)]
     texts = [text for group in own for text in group]
-    running = passage_texts(lm, passages or _default_passages(lm, folder), _TOKENS)
+    running = passage_texts(lm, passages or default_passages(lm, folder), TOKENS)
     if not running:
         raise RequestError("The running text has no passage of at least two tokens.")
     store.ensure([*texts, *running])
 
-    moments = _second_moments(store, running)
+    moments = input_moments(store, running)
+    outputs = _output_moments(lm, sites, running) if gradients else {}
     targets = _targets(lm, store, edits, own)
     fused: dict[str, LowRank] = {}
     missed = total = 0.0
     for group in _groups(moments, lm.model):
         with applied(lm.model, fused):
-            inputs = _rows(store, texts, group)
+            inputs = rows_of(store, texts, group)
         for name in group:
             x, y = inputs[name], targets.pop(name)
             wanted = y.at(x.place)
             total += float(y.rows.square().sum())
             missed += float(y.rows.square().sum() - wanted.square().sum())
             if len(x.rows):
-                fused[name] = _solved(x.rows, wanted, keep * moments[name])
+                fused[name] = _solved(x.rows, wanted, keep * moments[name], outputs.get(name))
                 missed += float((fused[name](x.rows) - wanted).square().sum())
     error = (missed / total) ** 0.5 if total else 0.0
     dtype = torch.promote_types(lm.model.dtype, torch.float32)
@@ -127,7 +137,7 @@ def fuse(
     )
 
 
-def _check(lm: LM, edits: Sequence[Edit], paraphrases: Sequence[Sequence[str]], keep: float) -> None:
+def check_fusible(lm: LM, edits: Sequence[Edit], paraphrases: Sequence[Sequence[str]], keep: float) -> None:
     """Refuse what cannot be fused; see :func:`fuse`."""
     for edit in edits:
         edit.check(lm)
@@ -176,11 +186,11 @@ class _Rows:
         )
 
 
-def _second_moments(store: TrunkCache, texts: Sequence[Text]) -> dict[str, Tensor]:
+def input_moments(store: TrunkCache, texts: Sequence[Text]) -> dict[str, Tensor]:
     """For each matrix, in the order in which they run, the mean of ``p p^T`` over its inputs ``p`` at some texts."""
     sums: dict[str, Tensor] = {}
     for start in range(0, len(texts), _TOGETHER):
-        for name, p in _rows(store, texts[start : start + _TOGETHER]).items():
+        for name, p in rows_of(store, texts[start : start + _TOGETHER]).items():
             sums[name] = sums.get(name, 0) + p.rows.T @ p.rows
     count = sum(len(text.inputs) for text in texts)
     return {name: total / count for name, total in sums.items()}
@@ -194,7 +204,7 @@ def _targets(
     found: dict[str, list[_Rows]] = {}
     for edit, own in zip(edits, texts, strict=True):
         with edit.applied(lm):
-            for name, x in _rows(store, own).items():
+            for name, x in rows_of(store, own).items():
                 change = edit.deltas.get(name)
                 rows = x.rows
                 added = (
@@ -223,20 +233,20 @@ def _group(name: str, model: nn.Module) -> str:
     return f"{owner}.{parameter}"
 
 
-def _default_passages(lm: LM, folder: Path | None) -> list[str]:
+def default_passages(lm: LM, folder: Path | None) -> list[str]:
     """Text that the model generates, and short statements of facts, whose answers an edit changes first."""
     facts = [f"{fact.prompt} {fact.answer}" for fact in atlas.load("train")]
     return [*own_passages(lm, _PASSAGES, folder), *facts[:: max(1, len(facts) // _FACTS)]]
 
 
-def _own_texts(lm: LM, edit: Edit, paraphrases: Sequence[str]) -> list[Text]:
+def own_texts(lm: LM, edit: Edit, paraphrases: Sequence[str]) -> list[Text]:
     """The requests of an edit, and their paraphrases with the target of the first one."""
     requests = edit.origin.requests
     asked = [*requests, *(requests[0].asking(prompt) for prompt in paraphrases)]
     return to_texts(lm.reading(chat=edit.origin.chat), [request.pair for request in asked])
 
 
-def _rows(store: TrunkCache, texts: Sequence[Text], names: Sequence[str] = ()) -> dict[str, _Rows]:
+def rows_of(store: TrunkCache, texts: Sequence[Text], names: Sequence[str] = ()) -> dict[str, _Rows]:
     """The inputs of matrices (by default all of them) at some texts; the matrices in the order in which they run."""
     sites = [site for site in store.trunk.sites if not names or site.name in names]
     found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {site.name: {} for site in sites}
@@ -297,9 +307,30 @@ def _in_order(parts: Mapping[int, tuple[Tensor, Tensor]], counts: Sequence[int],
     return _Rows.concatenate(own)
 
 
-def _solved(x: Tensor, y: Tensor, moment: Tensor) -> LowRank:
-    """``argmin ||x dW^T - y||^2 + tr(dW moment dW^T)`` as factors, for ``x [n, d_in]`` and ``y [n, d_out]``."""
-    both = x.T @ x + moment
-    both.diagonal().add_(_RIDGE * both.diagonal().mean())
-    right = torch.linalg.solve(both, x.T).T
-    return LowRank(y.T, right).compact()
+def _output_moments(lm: LM, sites: tuple[Site, ...], texts: Sequence[Text]) -> dict[str, Tensor]:
+    """``S [d_out, d_out]`` of each matrix, with a mean eigenvalue of 1, and a floor so that no direction is free."""
+    if routed := [site.name for site in sites if isinstance(site.module(lm.model), ExpertMatrix)]:
+        raise RequestError(f"{routed[0]} is an expert, which sees some tokens only: leave gradients out.")
+    found = second_moments(lm, sites, texts)
+    return {
+        name: own.outputs / own.outputs.diagonal().mean()
+        + _FLOOR * torch.eye(len(own.outputs)).to(own.outputs)
+        for name, own in found.items()
+    }
+
+
+def with_ridge(moment: Tensor) -> Tensor:
+    """A moment with a small ridge for directions that occur in no text."""
+    ridge = _RIDGE * moment.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    return moment + ridge * torch.eye(len(moment)).to(moment)
+
+
+def _solved(x: Tensor, y: Tensor, moment: Tensor, outputs: Tensor | None = None) -> LowRank:
+    """``argmin ||x dW^T - y||^2 + tr(S dW moment dW^T)`` as factors, for ``x [n, d_in]`` and ``y [n, d_out]``.
+
+    Without ``outputs``, ``S`` is the identity.
+    """
+    if outputs is not None:
+        return LowRank.from_dense(change_of_two_sides(x, y, with_ridge(moment), outputs)).compact()
+    both = with_ridge(x.T @ x + moment)
+    return LowRank(y.T, solve(both, x.T).T).compact()
