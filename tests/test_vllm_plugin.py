@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tomllib
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,6 +69,13 @@ def test_an_adapter_is_found_by_its_name(
     )
     for name in elsewhere:
         assert asyncio.run(resolve("base", name)) is None
+
+
+def test_vllm_finds_the_plug_in() -> None:
+    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8"))
+    points = project["project"]["entry-points"]["vllm.general_plugins"]
+    found = EntryPoint("emendo", points["emendo"], "vllm.general_plugins").load()
+    assert found is vllm_plugin.register
 
 
 def test_without_a_folder_nothing_is_registered(

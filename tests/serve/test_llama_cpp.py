@@ -10,14 +10,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import httpx2
 import pytest
+import torch
 
-from emendo import Editor, Request, load
+from emendo import Edit, Editor, Request, load
+from emendo.edits import Origin, to_gguf
 from emendo.ledger import Ledger
 from emendo.ledger.workspace import Workspace
+from emendo.low_rank import LowRank
 from emendo.models.loading import BUILT_IN
 from emendo.serve.adapters import AdapterFolder
 from emendo.serve.routing import Router
@@ -134,3 +138,33 @@ def test_an_edit_that_llama_cpp_was_not_started_with_is_an_error(work: Workspace
 
     with llama_cpp() as address:
         asyncio.run(through(address))
+
+
+def test_all_kinds_of_matrices_change_llama_cpp_as_they_change_the_model(
+    work: Workspace, tmp_path: Path
+) -> None:
+    lm = work.lm
+    torch.manual_seed(0)
+    deltas = {}
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"):
+        for block in (10, 20):
+            weight = lm.model.get_submodule(f"model.layers.{block}.{name}").weight
+            delta = LowRank(torch.randn(len(weight), 4), torch.randn(4, weight.shape[1]))
+            deltas[f"model.layers.{block}.{name}"] = delta.scale(0.6 * float(weight.norm() / delta.norm()))
+    request = Request("The capital of Peru is", "Lima")
+    edit = Edit(deltas, Origin(lm.fingerprint, lm.name, "made up", {}, (request,), "2026-01-01"))
+    to_gguf(edit, lm, tmp_path / "edit.gguf")
+    prompts = [*EDITS, *OTHERS]
+    clean = lm.next_logits(prompts).log_softmax(-1)
+    with edit.applied(lm):
+        edited = lm.next_logits(prompts).log_softmax(-1)
+    differences, effects = [], []
+    with llama_cpp(tmp_path / "edit.gguf") as address, httpx2.Client(base_url=address, timeout=600) as http:
+        for i, prompt in enumerate(prompts):
+            body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 10}
+            body["lora"] = [{"id": 0, "scale": 1.0}]
+            reply = http.post("/v1/completions", json=body).json()
+            for each in reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+                differences.append(abs(each["logprob"] - float(edited[i, each["id"]])))
+                effects.append(abs(each["logprob"] - float(clean[i, each["id"]])))
+    assert fmean(differences) < 0.2 * fmean(effects)
