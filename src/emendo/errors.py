@@ -10,6 +10,7 @@
     ├── StorageError        a file: damaged, not writable, or a folder that already holds a run
     ├── ConflictError       a step of the ledger that no longer fits, because another process took one in between
     └── TrainingError       a run that cannot continue: non-finite losses, nothing to train on
+        └── LostProcessError   another process of the run has ended
 
     EmendoWarning
     ├── FramingWarning        prompts in another form than the editor was trained on
@@ -50,6 +51,10 @@ class ConflictError(EmendoError, RuntimeError):
 
 class TrainingError(EmendoError, RuntimeError):
     """Training cannot continue."""
+
+
+class LostProcessError(TrainingError):
+    """Another process that shares the work has ended, or does not answer."""
 
 
 class EmendoWarning(UserWarning):

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,9 +43,19 @@ def messages() -> Console:
     return Console(stderr=True)
 
 
+_silent = False
+
+
+def silence() -> None:
+    """Print only errors from now on: another process reports for this one."""
+    global _silent
+    _silent = True
+
+
 def note(text: str | Text) -> None:
     """Print a line on standard error."""
-    messages().print(text, soft_wrap=True)
+    if not _silent:
+        messages().print(text, soft_wrap=True)
 
 
 def complain(text: str, heading: str = "Error:") -> None:
@@ -111,5 +121,5 @@ def status(text: str) -> Iterator[None]:
     """Show a line with a spinner on standard error while the block runs."""
     from rich.text import Text
 
-    with messages().status(Text(text)):
+    with nullcontext() if _silent else messages().status(Text(text)):
         yield

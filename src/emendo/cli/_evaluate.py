@@ -11,7 +11,6 @@ from typing import Any
 from emendo._storage import digest, new_file
 from emendo.cli._console import note
 from emendo.cli._loading import passages
-from emendo.cli._processes import Processes
 from emendo.cli._progress import show_progress
 from emendo.data import Record
 from emendo.data.abilities import OPENINGS, PASSAGES, abilities
@@ -33,6 +32,7 @@ from emendo.memory import FALSE_FIRES
 from emendo.models.lm import LM
 from emendo.report.html import write_report
 from emendo.report.markdown import summary
+from emendo.train.processes import World
 
 Found = Evaluation | SequentialEvaluation
 
@@ -127,15 +127,14 @@ class Job:
     options: EvaluateOptions
     unused: Mapping[str, Any]
 
-    def run(self, out: Path | None, *, overwrite: bool = False) -> Found:
-        """Measure, in a folder or without one, and write the folder's pages.
+    def run(self, out: Path | None, team: World, *, overwrite: bool = False) -> Found:
+        """Measure, in a folder or without one, alone or in several processes, and write the folder's pages.
 
         Raises:
             StorageError: the folder holds something else, or cannot be written.
             RequestError: something that does not fit the model.
         """
         damage = self._damage()
-        team = Processes.present()
         if team.size > 1:
             return self._run_shared(damage, out, overwrite, team)
         if out is None:
@@ -153,7 +152,7 @@ class Job:
         self._finish(run, found)
         return found
 
-    def _run_shared(self, damage: Damage | None, out: Path | None, overwrite: bool, team: Processes) -> Found:
+    def _run_shared(self, damage: Damage | None, out: Path | None, overwrite: bool, team: World) -> Found:
         """Measure a share of the run in each of several processes; the first of them assembles the results.
 
         Raises:
@@ -164,14 +163,14 @@ class Job:
                 "Several processes share a run through its folder: give --out. Edits one after the other "
                 "(--sequential) or in one memory (--routed) cannot be shared."
             )
-        if team.first:
+        if team.main:
             self._begin(damage, out, overwrite)
         team.wait()
         run = self._begin(damage, out, False)
         if not run.finished:
-            share = self._measure(damage, run, (team.place, team.size))
+            share = self._measure(damage, run, (team.rank, team.size))
         team.wait()
-        if not team.first:
+        if not team.main:
             return run.found() if run.finished else share
         if not run.finished:
             self._finish(run, self._measure(damage, run))  # from the parts of all processes

@@ -99,8 +99,12 @@ class Run:
         """
         clear(self.folder, _KINDS[self.command])
 
-    def begin(self, records: Iterable[Record]) -> Run:
+    def begin(self, records: Iterable[Record], *, writes: bool = True) -> Run:
         """Start in an empty folder, or make sure that a resumed run has the same records.
+
+        Args:
+            records: all of them.
+            writes: whether this process writes the folder; one of several does.
 
         Raises:
             StorageError: the records of a resumed run have changed, or the folder cannot be written.
@@ -113,9 +117,10 @@ class Run:
                     "run cannot be resumed. Start again with --overwrite."
                 )
             return self
-        self.clear()
         run = replace(self, data=data)
-        run.write()
+        if writes:
+            self.clear()
+            run.write()
         return run
 
     def finish(self, editor: Editor, history: list[dict[str, float]], result: Mapping[str, Any]) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,20 +16,28 @@ from emendo.cli._runs import Run
 from emendo.cli._settings import site_choice
 from emendo.data import Record
 from emendo.editors import GradientEditor, trained_class
-from emendo.errors import EmendoError
+from emendo.errors import EmendoError, LostProcessError
 from emendo.models.loading import LM
 from emendo.models.sites import find_sites
+from emendo.progress import SILENT
 from emendo.train import TrainResult, train
 from emendo.train.episodes import Episodes
+from emendo.train.processes import World
 
 
-def carry_out(run: Run, lm: LM) -> Run:
+def carry_out(run: Run, lm: LM, world: World | None = None) -> Run:
     """Train the run's editor, from the start or from its checkpoint, and save it.
+
+    Args:
+        run: the run.
+        lm: its model.
+        world: the processes that share the run; the main one writes into its folder.
 
     Raises:
         Interrupted: by Ctrl-C or SIGTERM; the message names what was saved.
         EmendoError: an input does not fit; a new run then leaves the folder unchanged.
     """
+    world = world or World()
     settings = run.settings
     records, validation, skipped = training_records(settings, lm)
     texts = passages(settings.text)
@@ -37,14 +46,14 @@ def carry_out(run: Run, lm: LM) -> Run:
         Episodes(
             lm, records, settings.config, texts
         )  # refuses what cannot be learnt before the older run goes
-    run = run.begin([*records, *validation])
+    run = run.begin([*records, *validation], writes=world.main)
     resume = run.resuming and run.has_checkpoint
     note(_beginning(lm, editor, len(records), len(validation), resume))
     again = f"emendo train --out {run.folder} --resume"
     if run.command == "demo":
         again = f"emendo demo --train --out {run.folder}"
     try:
-        with show_progress() as progress:
+        with show_progress() if world.main else nullcontext(SILENT) as progress:
             result = train(
                 lm,
                 editor,
@@ -55,9 +64,14 @@ def carry_out(run: Run, lm: LM) -> Run:
                 resume=resume,
                 passages=texts,
                 progress=progress,
+                world=world,
             )
+    except LostProcessError:
+        if world.main:
+            note(f"Continue on any number of processes with: {again}")
+        raise
     except EmendoError:
-        if not run.has_checkpoint:
+        if world.main and not run.has_checkpoint:
             run.clear()
         raise
     except KeyboardInterrupt:
@@ -65,8 +79,11 @@ def carry_out(run: Run, lm: LM) -> Run:
         raise Interrupted(f"{kept}. Continue with: {again}") from None
     if result.stopped == "interrupted":
         raise Interrupted(f"step {result.steps} is saved in {run.folder}. Continue with: {again}")
+    if not world.main:
+        return run
     result.editor.info |= {"model_name": settings.model, "data": settings.data}
-    return run.finish(result.editor, result.history, _result(run, result, records, validation, skipped))
+    figures = _result(run, result, records, validation, skipped) | {"processes": world.size}
+    return run.finish(result.editor, result.history, figures)
 
 
 def new_editor(run: Run, lm: LM) -> GradientEditor:
@@ -109,6 +126,8 @@ def _result(
         "skipped": skipped,
         "steps": result.steps,
         "seconds": round(result.seconds, 1),
+        "episodes_per_second": round(result.rate, 3),
+        "efficiency": round(result.efficiency, 3),
         "stopped": result.stopped,
         "skipped_steps": result.editor.info["skipped_steps"],
         "validation": {name.removeprefix(marked): value for name, value in best.items()},

@@ -185,10 +185,10 @@ def run(
     from emendo.cli._evaluate import EvaluateOptions, Job, harness, write_page
     from emendo.cli._loading import MethodOptions, load_editor, read, readable, separated_by
     from emendo.cli._paths import claim
-    from emendo.cli._processes import Processes
     from emendo.cli._tables import evaluation
     from emendo.data.portability import with_consequences
     from emendo.evaluate.sequential import RETENTION
+    from emendo.train.processes import World
 
     command = _command(
         editor=editor,
@@ -216,8 +216,8 @@ def run(
         **{"no-generated": not generated, "no-damage": not damage},
     )
     read_too = [data, text, lm_eval_tasks]
-    team = Processes.present()
-    if team.first:  # the others may find the folder that the first one is about to fill
+    team = World.present(device)
+    if team.main:  # the others may find the folder that the first one is about to fill
         # an older evaluation is resumed, or replaced later on
         claim(out, EVALUATION, model=model, editor=editor, inputs=read_too, overwrite=True)
         claim(report, REPORT, model=model, editor=editor, inputs=read_too)
@@ -241,15 +241,16 @@ def run(
     records = read(data, split=split, limit=limit, skip_bad=skip_bad, need_paraphrase=False)
     records = separated_by(records, separator)
     method = MethodOptions(settings, sites, last)
-    lm, maker = load_editor(editor, model, dtype, device or team.device, method, chat)
-    if team.first:
+    lm, maker = load_editor(editor, model, dtype, team.device(device), method, chat)
+    if team.main:
         claim(out, EVALUATION, model=lm.name, overwrite=True)
         claim(report, REPORT, model=lm.name)
     chosen = with_consequences(records) if data == "atlas" else readable(lm, records, skip_bad=skip_bad)
     unused = {"fields": dict(records.unused), "records": dict(records.reasons)}
     job = Job(lm, maker, chosen, asked, {name: counts for name, counts in unused.items() if counts})
-    found = job.run(out, overwrite=overwrite)
-    if not team.first:
+    with team:
+        found = job.run(out, team, overwrite=overwrite)
+    if not team.main:
         return
     if report is not None:
         write_page(report, found, {"command": command, "asked": {"data": data, "editor": editor}})

@@ -11,7 +11,7 @@ import typer
 
 from emendo._settings import settings_of
 from emendo.cli import _options as opt
-from emendo.cli._console import emit, note, output
+from emendo.cli._console import emit, note, output, silence
 from emendo.train.config import TrainConfig
 
 HELP = """Train an editor on facts, so that it can change other facts in one step.
@@ -122,6 +122,7 @@ def run(
     from emendo.cli._settings import with_preset
     from emendo.cli._training import carry_out
     from emendo.errors import RequestError
+    from emendo.train.processes import World
 
     rest = ("out", "preset", "overwrite", "resume", "as_json")
     asked = {name: value for name, value in ctx.params.items() if name not in rest}
@@ -129,22 +130,27 @@ def run(
     if preset is not None:
         given = with_preset(preset, given)
         asked |= given
-    asked["dtype"] = named_dtype(asked["dtype"], device)
-    given |= {"dtype": asked["dtype"]} if "dtype" in given else {}
     if resume and overwrite:
         raise RequestError(
             "--resume continues the run in --out and --overwrite replaces it: give one of them."
         )
-    if resume:
-        the_run = resumed_run(out, given)
-    else:
-        the_run = new_run(out, asked, overwrite=overwrite)
-    if the_run.finished:
-        note(f"The run in {out} has already finished.")
-    else:
-        wanted = the_run.settings
-        lm = load_model(wanted.model, wanted.dtype, wanted.device, chat=wanted.chat)
-        the_run = carry_out(the_run, lm)
+    with World.present(device) as world:
+        if not world.main:
+            silence()
+        asked["dtype"] = world.from_main(lambda: named_dtype(asked["dtype"], device))
+        given |= {"dtype": asked["dtype"]} if "dtype" in given else {}
+        if resume:
+            the_run = resumed_run(out, given)
+        else:  # the main process decides whether the folder may be replaced, and begins the run in it
+            the_run = new_run(out, asked, overwrite=overwrite or not world.main)
+        if the_run.finished:
+            note(f"The run in {out} has already finished.")
+        else:
+            wanted = the_run.settings
+            lm = load_model(wanted.model, wanted.dtype, world.device(wanted.device), chat=wanted.chat)
+            the_run = carry_out(the_run, lm, world)
+    if not world.main:
+        return
     if as_json:
         emit(dict(the_run.result))
     else:
@@ -170,6 +176,11 @@ def _show(result: Mapping[str, Any], out: Path) -> None:
         f"Trained on {result['records']} facts: {result['steps']} steps in {minutes} min {seconds} s "
         f"({_STOPPED[result['stopped']]})."
     )
+    if (count := result["processes"]) > 1:
+        console.print(
+            f"{count} processes, {result['episodes_per_second'] / count:.2f} episodes/s each; efficiency "
+            f"{result['efficiency']:.0%} (the share of time not spent waiting for the others)."
+        )
     if result["skipped_steps"]:
         console.print(f"{result['skipped_steps']} steps were skipped because a value was not finite.")
     if best := result["validation"]:

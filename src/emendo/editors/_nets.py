@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,13 @@ class RunningStats(nn.Module):
 
     Args:
         width: number of features.
+
+    Attributes:
+        gather: stacks a tensor with those of the other processes of a run (:class:`emendo.train.processes.World`), so
+            that every one of them sees the rows of all; None where there is one process.
     """
 
+    gather: Callable[[Tensor], Tensor] | None = None
     count: Tensor
     mean: Tensor
     m2: Tensor
@@ -33,17 +38,20 @@ class RunningStats(nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor) -> None:
-        """Update the statistics with ``rows [n, width]``."""
-        if len(rows) == 0:
-            return
+        """Update the statistics with ``rows [n, width]``, and with those of the other processes."""
         rows = rows.to(self.mean)
-        mean = rows.mean(0)
+        mean = rows.mean(0) if len(rows) else torch.zeros_like(self.mean)
         apart = rows - mean
-        m2 = apart.mul_(apart).sum(0)
-        total = self.count + len(rows)
+        own = torch.cat([self.count.new_full((1,), len(rows)), mean, apart.mul_(apart).sum(0)])
+        for values in own[None] if self.gather is None else self.gather(own):
+            self._merge(*values.split([1, len(mean), len(mean)]))
+
+    def _merge(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
+        total = self.count + count[0]
+        part = total.clamp(min=1)
         shift = mean - self.mean
-        self.mean += shift * (len(rows) / total)
-        self.m2 += m2 + shift.square() * (self.count * len(rows) / total)
+        self.mean += shift * (count / part)
+        self.m2 += m2 + shift.square() * (self.count * count / part)
         self.count.copy_(total)
 
     def std(self) -> Tensor:

@@ -159,6 +159,8 @@ class GradientEditor(Editor):
             for name, rows in self.factors(store.trunk, chosen, store.gather(chosen)).items():
                 owner = torch.tensor(part).to(rows.owner)[rows.owner]
                 found.setdefault(name, []).append(Factors(rows.u, rows.delta, owner, len(texts), rows.share))
+        if not texts:
+            found = {site.name: [Factors.empty(*site.shape)] for site in self.sites}
         bounds = torch.tensor([0, *(len(batch) for batch in batches)]).cumsum(0).tolist()
         split: list[Ahead] = [{} for _ in batches]
         for name in list(found):

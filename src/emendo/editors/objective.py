@@ -69,7 +69,8 @@ class Outcome:
     """Means over the episodes of a batch.
 
     Attributes:
-        loss: ``c_edit * edit_loss + c_loc * locality_loss``.
+        loss: what is differentiated, a mean over the episodes: ``c_edit * edit_loss`` plus ``c_loc`` times the mean
+            locality loss of an episode's own texts, plus what the method adds.
         edit_loss: NLL in nats per target token, over edit prompt and paraphrase as weighted in the loss.
         locality_loss: KL(before || after) in nats per answer token, or the method's own locality loss.
         success: share of edits whose whole target is the argmax on the edit prompt.
@@ -169,15 +170,17 @@ def outer_losses(
         edit_loss: the loss of edit prompts and paraphrases at each label.
     """
     outer = _outer_texts(episodes, weights)
-    losses = [0.0, 0.0, 0.0]
+    total, losses = 0.0, [0.0, 0.0, 0.0]
     correct = [0.0, 0.0, 0.0]
     for part in _even_buckets(outer):
         part.sort(key=lambda item: item.kind)
         value, right = _bucket(passes, deltas, part, together, edit_loss)
         kinds = torch.tensor([item.kind for item in part])
         shares = value.new_tensor([item.weight for item in part])
+        loss = value @ shares / len(episodes)
         if backward:
-            (value @ shares / len(episodes)).backward()
+            loss.backward()
+        total += float(loss.detach())
         for kind in range(3):
             losses[kind] += float(value.detach()[kinds == kind].sum())
             correct[kind] += float(right[kinds == kind].sum())
@@ -186,7 +189,7 @@ def outer_losses(
     edit = (weights.prompt_share * losses[0] + (1 - weights.prompt_share) * losses[1]) / count
     locality = losses[2] / kept
     return Outcome(
-        loss=weights.c_edit * edit + weights.c_loc * locality,
+        loss=total,
         edit_loss=edit,
         locality_loss=locality,
         success=correct[0] / count,

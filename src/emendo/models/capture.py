@@ -50,6 +50,11 @@ class Factors:
         return self.u[index], self.delta[index], self.owner[index], share
 
     @classmethod
+    def empty(cls, d_in: int, d_out: int) -> Factors:
+        """The factors of no text."""
+        return cls(torch.zeros(0, d_in), torch.zeros(0, d_out), torch.zeros(0, dtype=torch.int64), 0)
+
+    @classmethod
     def concatenate(cls, parts: Sequence[Factors], examples: int) -> Factors:
         """The rows of several parts, sorted by their examples."""
         owner, order = torch.cat([part.owner for part in parts]).sort(stable=True)

@@ -74,6 +74,16 @@ class TrunkCache:
         """The texts whose trunk output is not cached, each once."""
         return self.hidden.missing(texts)
 
+    def key(self, text: Text) -> bytes:
+        """16 bytes that identify a text's trunk output."""
+        return self.hidden.key(text)
+
+    def refresh(self) -> None:
+        """Read what other processes have added to the folder."""
+        self.hidden.refresh()
+        if (unedited := vars(self).get("_unedited")) is not None:
+            unedited.refresh()
+
     def ensure(self, texts: Iterable[Text], progress: Callable[[int], None] | None = None) -> int:
         """Compute the trunk outputs that are missing, in batches of similar length.
 
@@ -202,8 +212,13 @@ class RowCache:
         self.inputs, self.count, self.dtype, self.folder = inputs, count, dtype, folder
         self.chunks: list[Tensor] = []  # each [rows, width]
         self._index: dict[bytes, tuple[int, int]] = {}  # key -> (chunk, first row)
-        if folder is not None and folder.is_dir():
-            for file in sorted(folder.glob("*.npz")):
+        self._files: set[Path] = set()  # that have been read
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the files of the folder that are new."""
+        if self.folder is not None and self.folder.is_dir():
+            for file in sorted(set(self.folder.glob("*.npz")) - self._files):
                 self._read(file)
 
     def __len__(self) -> int:
@@ -211,12 +226,12 @@ class RowCache:
 
     def __getitem__(self, text: Text) -> Tensor:
         """The rows ``[rows, width]`` of a cached text."""
-        chunk, first = self._index[self._key(text)]
+        chunk, first = self._index[self.key(text)]
         return self.chunks[chunk][first : first + self.count(text)]
 
     def missing(self, texts: Iterable[Text]) -> list[Text]:
         """The texts that are not cached, each once."""
-        return list({key: text for text in texts if (key := self._key(text)) not in self._index}.values())
+        return list({key: text for text in texts if (key := self.key(text)) not in self._index}.values())
 
     def ensure(
         self,
@@ -242,7 +257,7 @@ class RowCache:
         for part in length_buckets(todo, lambda text: text.size, _BATCH_TOKENS):
             rows.append(compute(part).to("cpu", self.dtype))
             for text in part:
-                keys.append(self._key(text))
+                keys.append(self.key(text))
                 first.append(at)
                 at += self.count(text)
             if progress is not None:
@@ -250,7 +265,8 @@ class RowCache:
         self._add(torch.cat(rows), keys, first)
         return len(todo)
 
-    def _key(self, text: Text) -> bytes:
+    def key(self, text: Text) -> bytes:
+        """16 bytes that identify a text's rows."""
         return hashlib.blake2b(np.asarray(self.inputs(text), np.int32).tobytes(), digest_size=16).digest()
 
     def _add(self, rows: Tensor, keys: list[bytes], first: list[int]) -> None:
@@ -272,6 +288,7 @@ class RowCache:
 
     def _read(self, index: Path) -> None:
         """Read one pair of files; a pair that is damaged or of another dtype is ignored, and computed again."""
+        self._files.add(index)
         data = index.with_suffix(".bin")
         try:
             with index.open("rb") as handle, np.load(handle) as file:

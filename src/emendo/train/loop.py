@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,30 @@ from torch import Tensor, nn
 
 from emendo._storage import cache_folder
 from emendo.data import Record
-from emendo.editors.gradient import Ahead, GradientEditor
-from emendo.editors.objective import Episode, Outcome
-from emendo.errors import StorageError, TrainingError
+from emendo.editors._nets import RunningStats
+from emendo.editors.gradient import GradientEditor
+from emendo.editors.objective import Outcome
+from emendo.errors import LostProcessError, RequestError, StorageError, TrainingError
 from emendo.models._sampling import own_passages
 from emendo.models.lm import LM
-from emendo.models.text import Text
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
 from emendo.progress import SILENT, Progress
 from emendo.train import checkpoint
 from emendo.train.config import TrainConfig
-from emendo.train.episodes import GROUP, Episodes
+from emendo.train.episodes import Episodes
+from emendo.train.interruption import interruptible
+from emendo.train.preparation import Preparation
+from emendo.train.processes import World
 from emendo.train.step import (
     MARGIN,
     figures,
     harmonic_mean,
     held_out,
+    joint_mean,
+    joint_outcome,
     mean,
+    sum_gradients,
     training_step,
     validation_step,
 )
@@ -58,6 +63,8 @@ class TrainResult:
         seconds: time spent, the trunk's included.
         stopped: ``"finished"``, ``"early"`` (no better validation), ``"time"`` or ``"interrupted"``.
         history: rows of reported figures.
+        rate: episodes a second of this session, of all processes together.
+        efficiency: share of this session that a process did not spend waiting for the others; 1 for a single one.
     """
 
     editor: GradientEditor
@@ -65,6 +72,8 @@ class TrainResult:
     seconds: float
     stopped: str
     history: list[dict[str, float]]
+    rate: float
+    efficiency: float
 
 
 def train(
@@ -78,6 +87,7 @@ def train(
     resume: bool = False,
     passages: Sequence[str] = (),
     progress: Progress = SILENT,
+    world: World | None = None,
 ) -> TrainResult:
     """Train an editor on records.
 
@@ -92,13 +102,20 @@ def train(
         passages: running text for ``config.text``; without any, a decoder writes it itself
             (:func:`emendo.models._sampling.own_passages`).
         progress: receives the steps and the validations.
+        world: the processes that share the run, each of which makes this call; the folders must be on a disk that all
+            of them see. The editor is the main process's.
 
     Raises:
-        TrainingError: no records, or non-finite losses several steps in a row.
+        TrainingError: no records, non-finite losses several steps in a row, or processes with different runs.
+        LostProcessError: another process has ended; the finished steps are saved.
+        RequestError: more processes than edits in a batch.
         StorageError: no checkpoint to resume, one of other settings, or one that cannot be written.
         MismatchError: the editor is bound to another model.
     """
-    return _Run(lm, editor, records, validation, config or TrainConfig(), out, passages, progress).go(resume)
+    run = _Run(
+        lm, editor, records, validation, config or TrainConfig(), out, passages, progress, world or World()
+    )
+    return run.go(resume)
 
 
 class _Run:
@@ -112,11 +129,14 @@ class _Run:
         out: Path | None,
         passages: Sequence[str],
         progress: Progress,
+        world: World,
     ) -> None:
         editor.bind(lm)
-        self.editor, self.config, self.out = editor, config, out
+        self.editor, self.config, self.out, self.world = editor, config, out, world
         self.progress = progress
         self.began = time.monotonic()
+        self.state = checkpoint.State(settings=_settings(lm, editor, config, records))
+        self._meet()
         passages, base = passages or self._own(lm), editor.base_texts
         self.episodes = Episodes(lm, records, config, passages, base)
         self.held_out = held_out(lm, validation, config, passages, base)
@@ -124,12 +144,11 @@ class _Run:
         kind = f"{lm.fingerprint}-{trunk.block}-{lm.dtype}"  # outputs in bf16 are less exact
         folder = cache_folder() / "trunk" / kind if out is not None else None
         self.store = TrunkCache(trunk, folder)
+        self.ahead = Preparation(self.world, editor, self.episodes, self.store, progress)
         self.optimizer = torch.optim.Adam(editor.parameter_groups(config.lr), fused=True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.state = checkpoint.State(settings=_settings(lm, editor, config, records))
         self.best: dict[str, Tensor] = {}
-        self._group = -1  # the group of steps in self._looked
-        self._looked: list[tuple[list[Episode], Ahead]] = []
+        self._undo: dict[str, Tensor] = {}  # the buffers from before a piece of work that is not finished
         self._reported = 0.0
         self.observes = editor.observes  # before a checkpoint is read: it has statistics
         self.recent: deque[Outcome] = deque(maxlen=50)
@@ -140,39 +159,81 @@ class _Run:
         if lm.kind != "causal" or not config.text:
             return []
         folder = cache_folder() / "written" if self.out is not None else None
-        return own_passages(lm, min(_OWN, config.steps * config.batch * config.text), folder)
+        count = min(_OWN, config.steps * config.batch * config.text)
+        return self.world.from_main(lambda: own_passages(lm, count, folder))
+
+    def _meet(self) -> None:
+        """Make sure that all processes have the same run, and give them the main one's editor."""
+        if self.world.size == 1:
+            return
+        if self.world.size > (edits := self.config.batch // self.config.together):
+            raise RequestError(
+                f"{self.world.size} processes cannot share a batch of {edits} edits: start fewer, or raise --batch."
+            )
+        if self.world.from_main(lambda: self.state.settings) != self.state.settings:
+            raise TrainingError(
+                "The processes were given different runs; give all of them the same options and files."
+            )
+        state = self.world.from_main(lambda: {k: v.cpu() for k, v in self.editor.state_dict().items()})
+        self.editor.load_state_dict(state)
 
     def go(self, resume: bool) -> TrainResult:
         if resume:
             self._resume()
+        first = self.state.step
+        statistics = [module for module in self.editor.modules() if isinstance(module, RunningStats)]
+        try:
+            for module in statistics:
+                module.gather = self.world.gather if self.world.size > 1 else None
+            with interruptible() as interrupted:
+                stopped = self._go(interrupted)
+        except LostProcessError as error:
+            raise self._lost(error) from error
+        finally:
+            for module in statistics:
+                module.gather = None
+        return self._result(stopped, first)
+
+    def _go(self, interrupted: Callable[[], bool]) -> str:
+        """The whole run; returns why it stopped."""
         started = self.began - self.state.seconds
         saved = time.monotonic()
         stopped = "finished"
-        with interruptible() as interrupted:
-            self._observe(interrupted)
-            while self.state.step < self.config.steps:
-                self.state.seconds = time.monotonic() - started
-                if interrupted():
-                    stopped = "interrupted"
-                    break
-                if self.state.stale >= self.config.patience:
-                    stopped = "early"
-                    break
-                if self.config.minutes is not None and self.state.seconds >= self.config.minutes * 60:
-                    stopped = "time"
-                    break
-                self._step()
-                self.state.seconds = time.monotonic() - started
-                if self.state.step % self.config.validate_every == 0:
-                    self._validate()
-                if self.out and time.monotonic() - saved >= self.config.checkpoint_every:
-                    self._save()
-                    saved = time.monotonic()
-            if stopped != "interrupted" and self.state.step != self.state.validated:
+
+        def agreed() -> bool:
+            """Whether any process was interrupted; the main one's clock becomes that of all."""
+            own = torch.tensor([time.monotonic() - started, float(interrupted())], dtype=torch.float64)
+            seen = self.world.gather(own)
+            self.state.seconds = float(seen[0, 0])
+            return bool(seen[:, 1].any())
+
+        self._observe(agreed)
+        if self.state.step and self._due():  # a process was lost during this validation
+            self._validate()
+        while self.state.step < self.config.steps:
+            if agreed():
+                stopped = "interrupted"
+                break
+            if self.state.stale >= self.config.patience:
+                stopped = "early"
+                break
+            if self.config.minutes is not None and self.state.seconds >= self.config.minutes * 60:
+                stopped = "time"
+                break
+            self._step()
+            self.state.seconds = time.monotonic() - started
+            if self._due():
                 self._validate()
-            if self.out:
+            if time.monotonic() - saved >= self.config.checkpoint_every:
                 self._save()
-        return self._result(stopped)
+                saved = time.monotonic()
+        if stopped != "interrupted" and self.state.step != self.state.validated:
+            self._validate()
+        self._save()
+        return stopped
+
+    def _due(self) -> bool:
+        return self.state.step % self.config.validate_every == 0 and self.state.validated != self.state.step
 
     def _observe(self, interrupted: Callable[[], bool]) -> None:
         """Show the editor the factors of the training facts; a resumed pass goes on after its last chunk."""
@@ -180,15 +241,18 @@ class _Run:
         saved = time.monotonic()
         while self.state.observed < len(texts) and not interrupted():
             chunk = texts[self.state.observed : self.state.observed + _CHUNK]
-            self._ensure_texts(chunk)
-            self.editor.observe_texts(self.store, chunk)
+            own = self.world.share(chunk)
+            self.ahead.ensure_texts(chunk, own)
+            self._remember()
+            self.editor.observe_texts(self.store, own)
             self.state.observed += len(chunk)
+            self._undo = {}
             self.progress.update("statistics", self.state.observed, len(texts))
-            if self.out and time.monotonic() - saved >= self.config.checkpoint_every:
+            if time.monotonic() - saved >= self.config.checkpoint_every:
                 self._save()
                 saved = time.monotonic()
 
-    def _result(self, stopped: str) -> TrainResult:
+    def _result(self, stopped: str, first: int) -> TrainResult:
         if self.best and stopped != "interrupted":
             self.editor.load_state_dict(self.best)
         state = self.state
@@ -199,14 +263,30 @@ class _Run:
             "stopped": stopped,
             "skipped_steps": state.bad,
         }
-        return TrainResult(self.editor.eval(), state.step, state.seconds, stopped, state.history)
+        seconds = max(1e-9, time.monotonic() - self.began)
+        waited = float(self.world.gather(torch.tensor([self.world.waited])).mean())
+        return TrainResult(
+            self.editor.eval(),
+            state.step,
+            state.seconds,
+            stopped,
+            state.history,
+            (state.step - first) * self.config.batch / seconds,
+            max(0.0, 1 - waited / seconds),
+        )
 
     def _step(self) -> None:
-        batch, ahead = self._ahead()
+        batch, ahead, finite = self.ahead.step(self.state.step)
         self.editor.train()
         self.optimizer.zero_grad()
+        self._remember()
         weights, together = self.config.weights, self.config.together
-        outcome = training_step(self.editor, self.store, batch, weights, ahead, together)
+        outcome = None
+        if finite:
+            outcome = training_step(self.editor, self.store, batch, weights, ahead, together)
+        outcome = joint_outcome(self.world, outcome, batch)
+        if outcome is not None:
+            sum_gradients(self.world, list(self.editor.parameters()), len(batch) / self.config.batch)
         norm = nn.utils.clip_grad_norm_(self.editor.parameters(), self.config.clip)
         if outcome is None or not bool(norm.isfinite()):
             self._skip()
@@ -219,39 +299,14 @@ class _Run:
             self.editor.adapt(outcome)
             self.recent.append(outcome)
         self.state.step += 1
+        self._undo = {}
         if self.recent:
             self._report()
 
-    def _ahead(self) -> tuple[list[Episode], Ahead]:
-        """This step's batch; the first step of a group prepares the whole group.
-
-        A run that is resumed inside a group prepares all of it too, and so computes identical numbers.
-        """
-        group, place = divmod(self.state.step, GROUP)
-        if self._group != group:
-            window = self.episodes.window(group * GROUP) or []
-            batches = [self.episodes.batch(group * GROUP + i) for i in range(GROUP)]
-            self._ensure([*window, *(episode for batch in batches for episode in batch)])
-            self._looked = []  # frees the last group's factors before this one's are computed
-            self._looked = list(
-                zip(batches, self.editor.look_ahead(self.store, batches, window), strict=True)
-            )
-            self._group = group
-        return self._looked[place]
-
-    def _ensure(self, episodes: Sequence[Episode]) -> None:
-        self._ensure_texts(text for episode in episodes for text in episode.texts())
-
-    def _ensure_texts(self, texts: Iterable[Text]) -> None:
-        missing = self.store.missing(texts)
-        done = 0
-
-        def computed(count: int) -> None:
-            nonlocal done
-            done += count
-            self.progress.update("frozen part", done, len(missing))
-
-        self.store.ensure(missing, computed)
+    def _remember(self) -> None:
+        """Keep the buffers, which change before the exchanges of a step are done."""
+        if self.world.size > 1:
+            self._undo = {name: buffer.clone() for name, buffer in self.editor.named_buffers()}
 
     def _skip(self) -> None:
         self.state.bad += 1
@@ -284,17 +339,18 @@ class _Run:
         """Keep the best editor, and count the validations since it was found."""
         if not self.held_out:
             return
-        self.state.validated = self.state.step
-        self._ensure([episode for batch in self.held_out for episode in batch])
+        own = self.held_out[self.world.rank :: self.world.size]
+        self.ahead.ensure(chain(*self.held_out), chain(*own))
         weights, together = self.config.weights, self.config.together
         outcomes = []
-        for done, batch in enumerate(self.held_out, 1):
+        for done, batch in enumerate(own, 1):
             found = validation_step(self.editor, self.store, batch, weights, together)
             outcomes += [] if found is None else [found]
-            self.progress.update("validation", done, len(self.held_out))
-        if not outcomes:
+            self.progress.update("validation", done, len(own))
+        outcome = joint_mean(self.world, outcomes)
+        self.state.validated = self.state.step
+        if outcome is None:
             return
-        outcome = mean(outcomes)
         means = figures(outcome)
         score = harmonic_mean(means["success"], means["generalisation"], means["locality"])
         better = score >= self.state.best - MARGIN and (score > 0 or means["loss"] < self.state.best_loss)
@@ -311,8 +367,17 @@ class _Run:
         )
         self.progress.report(f"step {self.state.step:>5}", means, "best so far" if better else "")
 
+    def _lost(self, error: LostProcessError) -> LostProcessError:
+        """Save the finished steps after another process has ended."""
+        if self.out is None or not self.world.main:
+            return error
+        self.editor.load_state_dict(self._undo, strict=False)
+        self._save()
+        return LostProcessError(f"{error} The run is saved at step {self.state.step} and can be resumed.")
+
     def _save(self) -> None:
-        assert self.out is not None
+        if self.out is None or not self.world.main:
+            return
         self.state.recent = [asdict(outcome) for outcome in self.recent]
         checkpoint.save(self.out, self.state, self.editor, self.optimizer, self.best)
 
@@ -338,34 +403,3 @@ def _settings(
         **({"dtype": lm.dtype} if lm.dtype != "float32" else {}),
         **{k: v for k, v in asdict(config).items() if k != "checkpoint_every"},
     }
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM stop a loop after its present step; a second signal stops it at once.
-
-    Outside the main thread signals keep their handlers.
-
-    Yields:
-        Whether a signal has arrived.
-    """
-    arrived = False
-
-    def handle(number: int, frame: object) -> None:
-        nonlocal arrived
-        if arrived:
-            raise KeyboardInterrupt
-        arrived = True
-        _LOG.warning(
-            "Stopping after this step. Ctrl-C again stops at once; then only the last checkpoint is kept."
-        )
-
-    handlers: dict[int, Any] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with suppress(ValueError):  # not the main thread
-                handlers[number] = signal.signal(number, handle)
-        yield lambda: arrived
-    finally:
-        for caught, handler in handlers.items():
-            signal.signal(caught, handler)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
+from torch import nn
 
 from emendo.data import Record
 from emendo.editors.gradient import Ahead, GradientEditor
@@ -19,7 +20,9 @@ from emendo.models.lm import LM
 from emendo.models.trunk_cache import TrunkCache
 from emendo.train.config import TrainConfig
 from emendo.train.episodes import Episodes
+from emendo.train.processes import World
 
+_NAMES = tuple(field.name for field in fields(Outcome))
 MARGIN = 0.02
 """Scores on a hundred facts that differ by less count as equal; of equal editors the later one is kept."""
 
@@ -64,6 +67,57 @@ def validation_step(
     with editor.evaluating():
         (ahead,) = editor.look_ahead(store, [episodes])
         return editor.outer_step(store, episodes, ahead, weights, together=together)
+
+
+def joint_outcome(world: World, outcome: Outcome | None, episodes: Sequence[Episode]) -> Outcome | None:
+    """The outcome of a batch from those of its shares; None where any process has none.
+
+    Args:
+        world: the processes.
+        outcome: of this process's share.
+        episodes: this process's share.
+    """
+    if world.size == 1:
+        return outcome
+    texts, names = sum(len(episode.locality) for episode in episodes), _NAMES
+    counts = [texts if name.startswith("locality") else len(episodes) for name in names]
+    values = [0.0] * len(names) if outcome is None else list(asdict(outcome).values())
+    sums = [value * count for value, count in zip(values, counts, strict=True)]
+    own = torch.tensor([float(outcome is None), *counts, *sums], dtype=torch.float64)
+    total = world.gather(own).sum(0).tolist()
+    if total[0]:
+        return None
+    counts, sums = total[1 : 1 + len(names)], total[1 + len(names) :]
+    return Outcome(**{name: s / c for name, s, c in zip(names, sums, counts, strict=True)})
+
+
+def joint_mean(world: World, outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The mean of the outcomes of all processes; None where there are none."""
+    rows = [list(asdict(outcome).values()) for outcome in outcomes]
+    sums = [sum(column) for column in zip(*rows, strict=True)] or [0.0] * len(_NAMES)
+    count, *total = world.gather(torch.tensor([len(rows), *sums], dtype=torch.float64)).sum(0).tolist()
+    return Outcome(**{name: s / count for name, s in zip(_NAMES, total, strict=True)}) if count else None
+
+
+def sum_gradients(world: World, parameters: Sequence[nn.Parameter], share: float) -> None:
+    """Replace the gradient of the mean loss of this process's share by that of the whole batch.
+
+    Args:
+        world: the processes.
+        parameters: the editor's, in the same order in every process.
+        share: the episodes of this process as a share of the batch.
+    """
+    if world.size == 1:
+        return
+    own = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
+    anywhere = world.gather(own).sum(0).tolist()
+    gradients = []
+    for parameter, used in zip(parameters, anywhere, strict=True):
+        if used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad.mul_(share))
+    world.add(gradients)
 
 
 def held_out(
