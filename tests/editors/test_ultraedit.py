@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from cases import build_lm, plain_logits, records, unchanged
 from emendo.editors import Editor
-from emendo.editors.ultraedit import Statistics, UltraEdit, UltraEditConfig
+from emendo.editors._answer_rows import Statistics
+from emendo.editors.ultraedit import UltraEdit, UltraEditConfig
 from emendo.edits.edit import Request
 from emendo.errors import RequestError
 from emendo.low_rank import LowRank, applied

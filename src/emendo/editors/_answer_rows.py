@@ -1,4 +1,4 @@
-"""The rows of matrices at the tokens where an answer is predicted."""
+"""The rows of matrices at the tokens where an answer is predicted, and their statistics."""
 
 from __future__ import annotations
 
@@ -7,10 +7,50 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from emendo.editors._nets import RunningStats
 from emendo.models.losses import per_example, token_nll
 from emendo.models.sites import Site
 from emendo.models.text import Text
 from emendo.models.trunk_cache import TrunkCache
+
+
+class Statistics(nn.Module):
+    """The statistics of the rows ``h`` and ``g`` of matrices of one shape.
+
+    Args:
+        shape: ``(d_in, d_out)``.
+        whiten: keep the covariance of ``g`` too.
+    """
+
+    products: Tensor
+
+    def __init__(self, shape: tuple[int, int], whiten: bool) -> None:
+        super().__init__()
+        self.h, self.g = (RunningStats(width) for width in shape)
+        size = shape[1] if whiten else 0
+        self.register_buffer("products", torch.zeros(size, size, dtype=torch.float64))
+
+    def update(self, h: Tensor, g: Tensor) -> None:
+        """Take rows in."""
+        self.h.update(h)
+        self.g.update(g)
+        if len(self.products):
+            self.products += g.double().mT @ g.double()
+
+    def values(self, h: Tensor, g: Tensor) -> Tensor:
+        """``-||h^||^2 g^`` for rows ``h [n, d_in]`` and ``g [n, d_out]``, float64."""
+        size: Tensor = self.h(h.double()).square().sum(-1, keepdim=True)
+        unit: Tensor = self._whitened(g.double()) if len(self.products) else self.g(g.double())
+        return -(size * unit)
+
+    def _whitened(self, g: Tensor) -> Tensor:
+        mean, count = self.g.mean, max(2.0, float(self.g.count))
+        covariance = (self.products - count * mean[:, None] * mean) / (count - 1)
+        values, vectors = torch.linalg.eigh(covariance)
+        seen = values > 1e-9 * values.max().clamp(min=1e-30)
+        basis = vectors[:, seen] / values[seen].sqrt()
+        found: Tensor = (g - mean) @ basis @ vectors[:, seen].mT
+        return found
 
 
 def label_rows(

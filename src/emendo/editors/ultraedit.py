@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from emendo._settings import Settings, setting
-from emendo.editors._answer_rows import label_rows
-from emendo.editors._nets import RunningStats
+from emendo.editors._answer_rows import Statistics, label_rows
 from emendo.editors._values import writing_sites
 from emendo.editors.base import Editor
 from emendo.edits.edit import Request
@@ -54,45 +53,6 @@ class UltraEditConfig(Settings):
     rounds: int = setting(1, "Steps of a turn (1).", least=1)
 
 
-class Statistics(nn.Module):
-    """The statistics of the rows ``h`` and ``g`` of matrices of one shape.
-
-    Args:
-        shape: ``(d_in, d_out)``.
-        whiten: keep the covariance of ``g`` too.
-    """
-
-    products: Tensor
-
-    def __init__(self, shape: tuple[int, int], whiten: bool) -> None:
-        super().__init__()
-        self.h, self.g = (RunningStats(width) for width in shape)
-        size = shape[1] if whiten else 0
-        self.register_buffer("products", torch.zeros(size, size, dtype=torch.float64))
-
-    def update(self, h: Tensor, g: Tensor) -> None:
-        """Take rows in."""
-        self.h.update(h)
-        self.g.update(g)
-        if len(self.products):
-            self.products += g.double().mT @ g.double()
-
-    def values(self, h: Tensor, g: Tensor) -> Tensor:
-        """``-||h^||^2 g^`` for rows ``h [n, d_in]`` and ``g [n, d_out]``, float64."""
-        size: Tensor = self.h(h.double()).square().sum(-1, keepdim=True)
-        unit: Tensor = self._whitened(g.double()) if len(self.products) else self.g(g.double())
-        return -(size * unit)
-
-    def _whitened(self, g: Tensor) -> Tensor:
-        mean, count = self.g.mean, max(2.0, float(self.g.count))
-        covariance = (self.products - count * mean[:, None] * mean) / (count - 1)
-        values, vectors = torch.linalg.eigh(covariance)
-        seen = values > 1e-9 * values.max().clamp(min=1e-30)
-        basis = vectors[:, seen] / values[seen].sqrt()
-        found: Tensor = (g - mean) @ basis @ vectors[:, seen].mT
-        return found
-
-
 class UltraEdit(Editor):
     """UltraEdit; see the module's docstring."""
 
@@ -107,17 +67,14 @@ class UltraEdit(Editor):
         super().__init__(sites, config, fingerprint)
         shapes = dict.fromkeys(site.shape for site in sites)
         self.shapes = {shape: str(number) for number, shape in enumerate(shapes)}
-        self.statistics = nn.ModuleDict(
-            {key: Statistics(shape, self.config.whiten) for shape, key in self.shapes.items()}
-        )
+        self.statistics = self._no_statistics()
         self._fresh: tuple[tuple[Request, ...], nn.ModuleDict] | None = None
 
     @classmethod
     def default_sites(cls, model: nn.Module) -> tuple[Site, ...]:
         """The MLP matrices that write into the hidden state, of a sixth of the blocks, from 3/5 of the depth on."""
         depth = find_stacks(model)[0].depth
-        first = depth * 3 // 5
-        return writing_sites(model, range(first, first + max(1, depth // 6)))
+        return writing_sites(model, range(depth * 3 // 5, depth * 3 // 5 + max(1, depth // 6)))
 
     def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """Compute one change for each request, each from the clean model."""
@@ -151,7 +108,10 @@ class UltraEdit(Editor):
 
     def start_over(self) -> None:
         """Forget the statistics of earlier edits."""
-        self.statistics = nn.ModuleDict(
+        self.statistics = self._no_statistics()
+
+    def _no_statistics(self) -> nn.ModuleDict:
+        return nn.ModuleDict(
             {key: Statistics(shape, self.config.whiten) for shape, key in self.shapes.items()}
         )
 
