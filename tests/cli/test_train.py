@@ -37,6 +37,9 @@ RESULT = {
     "stopped",
     "skipped_steps",
     "validation",
+    "episodes_per_second",
+    "efficiency",
+    "processes",
 }
 
 

@@ -176,7 +176,7 @@ def _show(result: Mapping[str, Any], out: Path) -> None:
         f"Trained on {result['records']} facts: {result['steps']} steps in {minutes} min {seconds} s "
         f"({_STOPPED[result['stopped']]})."
     )
-    if (count := result["processes"]) > 1:
+    if (count := result.get("processes", 1)) > 1:  # a run of before has none
         console.print(
             f"{count} processes, {result['episodes_per_second'] / count:.2f} episodes/s each; efficiency "
             f"{result['efficiency']:.0%} (the share of time not spent waiting for the others)."
