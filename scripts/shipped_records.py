@@ -72,21 +72,7 @@ def make_records(lm: LM, data: Path, passages: Sequence[str], counts: dict[str, 
         counts: by source (``counterfact``, ``atlas``, ``pararel``), the number of facts.
     """
     rng = random.Random(SEED)
-    held_out = {record.subject for record in read_records(data / "counterfact-dev.json")}
-    held_out |= {
-        record.subject for split in ("validation", "test") for record in read_records("atlas", split=split)
-    }
-    facts: list[Record] = []
-    for name, found in (
-        ("counterfact", read_records(data / "counterfact-train.json").records),
-        ("atlas", read_records("atlas", split="train").records),
-        ("pararel", _pararel(data / "pararel.jsonl", rng)),
-    ):
-        free = [record for record in found if record.subject not in held_out]
-        rng.shuffle(free)
-        facts += free[: counts[name]]
-    rng.shuffle(facts)
-    plans = [_plan(record, lm, passages, rng) for record in facts]
+    plans = [_plan(record, lm, passages, rng) for record in _facts(data, rng, counts)]
     return _with_answers(lm, plans)
 
 
@@ -138,6 +124,57 @@ def third_records(data: Path, first: Sequence[Record]) -> list[Record]:
     found += [record for record in texts if not (record.id or "").isdigit()][:OTHERS]
     random.Random(SEED).shuffle(found)
     return found
+
+
+def fourth_records(lm: LM, data: Path, passages: Sequence[str], counts: dict[str, int]) -> list[Record]:
+    """The records of the fourth phase: all facts in fresh forms, each with a whole continuation that must stay.
+
+    A record keeps the short answers of two neighbours; beside them stands the model's own continuation, of a neighbour
+    or of another prompt about the subject, half and half. The targets of chat turns are closed.
+
+    Args:
+        lm: the model, which writes the continuations.
+        data: the folder of :func:`make_records`.
+        passages: sentences to stand before paraphrases.
+        counts: as in :func:`make_records`.
+    """
+    rng = random.Random(SEED + 4)
+    plans = [_plan(record, lm, passages, rng) for record in _facts(data, rng, counts)]
+    whole = [plan.near[-1] if plan.near and rng.random() < 0.5 else plan.apart for plan in plans]
+    found = continuations(lm, set(whole))
+    records = []
+    for plan, text in zip(plans, whole, strict=True):
+        record = plan.record
+        answer = record.answer or record.target
+        records.append(
+            replace(
+                record,
+                target=record.target + END * record.prompt.startswith("<|"),
+                neighbours=tuple(Probe(near, answer) for near in plan.near),
+                unrelated=(Probe(text, found[text] if found[text].strip() else answer),),
+                consequences=(),
+            )
+        )
+    return records
+
+
+def _facts(data: Path, rng: random.Random, counts: dict[str, int]) -> list[Record]:
+    """The facts of the three sources whose subjects are in no held-out set, shuffled."""
+    held_out = {record.subject for record in read_records(data / "counterfact-dev.json")}
+    held_out |= {
+        record.subject for split in ("validation", "test") for record in read_records("atlas", split=split)
+    }
+    facts: list[Record] = []
+    for name, found in (
+        ("counterfact", read_records(data / "counterfact-train.json").records),
+        ("atlas", read_records("atlas", split="train").records),
+        ("pararel", _pararel(data / "pararel.jsonl", rng)),
+    ):
+        free = [record for record in found if record.subject not in held_out]
+        rng.shuffle(free)
+        facts += free[: counts[name]]
+    rng.shuffle(facts)
+    return facts
 
 
 def _pararel(file: Path, rng: random.Random) -> list[Record]:

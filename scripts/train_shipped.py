@@ -27,10 +27,12 @@ from emendo.models.lm import LM
 from emendo.models.loading import cache_folder
 from emendo.models.sites import find_sites
 from emendo.train import TrainConfig, train
-from shipped_records import END, make_records, second_records, third_records
+from shipped_records import END, fourth_records, make_records, second_records, third_records
 
 MODEL = "smollm2-135m"
 COUNTS = {"counterfact": 8_000, "atlas": 2_500, "pararel": 4_500}
+ALL = {"counterfact": 100_000, "atlas": 2_500, "pararel": 4_500}
+"""Facts of the fourth phase."""
 FIRST = 10_000
 """Records of the first phase, out of those of COUNTS in their shuffled order."""
 PASSAGES = 1024
@@ -39,9 +41,12 @@ PHASES = (
     TrainConfig(steps=2600, warmup=200, c_edit=0.3, near=2, sibling=1, unrelated=1, seed=0, **SHARED),
     TrainConfig(steps=2000, warmup=60, c_edit=0.25, near=1, sibling=1, unrelated=0, seed=1, **SHARED),
     TrainConfig(steps=1000, warmup=60, near=1, sibling=1, unrelated=1, lr=4e-4, seed=4, **SHARED),
+    TrainConfig(steps=2400, warmup=80, near=2, sibling=0, unrelated=1, lr=6e-4, seed=5, **SHARED),
 )
-FIRST_TOKEN = (1.0, 1.0, 0.5)
+FIRST_TOKEN = (1.0, 1.0, 0.5, 0.5)
 """The editor's setting ``first_token`` in each phase."""
+CLOSED = 3
+"""The first phase whose chat turns have targets that end."""
 
 
 def validation_records(lm: LM, data: Path, *, closed: bool) -> list[Record]:
@@ -104,6 +109,10 @@ def main() -> None:
         first,
         lambda: second_records(asked.data, first()),
         lambda: third_records(asked.data, first()),
+        lambda: kept(
+            asked.out / "fourth.jsonl",
+            lambda: fourth_records(lm, asked.data, sentences, counts if asked.counts else ALL),
+        ),
     )
     folder = None
     for number, (config, records) in enumerate(zip(PHASES, sources, strict=True), 1):
@@ -119,7 +128,7 @@ def main() -> None:
         if before is not None:
             editor.load_state_dict(Editor.from_pretrained(before / "editor").state_dict())
         resume = (folder / "checkpoint.safetensors").exists()
-        held_out = validation_records(lm, asked.data, closed=number == len(PHASES))
+        held_out = validation_records(lm, asked.data, closed=number >= CLOSED)
         with show_progress() as progress:
             result = train(
                 lm,
