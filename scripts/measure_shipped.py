@@ -32,9 +32,9 @@ from emendo.models.lm import LM
 NAME = "mend-smollm2-135m"
 LIMITS = (
     "It makes one edit at a time: edits of it that are added up ruin the model from the fifth on.",
-    "In the chat template more edits reach a neighbour: a quarter to a third of its answers change.",
-    "A rare edit damages plain text: 1 of 200 raised its perplexity from 36 to 135, none of the others beyond 47.",
-    'It does not understand negation: "... is not" is continued by the target after half of the edits.',
+    "In the chat template more edits reach a neighbour: a quarter of its answers change.",
+    "It reaches one neighbour in five or six: keep its edits in a memory, which asks whether a prompt is in scope.",
+    'After 6% of the edits "... is not" is continued by the target.',
     "It learned English facts of some 70 relations, with short answers. Expect less of other facts and languages.",
 )
 

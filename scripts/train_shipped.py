@@ -5,8 +5,9 @@
 FOLDER holds ``counterfact-train.json``, ``counterfact-dev.json`` (its last records choose the best editor; its
 subjects are never trained on) and ``pararel.jsonl``. The first phase mixes statements, questions and chat turns of
 three sources, with whole continuations among the locality texts; the second goes on with all of CounterFact; the third
-closes the targets of chat turns and halves the part of an edit that every text has in common. Together two hours on two
-cores with AMX. measure_shipped.py measures the result and installs it.
+closes the targets of chat turns and halves the part of an edit that every text has in common; the fourth takes all
+facts in fresh forms, each with a whole continuation that must stay. Together three hours on two cores with AMX.
+measure_shipped.py measures the result and installs it.
 """
 
 from __future__ import annotations
