@@ -34,7 +34,7 @@ from emendo.memory.bank import EditMemory, Remembered
 from emendo.memory.router import Router
 from emendo.models.lm import LM
 from emendo.models.tokenization import to_texts
-from emendo.report.plots import BLUE, GREEN, INK, ORANGE, RED, axes_of, legend, render
+from emendo.report.plots import BLUE, GREEN, INK, ORANGE, RED, axes_of, render
 
 COUNTS = (1, 10, 100, 1_000, 10_000)
 ENDS = (" is", " was", " are", " were")
@@ -262,7 +262,7 @@ def measure(asked: argparse.Namespace, lm: LM, editor: emendo.Editor) -> dict[st
 
 def picture(found: Mapping[str, Mapping[int, Mapping[str, float]]]) -> bytes:
     """The scores over the number of edits."""
-    figure, axes = axes_of(7.2, 3.6)
+    figure, axes = axes_of(7.2, 4.4)
     for (label, kind), colour in zip(SCORES.items(), (BLUE, GREEN, ORANGE), strict=True):
         for way, line, mark in (("memory", "-", "o"), ("in context", ":", "s")):
             points = sorted((n, values[kind]) for n, values in found[way].items())
@@ -274,7 +274,8 @@ def picture(found: Mapping[str, Mapping[int, Mapping[str, float]]]) -> bytes:
     axes.set(xscale="log", ylim=(0, 1.02))
     axes.set_xlabel("edits", color=INK)
     axes.grid(axis="y", color=INK, alpha=0.12, lw=0.8)
-    legend(axes, figure)
+    style = {"ncols": 2, "frameon": False, "labelcolor": INK, "fontsize": 9}
+    figure.legend(loc="outside upper left", **style)
     return render(figure, "png")
 
 
