@@ -102,7 +102,7 @@ def test_edits_one_after_the_other(emendo_command: Emendo, options, tmp_path: Pa
     strict = emendo_command("evaluate", *options, "--sequential", "--guard", "--json").json
     assert strict["checkpoints"][-1]["refused"] == 3  # an untrained model reaches no target in two steps
     assert "--sequential" in emendo_command("evaluate", *options, "--guard", code=2).err
-    both = ("--sequential", "--together", 2)
+    both = ("--sequential", "--guard", "--together", 2)
     assert "--together" in emendo_command("evaluate", *options, *both, code=2).err
 
 
