@@ -18,10 +18,24 @@ from emendo.editors.cache import Cache, CacheConfig, CacheEdit
 from emendo.evaluate import evaluate
 
 PROMPT = "The capital of Bada is"
-CHEAP = dict.fromkeys(
-    ("ft", "ft-kl", "ft-constrained", "ft-penalised", "diff-pruning", "ewc", "lora", "memit", "alphaedit"),
-    "steps=2",
-) | dict.fromkeys(("locft", "crisp"), "epochs=2")
+CHEAP = (
+    dict.fromkeys(
+        (
+            "ft",
+            "ft-kl",
+            "ft-constrained",
+            "ft-penalised",
+            "diff-pruning",
+            "ewc",
+            "lora",
+            "memit",
+            "alphaedit",
+        ),
+        "steps=2",
+    )
+    | dict.fromkeys(("locft", "crisp"), "epochs=2")
+    | {"ultraedit": "eta=1e-3"}
+)
 
 LIKE_FT = (
     "ft-kl",

@@ -38,7 +38,9 @@ class Statistics(nn.Module):
             self.products += g.double().mT @ g.double()
 
     def values(self, h: Tensor, g: Tensor) -> Tensor:
-        """``-||h^||^2 g^`` for rows ``h [n, d_in]`` and ``g [n, d_out]``, float64."""
+        """``-||h^||^2 g^`` for rows ``h [n, d_in]`` and ``g [n, d_out]``, float64; of the first row alone as it is."""
+        if float(self.h.count) < 2:
+            return -(h.double().square().sum(-1, keepdim=True) * g.double())
         size: Tensor = self.h(h.double()).square().sum(-1, keepdim=True)
         unit: Tensor = self._whitened(g.double()) if len(self.products) else self.g(g.double())
         return -(size * unit)

@@ -41,7 +41,7 @@ from emendo.edits.edit import BaseEdit, Origin, Request, common_origin
 from emendo.errors import TrainingError
 from emendo.models.lm import LM
 from emendo.models.losses import per_example, token_nll
-from emendo.models.sites import find_stacks
+from emendo.models.sites import Site, find_stacks
 from emendo.models.text import Text, length_buckets
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
@@ -184,7 +184,7 @@ def compose(edits: Sequence[AdapterEdit]) -> AdapterEdit:
 class KAdapter(Editor):
     """K-Adapter; see the module's docstring.
 
-    A layer reads each block that has a site, in the last stack of the model.
+    A layer reads each block that has a site, in the last stack of the model; without sites, those of the default ones.
     """
 
     name = "k-adapter"
@@ -207,8 +207,9 @@ class KAdapter(Editor):
         return AdapterEdit((adapter,), self.origin(lm, requests))
 
     def _trained(self, lm: LM, texts: Sequence[Text]) -> Adapter:
-        blocks, end = self._blocks(lm.model)
-        store = TrunkCache(Trunk(lm.model, self.sites), dtype=lm.model.dtype)
+        sites = self.sites or self.default_sites(lm.model)
+        blocks, end = _blocks(lm.model, sites)
+        store = TrunkCache(Trunk(lm.model, sites), dtype=lm.model.dtype)
         store.ensure(texts)
         parts = list(length_buckets(texts, lambda text: text.size, _PASS_TOKENS))
         adapter = self._start(blocks, end, store, parts)
@@ -238,12 +239,6 @@ class KAdapter(Editor):
             leaf.requires_grad_(requires_grad=False)
             leaf.grad = None
         return adapter
-
-    def _blocks(self, model: nn.Module) -> tuple[list[str], str]:
-        """The names of the blocks that are read, and of the last block."""
-        stack = find_stacks(model)[-1]
-        chosen = sorted({site.block for site in self.sites if site.stack == stack.name}) or [stack.depth - 1]
-        return [f"{stack.name}.{block}" for block in chosen], f"{stack.name}.{stack.depth - 1}"
 
     def _start(
         self, blocks: Sequence[str], end: str, store: TrunkCache, parts: Sequence[Sequence[Text]]
@@ -276,3 +271,10 @@ class KAdapter(Editor):
                 down, like.new_zeros(self.config.width), like.new_zeros(d, self.config.width)
             )
         return Adapter(layers, end, scale)
+
+
+def _blocks(model: nn.Module, sites: Sequence[Site]) -> tuple[list[str], str]:
+    """The names of the blocks that are read, and of the last block."""
+    stack = find_stacks(model)[-1]
+    chosen = sorted({site.block for site in sites if site.stack == stack.name}) or [stack.depth - 1]
+    return [f"{stack.name}.{block}" for block in chosen], f"{stack.name}.{stack.depth - 1}"

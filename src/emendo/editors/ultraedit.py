@@ -9,7 +9,8 @@ outputs) for each answer token::
 
 That is MALMEN's solve with the identity for its networks. Means and deviations run over all turns and all earlier
 edits: :meth:`UltraEdit.continue_from` takes an edit's in, and a saved editor keeps them. They are exact, where the
-published code's are biased and NaN for a single row; a single row here has deviation 1.
+published code's are biased and NaN for a single row. A first row alone has no mean to be compared with: ``h`` and ``g``
+stand as they are.
 
 ``whiten`` removes the correlations of ``g`` too (StableEdit, arXiv 2605.11836, which takes a ridge of 10). Not in the
 papers: ``rounds`` repeats a turn's step in the model that holds it, for the facts that are not learnt yet.
