@@ -50,7 +50,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for part in options.only:
             os.environ["EMENDO_HOME"] = f"{temporary}/home-{part}"
             print(f"\n### {part}\n", flush=True)
-            RUN[part](options, Path(temporary) / part)
+            own = argparse.Namespace(
+                **vars(options) | {"model": without_ledger(options.model, temporary, part)}
+            )
+            RUN[part](own, Path(temporary) / part)
+
+
+def without_ledger(model: str, temporary: str, part: str) -> str:
+    """The model; a folder, which names its one ledger, as a folder of links that has none."""
+    if not Path(model).is_dir():
+        return model
+    folder = Path(temporary) / f"model-{part}"
+    folder.mkdir()
+    for file in Path(model).resolve().iterdir():
+        if file.name != "emendo-ledger":
+            (folder / file.name).symlink_to(file)
+    return str(folder)
 
 
 # ------------------------------------------------------------------------------------------------- server

@@ -23,7 +23,7 @@ SCRIPTS = {
     "many_edits": ["--methods", "ft", "fused:lora", "--counts", "1", "3", "--batches", "0", "2"],
     "startup": [],
     "routing": ["--limit", "60", "--counts", "10", "200"],
-    "serving": "--editor ft --requests 12 --clients 3 --edits 2 --tokens 3 --kills 2".split(),
+    "serving": "--only edit load kill --editor ft --requests 12 --clients 3 --edits 2 --tokens 3 --kills 1".split(),
     "roofline": ["--batch", "2", "--rank", "8"],
     "time_to_quality": [
         *("--minutes", "0.003", "--records", "40", "--held-out", "8", "--points", "1"),

@@ -19,7 +19,7 @@ import typer
 from safetensors import SafetensorError
 
 from cli.samples import Emendo
-from emendo.cli import _border, undo
+from emendo.cli import _border, _signals, undo
 from emendo.errors import StorageError
 
 PROGRAM = (sys.executable, "-m", "emendo")
@@ -181,6 +181,21 @@ def test_a_signal_in_the_first_second(number: signal.Signals, seconds: float, mo
     if process.returncode not in (0, -number):  # done before, or before the program began
         assert process.returncode == 130
         assert err.count("Stopped:") == 1
+
+
+def test_an_error_that_a_stop_causes_is_a_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    def half_loaded() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as stop:
+            raise RuntimeError("a library was half loaded") from stop
+
+    before = signal.signal(signal.SIGINT, _signals._interrupt)
+    try:
+        assert _border.run(half_loaded) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err.startswith("Stopped:")
 
 
 def test_the_streams_of_a_caller_are_left_open() -> None:

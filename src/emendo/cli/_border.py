@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 import typer
 
+from emendo.cli import _signals
 from emendo.cli._console import Interrupted, complain, messages, show_log
 from emendo.cli._signals import STOPPED
 from emendo.errors import EmendoError
@@ -54,11 +55,14 @@ def run(command: Callable[[], Any], *, debug: bool = False) -> int:
         The exit code.
     """
     _prepare_streams()
+    _signals.asked = False
     try:
         with _own_warnings(), show_log():
             command()
         _flush(sys.stdout)
     except BaseException as error:  # noqa: BLE001 - nothing may pass
+        if _signals.asked and not isinstance(error, Interrupted | EmendoError | typer.Exit | SystemExit):
+            error = KeyboardInterrupt()  # libraries turn it into errors of their own
         with suppress(OSError, ValueError):  # standard error may be closed
             return _report(error, debug)
         return FAILED

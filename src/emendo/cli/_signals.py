@@ -12,6 +12,9 @@ from types import FrameType
 STOPPED = 130
 """The exit code of a command that was stopped."""
 
+asked = False
+"""Whether a signal has asked this command to stop."""
+
 _RETRY = 0.05
 """Seconds until a signal that arrived during an import is looked at again."""
 
@@ -38,6 +41,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
     Extension modules turn an exception during their own initialisation into other errors, or abort the process.
     """
+    global asked
+    asked = True
     if _importing(frame):
         timer = threading.Timer(_RETRY, signal.raise_signal, [signal.SIGINT])
         timer.daemon = True
