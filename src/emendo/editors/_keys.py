@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from emendo._settings import setting
-from emendo._storage import cache_folder
 from emendo.editors._contexts import subject_end
 from emendo.editors._values import ValueEditor, ValueSettings, inputs_of, writing_sites
 from emendo.edits.edit import Request
 from emendo.low_rank import LowRank, applied
 from emendo.models.lm import LM
-from emendo.models.moments import Moments, kept_moments, passages_of
+from emendo.models.moments import Moments, moments_over
 from emendo.models.sites import Site, find_stacks
 from emendo.models.text import Text
 from emendo.models.trunk import Trunk
@@ -135,8 +134,7 @@ class KeyEditor(ValueEditor):
     def moments(self, lm: LM) -> dict[str, Tensor]:
         """``E[u u^T]`` of each matrix over running text, float64."""
         if self._moments is None or self._moments[0] != id(lm.model):
-            running = passages_of(self.config.text) if self.config.text else []
-            self._moments = id(lm.model), kept_moments(lm, self.sites, running, cache_folder() / "moments")
+            self._moments = id(lm.model), moments_over(lm, self.sites, self.config.text)
         return {name: own.inputs.double() for name, own in self._moments[1].items()}
 
     @torch.no_grad()

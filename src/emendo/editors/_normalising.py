@@ -106,3 +106,31 @@ class NormalisingEditor(GradientEditor):
         """Update the statistics with the rows of some facts."""
         for net, names in self.nets_of_sites():
             net.observe([factors[name] for name in names])
+
+
+class GroupedEditor(NormalisingEditor):
+    """Base of the normalising editors with one network for each group of matrices."""
+
+    members: dict[str, list[int]]
+    """Name of a network -> the indices of its matrices in ``sites``; see :func:`emendo.models.sites.group_sites`."""
+
+    @property
+    @abstractmethod
+    def networks(self) -> nn.ModuleDict:
+        """The network of each group, which maps the factors of its matrices to their ``(u~, delta~)``."""
+
+    def mapped(self, factors: Mapping[str, Factors]) -> list[tuple[Factors, Tensor, Tensor]]:
+        """The factors of each matrix and its ``u~`` and ``delta~``, in the order of the sites."""
+        found: dict[int, tuple[Factors, Tensor, Tensor]] = {}
+        for key, members in self.members.items():
+            group = [factors[self.sites[index].name] for index in members]
+            for index, own, (u, delta) in zip(members, group, self.networks[key](group), strict=True):
+                found[index] = own, u, delta
+        return [found[index] for index in range(len(self.sites))]
+
+    def nets_of_sites(self) -> Iterator[tuple[NormalisingNet, list[str]]]:
+        """Each group's network with its sites."""
+        for key, members in self.members.items():
+            net = self.networks[key]
+            assert isinstance(net, NormalisingNet)
+            yield net, [self.sites[index].name for index in members]

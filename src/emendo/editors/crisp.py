@@ -24,13 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from emendo._settings import setting
-from emendo._storage import cache_folder
 from emendo.editors._breadth import BreadthEditor, BreadthSettings, Subspace
 from emendo.editors._values import writing_sites
 from emendo.edits.edit import Request
 from emendo.errors import RequestError
 from emendo.models.lm import LM
-from emendo.models.moments import Moments, kept_moments, passages_of, second_moments
+from emendo.models.moments import Moments, moments_over, second_moments
 from emendo.models.sites import Site, find_stacks
 
 
@@ -75,8 +74,7 @@ class Crisp(BreadthEditor):
         if lm.kind != "causal":
             raise RequestError(f"{self.name} is for decoders, and {lm.name} is none: choose another editor.")
         if self._spaces is None or self._spaces[0] != id(lm.model):
-            running = passages_of(self.config.text) if self.config.text else []
-            moments = kept_moments(lm, self.sites, running, cache_folder() / "moments")
+            moments = moments_over(lm, self.sites, self.config.text)
             joined = {
                 name: own.averaged(self._earlier.get(name), self.config.weight)
                 for name, own in moments.items()

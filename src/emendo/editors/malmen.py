@@ -15,7 +15,7 @@ NaN for a single row); the blocks scale before the clamp, as MEND's; small edits
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from emendo._settings import Settings, setting
 from emendo.editors._nets import LowRankBlock
 from emendo.editors._normalising import (
-    NormalisingEditor,
+    GroupedEditor,
     NormalisingNet,
     statistics_on_setting,
     statistics_setting,
@@ -72,7 +72,7 @@ class _Network(NormalisingNet):
         return list(zip(u.split(sizes), delta.split(sizes), strict=True))
 
 
-class Malmen(NormalisingEditor):
+class Malmen(GroupedEditor):
     """MALMEN; see the module's docstring."""
 
     name = "malmen"
@@ -84,25 +84,28 @@ class Malmen(NormalisingEditor):
         self, sites: tuple[Site, ...], config: MalmenConfig | None = None, fingerprint: str = ""
     ) -> None:
         super().__init__(sites, config, fingerprint)
-        self._members = group_sites(sites, shared=True)
+        self.members = group_sites(sites, shared=True)
         self.nets = nn.ModuleDict(
             {
                 key: _Network(sites[members[0]].shape, len(members), self.config)
-                for key, members in self._members.items()
+                for key, members in self.members.items()
             }
         )
         self.eta = nn.Parameter(torch.full((len(sites),), float(self.config.eta)))
         self.register_buffer("steps", torch.zeros((), dtype=torch.float64))  # a resumed run goes on in turn
         self.log_ridge = nn.Parameter(torch.full((len(sites),), self.config.ridge).log())
 
+    @property
+    def networks(self) -> nn.ModuleDict:
+        """As in the base class."""
+        return self.nets
+
     def rows(self, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
         """By site name, ``d [rows, d_out]``."""
-        found: dict[int, Tensor] = {}
-        for key, members in self._members.items():
-            group = [factors[self.sites[index].name] for index in members]
-            for index, own, (u, delta) in zip(members, group, self.nets[key](group), strict=True):
-                found[index] = -self.eta[index] * (own.u * u).sum(-1, keepdim=True) * delta
-        return {site.name: found[index] for index, site in enumerate(self.sites)}
+        return {
+            site.name: -eta * (own.u * u).sum(-1, keepdim=True) * delta
+            for site, eta, (own, u, delta) in zip(self.sites, self.eta, self.mapped(factors), strict=True)
+        }
 
     def forward(self, factors: Mapping[str, Factors]) -> dict[str, LowRank]:
         """One solution for each example."""
@@ -149,13 +152,6 @@ class Malmen(NormalisingEditor):
                     equations[name].add(own.u, values)
         dtype = self.eta.dtype
         return {name: LowRank.from_dense(own.change().to(dtype)) for name, own in equations.items()}
-
-    def nets_of_sites(self) -> Iterator[tuple[NormalisingNet, list[str]]]:
-        """Each shape's network with its sites."""
-        for key, members in self._members.items():
-            net = self.nets[key]
-            assert isinstance(net, NormalisingNet)
-            yield net, [self.sites[index].name for index in members]
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The networks and ``lambda`` at ``lr``, ``eta`` at ``scalar_lr * lr``."""

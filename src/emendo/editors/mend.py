@@ -33,7 +33,7 @@ Where the paper and the official code (eric-mitchell/mend) differ, and what is d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from emendo._settings import Settings, setting
 from emendo.editors._nets import LowRankBlock
 from emendo.editors._normalising import (
-    NormalisingEditor,
+    GroupedEditor,
     NormalisingNet,
     statistics_on_setting,
     statistics_setting,
@@ -112,7 +112,7 @@ class _Network(NormalisingNet):
         return rows
 
 
-class Mend(NormalisingEditor):
+class Mend(GroupedEditor):
     """The MEND editor; the module's docstring has its equations."""
 
     name = "mend"
@@ -123,11 +123,11 @@ class Mend(NormalisingEditor):
         self, sites: tuple[Site, ...], config: MendConfig | None = None, fingerprint: str = ""
     ) -> None:
         super().__init__(sites, config, fingerprint)
-        self._members = group_sites(sites, shared=self.config.shared)  # network -> indices of its sites
+        self.members = group_sites(sites, shared=self.config.shared)
         self.nets = nn.ModuleDict(
             {
                 key: _Network(sites[members[0]].shape, len(members) * self.config.shared, self.config)
-                for key, members in self._members.items()
+                for key, members in self.members.items()
             }
         )
         self.alpha = nn.Parameter(torch.full((len(sites),), float(self.config.alpha)))
@@ -137,21 +137,17 @@ class Mend(NormalisingEditor):
         """The setting of that name."""
         return self.config.first_token
 
+    @property
+    def networks(self) -> nn.ModuleDict:
+        """As in the base class."""
+        return self.nets
+
     def forward(self, factors: Mapping[str, Factors]) -> dict[str, LowRank]:
         """Transform every row and add up the rows of each example (Eq. 2)."""
-        changes: dict[int, LowRank] = {}
-        for key, members in self._members.items():
-            group = [factors[self.sites[index].name] for index in members]
-            for index, rows, (u, delta) in zip(members, group, self.nets[key](group), strict=True):
-                changes[index] = rows.lowrank(-self.alpha[index] * delta, u)
-        return {site.name: changes[index] for index, site in enumerate(self.sites)}
-
-    def nets_of_sites(self) -> Iterator[tuple[NormalisingNet, list[str]]]:
-        """Each shape's network with its sites."""
-        for key, members in self._members.items():
-            net = self.nets[key]
-            assert isinstance(net, NormalisingNet)
-            yield net, [self.sites[index].name for index in members]
+        return {
+            site.name: own.lowrank(-alpha * delta, u)
+            for site, alpha, (own, u, delta) in zip(self.sites, self.alpha, self.mapped(factors), strict=True)
+        }
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The networks at ``lr``, ``alpha`` at ``alpha_lr * lr``."""

@@ -18,7 +18,7 @@ Where it departs from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from emendo._settings import Settings, setting
 from emendo.editors._normalising import (
-    NormalisingEditor,
+    GroupedEditor,
     NormalisingNet,
     statistics_on_setting,
     statistics_setting,
@@ -66,7 +66,7 @@ class _Curvature(NormalisingNet):
         return list(zip(*mapped, strict=True))
 
 
-class MetaCurvature(NormalisingEditor):
+class MetaCurvature(GroupedEditor):
     """The meta-curvature editor; the module's docstring has its equation."""
 
     name = "meta-curvature"
@@ -77,27 +77,23 @@ class MetaCurvature(NormalisingEditor):
         self, sites: tuple[Site, ...], config: MetaCurvatureConfig | None = None, fingerprint: str = ""
     ) -> None:
         super().__init__(sites, config, fingerprint)
-        self._members = group_sites(sites, shared=self.config.shared)
+        self.members = group_sites(sites, shared=self.config.shared)
         self.curvature = nn.ModuleDict(
-            {key: _Curvature(sites[members[0]].shape, self.config) for key, members in self._members.items()}
+            {key: _Curvature(sites[members[0]].shape, self.config) for key, members in self.members.items()}
         )
         self.alpha = nn.Parameter(torch.full((len(sites),), float(self.config.alpha)))
 
+    @property
+    def networks(self) -> nn.ModuleDict:
+        """As in the base class."""
+        return self.curvature
+
     def forward(self, factors: Mapping[str, Factors]) -> dict[str, LowRank]:
         """Map every row and add up the rows of each example."""
-        changes: dict[int, LowRank] = {}
-        for key, members in self._members.items():
-            group = [factors[self.sites[index].name] for index in members]
-            for index, rows, (u, delta) in zip(members, group, self.curvature[key](group), strict=True):
-                changes[index] = rows.lowrank(-self.alpha[index] * delta, u)
-        return {site.name: changes[index] for index, site in enumerate(self.sites)}
-
-    def nets_of_sites(self) -> Iterator[tuple[NormalisingNet, list[str]]]:
-        """Each shape's pair of matrices with its sites."""
-        for key, members in self._members.items():
-            net = self.curvature[key]
-            assert isinstance(net, NormalisingNet)
-            yield net, [self.sites[index].name for index in members]
+        return {
+            site.name: own.lowrank(-alpha * delta, u)
+            for site, alpha, (own, u, delta) in zip(self.sites, self.alpha, self.mapped(factors), strict=True)
+        }
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The matrices at ``lr``, ``alpha`` at ``alpha_lr * lr``."""

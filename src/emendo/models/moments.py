@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emendo._storage import digest, local_path, new_file, read_tensors, reason, write_tensors
+from emendo._storage import cache_folder, digest, local_path, new_file, read_tensors, reason, write_tensors
 from emendo.errors import DataError, RequestError
 from emendo.models._sampling import own_passages
 from emendo.models.capture import capture
@@ -141,6 +141,17 @@ def kept_moments(
                 tensors = {"inputs": own.inputs, "outputs": own.outputs, "tokens": torch.tensor([own.tokens])}
                 write_tensors(temporary, tensors)
     return {site.name: found[site.name] for site in sites}
+
+
+def moments_over(lm: LM, sites: tuple[Site, ...], text: str) -> dict[str, Moments]:
+    """The moments of each matrix over a file of plain text, kept in the cache folder.
+
+    Args:
+        lm: a decoder.
+        sites: the matrices.
+        text: the file; empty for what the model writes itself.
+    """
+    return kept_moments(lm, sites, passages_of(text) if text else (), cache_folder() / "moments")
 
 
 def _read(file: Path) -> Moments:

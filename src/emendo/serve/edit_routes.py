@@ -11,9 +11,9 @@ from fastapi import APIRouter, HTTPException, Path, Query
 from emendo._storage import finite_values
 from emendo.errors import RequestError
 from emendo.ledger import Entry, Operation
+from emendo.memory import Choice
 from emendo.serve.editing import NewEdit
 from emendo.serve.schemas import (
-    ChoiceBody,
     EditBody,
     EditList,
     ErrorBody,
@@ -100,12 +100,12 @@ async def tag(body: NewTagBody, found: Found, caller: Editing) -> TagBody:
 
 
 @router.post("/v1/why")
-async def why(body: WhyBody, found: Found) -> ChoiceBody:
+async def why(body: WhyBody, found: Found) -> Choice:
     """Tell which edit answers a prompt, and why."""
     state = "head" if body.model is None else found.router.state(body.model)
     if not body.prompt.strip():
         raise RequestError("The prompt is empty.")
-    return ChoiceBody(**asdict(await found.router.why(body.prompt, state)))
+    return await found.router.why(body.prompt, state)
 
 
 def _counted(found: Found, step: Operation) -> StepBody:

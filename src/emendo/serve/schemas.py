@@ -244,15 +244,3 @@ class WhyBody(_Body):
     model_config = ConfigDict(extra="forbid")
     prompt: Text
     model: Name | None = None
-
-
-class ChoiceBody(BaseModel):
-    """Which edit answers a prompt, and why."""
-
-    prompt: str
-    edit: int | None
-    best: int | None
-    score: float
-    runner_up: int | None
-    runner_up_score: float
-    threshold: float
