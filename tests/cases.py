@@ -67,8 +67,13 @@ __all__ = [
 
 
 def in_slow_suite(*values: object, but: Container[object] = ()) -> list[object]:
-    """Values of a parameter that are tested in the slow suite, apart from some."""
-    return [value if value in but else pytest.param(value, marks=pytest.mark.slow) for value in values]
+    """Values of a parameter, or tuples for several, that are tested in the slow suite, apart from some."""
+    return [
+        value
+        if value in but
+        else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+        for value in values
+    ]
 
 
 class Recorded:

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 import emendo
-from cases import records, unchanged
+from cases import in_slow_suite, records, unchanged
 from emendo.cli import app
 from emendo.cli._app import COMMANDS
 from emendo.data import write_records
@@ -57,7 +57,9 @@ def folder(tiny_llama: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON)
+@pytest.mark.parametrize(
+    "page", in_slow_suite(*WITH_PYTHON, but=("README.md", "docs/edits.md", "docs/memory.md"))
+)
 def test_the_python_of_a_page_runs(page: str, folder: Path, tiny_llama: LM) -> None:
     editor = emendo.Editor.from_pretrained("runs/mine/editor")
     names: dict[str, object] = {

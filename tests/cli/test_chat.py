@@ -78,6 +78,7 @@ def test_evaluate_says_how_it_asked(emendo_command: Emendo, run: Path, facts: Pa
     assert "chat template" in (out / "summary.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default::emendo.errors.FramingWarning")
 def test_an_editor_on_prompts_that_it_was_not_trained_on(
     emendo_command: Emendo, run: Path, trained: Path, facts: Path, tmp_path: Path
@@ -98,6 +99,7 @@ def test_resuming_with_other_prompts(emendo_command: Emendo, trained: Path) -> N
     assert "was started with another chat" in said
 
 
+@pytest.mark.slow
 def test_the_guard_asks_an_edit_as_it_was_made(
     emendo_command: Emendo, instruct: Path, tmp_path: Path
 ) -> None:

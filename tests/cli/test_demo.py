@@ -121,6 +121,7 @@ def test_its_edit_and_its_editor_can_be_used(
     emendo_command("edit", "--editor", out, "The capital of France is", "Lyon", "--out", tmp_path / "my-edit")
 
 
+@pytest.mark.slow
 def test_the_example_is_learnt_from_nowhere() -> None:
     shown = {measuring.EXAMPLE, *measuring.NEIGHBOURS}
     subjects = {r.subject for r in read_records("atlas", split="test") if r.id in shown}
@@ -182,6 +183,7 @@ def on_the_shelf(finished: tuple[Path, Answer], tmp_path: Path, monkeypatch: pyt
     return "mend-tiny"
 
 
+@pytest.mark.slow
 def test_with_an_editor_that_ships_nothing_is_trained(
     demo: Any, on_the_shelf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_what_is_not_there(
     assert message in emendo_command("evaluate", "show", measured, *more, code=2).err
 
 
+@pytest.mark.slow
 def test_two_runs_side_by_side(
     emendo_command: Emendo, options, measured: Path, facts: Path, tmp_path: Path
 ) -> None:
@@ -137,6 +138,7 @@ def test_tasks_of_the_harness(emendo_command: Emendo, options, monkeypatch: pyte
     assert "nowhere is no folder" in emendo_command("evaluate", *options, *nowhere, code=2).err
 
 
+@pytest.mark.slow
 def test_damage_is_looked_for_unless_it_is_not_wanted(
     emendo_command: Emendo, options, tmp_path: Path
 ) -> None:

@@ -145,6 +145,7 @@ def test_the_log_shows_the_latest_steps(emendo_command: Emendo, own: Path) -> No
     assert len(emendo_command("log", "--model", own, "--limit", 3, "--json").json["operations"]) == 3
 
 
+@pytest.mark.slow
 def test_a_fact_edited_twice_is_said(emendo_command: Emendo, own: Path, edits: list[Path]) -> None:
     emendo_command("apply", edits[0], *LOOSE)
     second = emendo_command("apply", edits[1], *LOOSE)
@@ -154,6 +155,7 @@ def test_a_fact_edited_twice_is_said(emendo_command: Emendo, own: Path, edits: l
     assert [step["same_prompt_as"] for step in found] == [[], [1]]
 
 
+@pytest.mark.slow
 def test_old_names_of_limits_work_with_a_warning(
     emendo_command: Emendo, own: Path, edits: list[Path]
 ) -> None:
@@ -236,6 +238,7 @@ def test_bad_options_of_the_guard(
     )
 
 
+@pytest.mark.slow
 def test_the_users_own_probes_and_text(
     emendo_command: Emendo, own: Path, edits: list[Path], tmp_path: Path
 ) -> None:

@@ -245,6 +245,7 @@ def test_changed_data_cannot_be_resumed(
     assert "are not those" in emendo_command("train", "--resume", "--out", out, code=2).err
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_anything_is_saved(
     emendo_command, model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Path
 ) -> None:
@@ -327,6 +328,7 @@ def test_the_format_that_is_fastest_here_is_taken_and_named(
     assert evaluated.json
 
 
+@pytest.mark.slow
 def test_a_preset(emendo_command, tmp_path: Path) -> None:
     lm = build_lm("gpt2", n_layer=6)
     lm.model.save_pretrained(tmp_path / "model")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cases import build_lm, records_for
+from cases import build_lm, in_slow_suite, records_for
 from cli.samples import Emendo
 from emendo import Edit, load
 from emendo.cli._options import TRAINED, UNTRAINED
@@ -47,6 +47,9 @@ LIKE_FT = (
     "crisp",
     "memit",
     "alphaedit",
+    "repair",
+    "k-adapter",
+    "lora",
 )
 """Methods whose way through the commands is that of ft."""
 
@@ -86,7 +89,7 @@ def test_from_the_edit_to_its_use(emendo_command: Emendo, model: Path, tmp_path:
         assert shown["after"] == edited.generate(PROMPT, 4)
 
 
-@pytest.mark.parametrize("name", ["ft", "rome", "cache", "in-context"])
+@pytest.mark.parametrize("name", ["rome", *in_slow_suite("ft", "cache", "in-context")])
 def test_evaluate(emendo_command: Emendo, model: Path, facts: Path, name: str) -> None:
     command = (
         "evaluate",
@@ -204,6 +207,7 @@ def test_a_folder_with_a_methods_name(
         assert type(read_edit(tmp_path / f"{name}-edit")) is kind
 
 
+@pytest.mark.slow
 def test_an_edit_of_a_model_that_was_trained_itself(
     emendo_command: Emendo, model: Path, facts: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from emendo.data import atlas, read_records, write_records
 from emendo.data.portability import NAMED, REVERSED, with_consequences
 
@@ -17,6 +19,7 @@ def asked(relation: str, subject: str) -> tuple[str, dict[str, list[tuple[str, s
     return full.target, found
 
 
+@pytest.mark.slow
 def test_a_capital() -> None:
     target, found = asked("country_capital", "Norway")
     assert found["reversed"] == [(f"{target} is the capital of", "Norway")]

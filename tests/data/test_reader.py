@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from cases import in_slow_suite
 from emendo.data import Record, _json, _reader, read_records, records, stream_records
 from emendo.errors import DataError
 
@@ -224,7 +225,7 @@ class Counted(io.BufferedReader):
         super().__init__(raw)
 
 
-@pytest.mark.parametrize("form", ["lines", "array", "table"])
+@pytest.mark.parametrize("form", ["lines", *in_slow_suite("array", "table")])
 def test_reading_takes_flat_memory(form: str, tmp_path: Path) -> None:
     content = forms(1000)[form]
     sizes = []

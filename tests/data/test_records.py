@@ -258,7 +258,7 @@ RECORDS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(records=st.lists(RECORDS, min_size=1, max_size=4))
 def test_round_trip(tmp_path: Path, records: list[Record]) -> None:
     path = tmp_path / "records.jsonl"

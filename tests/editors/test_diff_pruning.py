@@ -111,6 +111,7 @@ def test_it_is_plain_descent_on_entries_and_gates(exact: LM) -> None:
         torch.testing.assert_close(found[name].dense(), expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_larger_coefficient_leaves_fewer_entries(exact: LM) -> None:
     facts, sites, kept = facts_of(exact, 2), find_sites(exact.model), []
     for coefficient in (1e-6, 1e-3, 10.0):

@@ -28,7 +28,19 @@ KINDS = {"llama": {"num_hidden_layers": 3}, "t5-gated": {"num_layers": 2}, "bert
 ALL = [(name, kind) for name in EDITORS for kind in KINDS]
 REFUSED = [(name, kind) for name, kind in ALL if ARCHITECTURES[kind].kind in EDITOR_CASES[name].refuses]
 CELLS = [cell for cell in ALL if cell not in REFUSED]
-ALIKE = ("meta-curvature", "meta-sgd", "ft-kl", "ft-constrained", "ft-penalised", "diff-pruning", "ewc")
+ALIKE = (
+    "meta-curvature",
+    "meta-sgd",
+    "malmen",
+    "ft-kl",
+    "ft-constrained",
+    "ft-penalised",
+    "diff-pruning",
+    "ewc",
+    "crisp",
+    "alphaedit",
+    "repair",
+)
 """Methods that make an edit as another one does; on other models than decoders in the slow suite."""
 FAST = TrainConfig(steps=2, batch=1, lr=1e-3, warmup=0)
 
@@ -174,17 +186,17 @@ def test_it_changes_the_answer_and_is_undone_bit_for_bit(ready: Ready) -> None:
         assert nll(ready.lm, after, fact) < nll(ready.lm, before, fact)
 
 
-def test_several_facts_make_one_edit(ready: Ready) -> None:
-    before = answers(ready.host, ready.facts)
-    with unchanged(ready.lm.model):
-        edit = ready.editor.edit(ready.lm, ready.facts)
-        after = edited(ready, edit, ready.facts)
-    assert edit.origin.requests == tuple(ready.facts)
+def test_several_facts_make_one_edit(sample: Ready) -> None:
+    before = answers(sample.host, sample.facts)
+    with unchanged(sample.lm.model):
+        edit = sample.editor.edit(sample.lm, sample.facts)
+        after = edited(sample, edit, sample.facts)
+    assert edit.origin.requests == tuple(sample.facts)
     assert after.isfinite().all()
     size = 1e-3 * before.abs().max()
     assert all((a - b).abs().max() > size for a, b in zip(after, before, strict=True))
-    pairs = [(fact.prompt, fact.target) for fact in ready.facts]
-    assert torch.equal(edited(ready, ready.editor.edit(ready.lm, pairs), ready.facts), after)
+    pairs = [(fact.prompt, fact.target) for fact in sample.facts]
+    assert torch.equal(edited(sample, sample.editor.edit(sample.lm, pairs), sample.facts), after)
 
 
 def test_separate_edits_in_one_batch_are_those_made_alone(sample: Ready) -> None:

@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 from torch.func import functional_call
 
-from cases import build_lm, plain_logits, records_for, unchanged
+from cases import build_lm, in_slow_suite, plain_logits, records_for, unchanged
 from emendo.editors.repair import Decoupled, Repair, RepairConfig
 from emendo.edits.edit import Edit, Request
 from emendo.errors import RequestError
@@ -144,7 +144,7 @@ def test_no_smaller_change_satisfies_all_constraints(norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("kind", ["gpt2", "t5-gated", "bert"])
+@pytest.mark.parametrize("kind", ["bert", *in_slow_suite("gpt2", "t5-gated")])
 def test_the_guarantee_and_what_the_true_network_does(kind: str, norm: str) -> None:
     lm = build_lm(kind, torch.float64)
     facts, editor = facts_of(lm, 1 if kind == "bert" else 2), make(lm, norm=norm)

@@ -125,6 +125,7 @@ def test_solves_the_equations(lm: LM) -> None:
     assert 0 < fused.card["fused"]["error"] < 1
 
 
+@pytest.mark.slow
 def test_gradients_weigh_the_outputs_too() -> None:
     lm = build_lm("gpt2", torch.float64)
     edits = make_edits(lm)

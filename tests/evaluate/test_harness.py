@@ -133,6 +133,7 @@ def test_of_several_facts_at_once_the_first_edit_is_asked(tiny_llama: LM, tmp_pa
     assert [json.loads(line)["side"] for line in lines] == ["before", "after"]
 
 
+@pytest.mark.slow
 def test_what_is_not_measured_is_said(tiny_llama: LM) -> None:
     asks = Spoken(["capitals"])
     alone = evaluate(tiny_llama, editor(tiny_llama), records(1), generated=False, harness=asks)

@@ -66,6 +66,7 @@ def test_random_changes_are_bad_by_every_protocol() -> None:
     assert not 0.7 < seen["mean"] / seen["clean"] < 1.4  # a model that knows nothing may be worse than chance
 
 
+@pytest.mark.slow
 def test_the_same_figures_twice() -> None:
     lm, chosen = build_lm("gpt2"), records(4)
     runs = [evaluate(lm, Random(find_sites(lm.model)), chosen, damage=damage()).as_dict() for _ in range(2)]

@@ -177,6 +177,7 @@ class Insistent(Mend):
         return total
 
 
+@pytest.mark.slow
 def test_an_editor_that_insists_succeeds(tiny_llama: LM) -> None:
     editor = Insistent(find_sites(tiny_llama.model, last=2), MendConfig(rank=2)).eval()
     found = evaluate(tiny_llama, editor, records(4), batch=2).as_dict()

@@ -220,6 +220,7 @@ def test_what_the_gate_refuses_is_taken_off_and_asked_for_all_the_same(tiny_llam
         evaluate_sequence(tiny_llama, Cache((), CacheConfig()), chosen, gate=gate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name"), [("llama", "mend"), pytest.param("gpt2", "ft", marks=pytest.mark.slow)]
 )

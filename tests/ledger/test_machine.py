@@ -127,4 +127,4 @@ class Steps(RuleBasedStateMachine):
 
 
 TestSteps = Steps.TestCase
-TestSteps.settings = settings(max_examples=10, stateful_step_count=15)
+TestSteps.settings = settings(max_examples=6, stateful_step_count=15)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import NullPool, create_engine, text
 
+from cases import in_slow_suite
 from emendo.errors import MismatchError, StorageError
 from emendo.ledger import Ledger
 from emendo.ledger import _database as database
@@ -96,14 +97,16 @@ def _sql(server: str, *statements: str) -> None:
     [
         unit.test_apply_keeps_the_bytes_and_what_is_known,
         unit.test_undo_takes_the_last_off,
-        unit.test_revert_takes_any_off,
-        unit.test_an_edit_put_on_again_keeps_its_number,
-        unit.test_later_upon_names_those_computed_in_its_presence,
-        unit.test_tags_checkout_and_diff,
-        unit.test_the_log_is_the_latest_first,
-        unit.test_checks_belong_to_an_operation,
-        unit.test_a_step_decided_upon_an_older_state,
-        unit.test_undo_of_nothing,
+        *in_slow_suite(
+            unit.test_revert_takes_any_off,
+            unit.test_an_edit_put_on_again_keeps_its_number,
+            unit.test_later_upon_names_those_computed_in_its_presence,
+            unit.test_tags_checkout_and_diff,
+            unit.test_the_log_is_the_latest_first,
+            unit.test_checks_belong_to_an_operation,
+            unit.test_a_step_decided_upon_an_older_state,
+            unit.test_undo_of_nothing,
+        ),
     ],
 )
 def test_steps_and_questions(url: str, scenario: Callable[[Ledger], None]) -> None:
@@ -161,6 +164,7 @@ def test_stopped_and_killed_inside_a_transaction(url: str) -> None:
     run("stop_inside", url)
 
 
+@pytest.mark.slow
 def test_without_the_lock_the_keys_tell(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger.create(url, FINGERPRINT, "tiny")
     monkeypatch.setattr(database, "_LOCK", "(random() * 1e9)::bigint")  # everybody takes another one

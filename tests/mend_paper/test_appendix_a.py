@@ -64,6 +64,7 @@ def test_every_variant_is_trained_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp
     assert drawn == figure(found).decode()
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_prints(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,7 @@ def out(emendo_command: Emendo, tiny_preset: None, tmp_path_factory: pytest.Temp
     return folder
 
 
+@pytest.mark.slow
 def test_pages_are_written(out: Path) -> None:
     html, text, table = ((out / f"compare.{kind}").read_text() for kind in ("html", "md", "csv"))
     assert "<svg" in html

@@ -14,7 +14,7 @@ from reproduction.mend_paper.figures import PROTOCOL, figures
 from reproduction.mend_paper.measure import PASSAGE_TOKENS, PASSAGES, measure
 from torch import Tensor
 
-from cases import Recorded, build_lm, plain_logits, records_for, unchanged
+from cases import Recorded, build_lm, in_slow_suite, plain_logits, records_for, unchanged
 from emendo.data import Record
 from emendo.editors import Editor
 from emendo.editors.enn import Enn, EnnConfig
@@ -83,7 +83,7 @@ class Slow:
     [
         ("gpt2", mend, 1),
         pytest.param("gpt2", enn, 2, marks=pytest.mark.slow),
-        ("t5", mend, 2),
+        pytest.param("t5", mend, 2, marks=pytest.mark.slow),
         pytest.param("t5", enn, 1, marks=pytest.mark.slow),
         pytest.param("bert", mend, 1, marks=pytest.mark.slow),
         ("bert", enn, 2),
@@ -142,7 +142,7 @@ def test_figures_of_prompts(kind: str, make: Any, k: int) -> None:
     assert {name for name in found if name not in PROTOCOL} <= {"accuracy_before", "accuracy_after"}
 
 
-@pytest.mark.parametrize("make", [mend, enn])
+@pytest.mark.parametrize("make", [mend, *in_slow_suite(enn)])
 def test_figures_of_passages(make: Any) -> None:
     lm = build_lm("llama")
     editor, facts = make(lm), [Record(r.prompt, r.target) for r in records_for(lm, 3)]

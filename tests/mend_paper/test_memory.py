@@ -46,6 +46,7 @@ def test_a_random_model_of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.shape[-1] == len(like.tokenizer)
 
 
+@pytest.mark.slow
 def test_the_most_that_was_held_counts_what_is_gone() -> None:
     size = int(highest_resident()) + 100  # MB, more than was ever held
     block = bytearray(size * 2**20)

@@ -84,6 +84,7 @@ def test_the_losses_of_enn_and_the_statistics_of_mend_make_rows(tmp_path: Path) 
     assert len(set(task_losses)) == len(OBJECTIVES)
 
 
+@pytest.mark.slow
 def test_nothing_is_done_twice(tmp_path: Path) -> None:
     first, second = Log(), Log()
     Runner(Folder(tmp_path), Tiny(), first).run([mend(), mend(facts=2), mend(seed=1), mend()])
@@ -173,6 +174,7 @@ def test_a_repair_changes_its_own_matrix(tmp_path: Path) -> None:
     assert result.figures["relative_norm"].mean > 0.0
 
 
+@pytest.mark.slow
 def test_the_radius_of_a_cache_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[str] = []
 
@@ -209,6 +211,7 @@ def test_the_start_follows_from_the_seed(tmp_path: Path) -> None:
         assert result.figures["relative_norm"] == b[plan].figures["relative_norm"]
 
 
+@pytest.mark.slow
 def test_memory_is_measured_elsewhere_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cases import build_lm, records, unchanged
+from cases import build_lm, in_slow_suite, records, unchanged
 from damage import full_disk
 from emendo.editors.mend import Mend, MendConfig
 from emendo.editors.objective import Outcome
@@ -99,11 +99,8 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("step", "how"),
     [
-        (1, "ctrl-c"),
-        pytest.param(3, "ctrl-c", marks=pytest.mark.slow),
         (8, "ctrl-c"),
-        (7, "crash"),
-        pytest.param(12, "ctrl-c", marks=pytest.mark.slow),
+        *in_slow_suite((1, "ctrl-c"), (3, "ctrl-c"), (12, "ctrl-c"), (7, "crash")),
     ],
 )
 def test_a_resumed_run_equals_one_that_was_never_stopped(lab: Lab, step: int, how: str) -> None:
@@ -202,6 +199,7 @@ def test_resuming_what_has_finished_changes_nothing(lab: Lab, losses: tuple[floa
     alike(whole, lab.train("run", config, resume=True))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_its_time_on(lab: Lab) -> None:
     lab.interrupted("stopped", 4, "ctrl-c")
     with safe_open(lab.root / "stopped" / checkpoint.FILE, framework="pt") as file:

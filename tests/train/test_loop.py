@@ -141,6 +141,7 @@ def test_without_validation_records_the_last_editor_comes_back(lm: LM) -> None:
     assert not any("validation loss" in row for row in result.history)
 
 
+@pytest.mark.slow
 def test_validation_feeds_no_statistics(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter(range(100, 0, -1))  # the last one is the best
     real = loop.validation_step
@@ -178,6 +179,7 @@ def test_the_time_limit_stops_and_shapes_the_schedule(lm: LM, monkeypatch: pytes
     assert rates[0] > 0.9 * CONFIG.lr and rates[-1] < 0.1 * CONFIG.lr
 
 
+@pytest.mark.slow
 def test_the_learning_rate_rises_then_falls_to_two_percent(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[tuple[float, float]] = []
     monkeypatch.setattr(

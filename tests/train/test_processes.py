@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cases import EDITOR_CASES, build_lm, records
+from cases import EDITOR_CASES, build_lm, in_slow_suite, records
 from emendo.editors import GradientEditor, trained_class
 from emendo.editors._nets import RunningStats
 from emendo.editors.objective import Episode, Outcome
@@ -75,7 +75,7 @@ def same(one: TrainResult, other: TrainResult) -> None:
         assert row == pytest.approx(known, rel=1e-5, abs=1e-9)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, *in_slow_suite(3, 4)])
 def test_the_editor_does_not_depend_on_the_number_of_processes(size: int) -> None:
     alone = run(World())
     for found in shared(size, run):
@@ -87,9 +87,7 @@ def test_the_editor_does_not_depend_on_the_number_of_processes(size: int) -> Non
     ("name", "settings"),
     [
         ("mend", {"statistics": "train-set", "statistics_on": 13}),  # a chunk that cannot be divided
-        ("ke", {"objective": "constrained"}),
-        ("enn", {}),
-        ("meta-sgd", {}),
+        *in_slow_suite(("ke", {"objective": "constrained"}), ("enn", {}), ("meta-sgd", {})),
     ],
 )
 def test_every_kind_of_editor(name: str, settings: dict[str, Any]) -> None:
@@ -217,7 +215,7 @@ class _Stopping(Thread):
         return super().gather(values)
 
 
-@pytest.mark.parametrize("at", [15, 19, 29, 39])
+@pytest.mark.parametrize("at", [19, *in_slow_suite(15, 29, 39)])
 def test_the_loss_of_a_process_leaves_a_run_that_can_be_resumed(tmp_path: Path, at: int) -> None:
     alone = run(World(), out=tmp_path / "alone")
 
