@@ -20,6 +20,7 @@ from cli.samples import BRIEF, SHORT
 from emendo import Editor
 from emendo.cli._console import Interrupted
 from emendo.data import read_records, write_records
+from emendo.models import streaming, trunk_cache
 from emendo.train import loop
 from emendo.train.presets import MODELS
 
@@ -348,3 +349,23 @@ def test_a_preset(emendo_command, tmp_path: Path) -> None:
         "train", "--preset", "mend/gpt2", "--editor", "ke", "--out", tmp_path / "other", code=2
     )
     assert "leave --editor out" in said.err
+
+
+def test_offloaded_blocks(emendo_command, model: Path, facts: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("All of this is one long line of plain text to keep as it is.\n")
+    asked = ("train", "--model", model, "--data", facts, *BRIEF)
+    said = emendo_command(*asked, "--offload", "--out", tmp_path / "without", code=2)
+    assert "--text FILE" in said.err
+    with pytest.MonkeyPatch.context() as patch:
+        read: list[int] = []
+        real = streaming.stream
+        patch.setattr(
+            trunk_cache, "stream", lambda trunk, *rest: read.append(trunk.block) or real(trunk, *rest)
+        )
+        emendo_command(*asked, "--offload", "--text", text, "--out", tmp_path / "run")
+    assert read
+    emendo_command(*asked, "--text", text, "--out", tmp_path / "whole")
+    first, second = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=1e-4, atol=1e-6)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from emendo._storage import cache_folder
 from emendo.cli._console import complain, note, status
 from emendo.cli._runs import editor_folder
@@ -31,8 +33,16 @@ def load_model(
     device: str | None = None,
     *,
     chat: bool = False,
+    offload: bool = False,
 ) -> LM:
     """Load a model, and print a note if that takes long.
+
+    Args:
+        name: of the model.
+        dtype: of its weights.
+        device: where it runs; ``"auto"`` spreads it over GPUs, memory and disk.
+        chat: put prompts into the chat template.
+        offload: leave its blocks in its files.
 
     Raises:
         ModelError: there is no such model, or it has no chat template and ``chat`` asks for it.
@@ -40,8 +50,10 @@ def load_model(
     """
     if name in BUILT_IN and not (cache_folder() / "models" / name / "config.json").exists():
         note(f"Converting {name} for the first time (about half a minute; kept in {cache_folder()}).")
+    spread = "disk" if offload else "auto" if device == "auto" else None
+    place = None if device == "auto" else device
     with status(f"Loading the model {name}"):
-        return load(name, dtype=dtype, device=device, chat=chat)
+        return load(name, dtype=dtype, device=place, chat=chat, device_map=spread)
 
 
 def named_dtype(dtype: str, device: str | None) -> str:
@@ -52,7 +64,9 @@ def named_dtype(dtype: str, device: str | None) -> str:
     """
     if dtype != "fastest":
         return dtype
-    found = fastest_dtype(usable_device(device or "cpu"))
+    if device in (None, "auto"):
+        device = "cuda" if device and torch.cuda.is_available() else "cpu"
+    found = fastest_dtype(usable_device(device))
     if found != "float32":
         note(f"The model is loaded in {found}, which multiplies fastest here; --dtype float32 is exact.")
     return found

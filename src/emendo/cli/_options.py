@@ -31,7 +31,10 @@ Dtype = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="DEVICE", help="Where the model runs: cpu, cuda, cuda:1.  [default: cpu]"
+        "--device",
+        metavar="DEVICE",
+        help="Where the model runs: cpu, cuda, cuda:1; or auto, which fills GPUs, then memory, then reads the rest "
+        "from disk.  [default: cpu]",
     ),
 ]
 _CHAT = (

@@ -37,6 +37,7 @@ class RunSettings:
         last: the value of ``--last``.
         training: all of :class:`emendo.train.TrainConfig`.
         chat: put prompts into the model's chat template.
+        offload: leave the model's blocks in its files.
     """
 
     model: str
@@ -53,6 +54,7 @@ class RunSettings:
     last: int | None
     training: dict[str, Any]
     chat: bool = False
+    offload: bool = False
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> RunSettings:
@@ -84,6 +86,7 @@ class RunSettings:
             last=got.get("last"),
             training=asdict(TrainConfig(**training)),
             chat=got.get("chat", False),
+            offload=got.get("offload", False),
         )
 
     @property

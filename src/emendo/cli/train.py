@@ -55,6 +55,14 @@ SkipBad = Annotated[
         "--skip-bad", help="Leave out malformed records and report their number, instead of stopping."
     ),
 ]
+Offload = Annotated[
+    bool,
+    typer.Option(
+        "--offload",
+        help="For a model larger than memory: leave its blocks in its files. The frozen ones are read once an epoch, "
+        "one at a time; the edited ones, the embeddings and the vocabulary projection are in memory.",
+    ),
+]
 Preset = Annotated[
     str | None,
     typer.Option(
@@ -106,6 +114,7 @@ def run(
     skip_bad: SkipBad = False,
     dtype: opt.Dtype = "fastest",
     device: opt.Device = None,
+    offload: Offload = False,
     editor: opt.Method = "mend",
     rank: opt.Rank = None,
     settings: opt.Settings = None,
@@ -147,7 +156,8 @@ def run(
             note(f"The run in {out} has already finished.")
         else:
             wanted = the_run.settings
-            lm = load_model(wanted.model, wanted.dtype, world.device(wanted.device), chat=wanted.chat)
+            place = world.device(wanted.device)
+            lm = load_model(wanted.model, wanted.dtype, place, chat=wanted.chat, offload=wanted.offload)
             the_run = carry_out(the_run, lm, world)
     if not world.main:
         return

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emendo.models.lm import LM
+from emendo.models.offloading import refuse_offloaded
 from emendo.models.sites import Site
 from emendo.models.text import Text, collate
 from emendo.models.trunk import Trunk
@@ -73,7 +74,11 @@ def trained_copy(model: nn.Module, own: Mapping[str, nn.Parameter]) -> nn.Module
     """A copy of the model whose parameters named in ``own`` are replaced; the others are frozen and share its memory.
 
     Parameters in half precision become float32, in memory of their own.
+
+    Raises:
+        RequestError: some weights of the model are offloaded.
     """
+    refuse_offloaded(model, "A method that trains the model's own weights")
     parameters: dict[int, Any] = {}  # by id of the original, as deepcopy expects it
     for name, parameter in model.named_parameters():
         parameters[id(parameter)] = (

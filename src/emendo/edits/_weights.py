@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from emendo.errors import ModelError, RequestError
 from emendo.low_rank import Deltas
+from emendo.models.offloading import refuse_offloaded, weight_of
 from emendo.models.sites import all_sites
 
 _ROWS = 1024  # of an identity matrix that go through a packed matrix at once
@@ -61,7 +62,9 @@ def merge(model: nn.Module, deltas: Deltas, *, keep: bool = True) -> Merged:
 
     Raises:
         ModelError: a matrix is quantised, so that nothing can be added to it, or does not exist.
+        RequestError: some weights of the model are offloaded.
     """
+    refuse_offloaded(model, "Merging an edit")
     sites = {site.name: site for site in all_sites(model)}
     weights = {}
     for name, delta in deltas.items():
@@ -111,7 +114,7 @@ def weight_norm(module: nn.Module, shape: tuple[int, int]) -> float:
         module: a linear layer.
         shape: its ``(d_in, d_out)``.
     """
-    weight = getattr(module, "weight", None)
+    weight = weight_of(module) if hasattr(module, "weight") else None
     if isinstance(weight, Tensor) and _is_plain(weight) and sorted(weight.shape) == sorted(shape):
         return float(torch.linalg.vector_norm(weight, dtype=torch.float64))
     tensors = [*module.parameters(), *module.buffers()]

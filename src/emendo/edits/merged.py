@@ -16,6 +16,7 @@ from emendo.edits._weights import Merged, merge
 from emendo.edits.edit import Edit
 from emendo.errors import ModelError
 from emendo.models.lm import LM
+from emendo.models.offloading import refuse_offloaded
 
 
 def to_merged(
@@ -38,11 +39,12 @@ def to_merged(
     Raises:
         MismatchError: the edit belongs to another model.
         ModelError: a matrix is quantised, or transformers cannot save the model.
-        RequestError: the edit holds NaN or infinite numbers.
+        RequestError: the edit holds NaN or infinite numbers, or weights of the model are offloaded.
         StorageError: the folder is not empty, or cannot be written.
     """
     edit.check(lm)
     edit.check_numbers()
+    refuse_offloaded(lm.model, "Merging an edit")
     with new_folder(folder, CHECKPOINT, overwrite=overwrite) as new:
         if dtype is None or dtype == lm.model.dtype:
             merged = merge(lm.model, edit.deltas)

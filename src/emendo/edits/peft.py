@@ -43,6 +43,7 @@ from emendo.errors import MismatchError, ModelError, RequestError, StorageError
 from emendo.low_rank import LowRank
 from emendo.models._experts import ExpertMatrix
 from emendo.models.lm import LM
+from emendo.models.offloading import refuse_offloaded
 from emendo.models.sites import all_sites
 
 _PREFIX = "base_model.model."
@@ -238,6 +239,7 @@ def _failed(edit: Edit, lm: LM, why: str) -> str:
 @contextmanager
 def _sharing_copy(model: Any) -> Iterator[Any]:
     """A copy of a model's modules that shares all of its tensors; their ``requires_grad`` is restored afterwards."""
+    refuse_offloaded(model, "Exporting a PEFT adapter")
     tensors = [*model.parameters(), *model.buffers()]
     flags = [tensor.requires_grad for tensor in tensors]
     try:

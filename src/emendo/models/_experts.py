@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emendo.models.offloading import is_offloaded, weight_of
+
 
 class ExpertMatrix(nn.Module):
     """One expert's matrix.
@@ -38,8 +40,7 @@ class ExpertMatrix(nn.Module):
     @property
     def weight(self) -> Tensor:
         """``[d_out, d_in]``, or ``[d_in, d_out]`` where the mixture stores it transposed; a view."""
-        weight: Tensor = getattr(self.experts, self.name)[self.index]
-        return weight
+        return weight_of(self.experts, self.name)[self.index]
 
     @property
     def transposed(self) -> bool:
@@ -49,7 +50,7 @@ class ExpertMatrix(nn.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """``(d_in, d_out)``."""
-        first, second = self.weight.shape
+        first, second = getattr(self.experts, self.name).shape[1:]
         return (first, second) if self.transposed else (second, first)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +69,10 @@ def open_experts(model: nn.Module) -> None:
             experts.add_module(
                 str(index), nn.ModuleDict({name: ExpertMatrix(experts, name, index) for name in names})
             )
-        experts.forward = partial(_forward, experts)
+        run = (
+            "_old_forward" if is_offloaded(experts) else "forward"
+        )  # the first runs once the weights are there
+        setattr(experts, run, partial(_forward, experts))
 
 
 def _parameters(module: nn.Module) -> list[str]:

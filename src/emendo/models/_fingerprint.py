@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,9 +30,11 @@ from torch import Tensor, nn
 
 from emendo._storage import digest, new_file, read_json, write_json
 from emendo.errors import StorageError
+from emendo.models.offloading import named_weights
 
 _SAMPLE = 1024  # values of each parameter
 _CHUNK = 2**22  # values hashed at once
+_CHUNKS = 32  # in memory at one time, if the weights are offloaded
 _WORTH_CACHING = 2**26  # bytes of weights; smaller models are hashed faster than a file is written
 
 _COSMETIC = {
@@ -113,7 +116,7 @@ def difference(one: str, other: str) -> str:
 @torch.no_grad()
 def _sample(model: nn.Module) -> str:
     found = hashlib.blake2b(digest_size=8)
-    for name, tensor in model.named_parameters():
+    for name, tensor in named_weights(model):
         found.update(f"{name}{tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
         found.update(_bytes(flat[:: max(1, len(flat) // _SAMPLE)]))
@@ -152,18 +155,20 @@ def _cached(
 
 
 def _versions(model: nn.Module) -> tuple[int, ...]:
-    return tuple(0 if p.is_inference() else p._version for p in model.parameters())
+    return tuple(0 if p.is_meta or p.is_inference() else p._version for p in model.parameters())
 
 
 @torch.no_grad()
 def _weights(model: nn.Module) -> str:
     """Hash every value, on all cores: hashing releases Python's lock."""
-    chunks = [
-        chunk for _, tensor in model.named_parameters() for chunk in tensor.detach().reshape(-1).split(_CHUNK)
-    ]
+    chunks = (
+        chunk for _, tensor in named_weights(model) for chunk in tensor.detach().reshape(-1).split(_CHUNK)
+    )
+    digests: list[bytes] = []
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda chunk: hashlib.blake2b(_bytes(chunk), digest_size=16).digest(), chunks)
-        return hashlib.blake2b(b"".join(digests), digest_size=8).hexdigest()
+        while some := list(islice(chunks, _CHUNKS)):
+            digests += pool.map(lambda chunk: hashlib.blake2b(_bytes(chunk), digest_size=16).digest(), some)
+    return hashlib.blake2b(b"".join(digests), digest_size=8).hexdigest()
 
 
 def _settings(value: Any) -> Any:

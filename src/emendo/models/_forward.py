@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from emendo.errors import ModelError
-from emendo.models.sites import kind_of
+from emendo.models.sites import input_device, kind_of
 from emendo.models.text import TokenBatch
 
 
@@ -31,7 +31,7 @@ def model_inputs(model: nn.Module, batch: TokenBatch, *, positions: bool = False
         batch: the texts.
         positions: pass ``position_ids`` where the batch is padded on the left.
     """
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(model)
     pad = getattr(model.config, "pad_token_id", None) or 0
 
     def tokens(ids: Tensor, mask: Tensor) -> Tensor:  # some models find the text's end by the padding id

@@ -18,6 +18,7 @@ from emendo._storage import digest, new_file, read_json, write_json
 from emendo.errors import TrainingError
 from emendo.models._forward import contiguous_projection
 from emendo.models.lm import LM
+from emendo.models.offloading import is_offloaded
 
 PASSAGE_TOKENS = 32
 PASSAGES_PER_BATCH = 64
@@ -36,7 +37,8 @@ def own_passages(lm: LM, count: int, folder: Path | None = None) -> list[str]:
         folder: where to cache them; None caches nothing.
 
     Raises:
-        TrainingError: the tokenizer has no begin or end token to start from.
+        TrainingError: the tokenizer has no begin or end token to start from, or weights of the model are offloaded,
+            which would be read again for each token.
     """
     file = None if folder is None else folder / f"{_cache_key(lm)}.json"
     passages: list[str] = read_json(file)["passages"] if file is not None and file.exists() else []
@@ -54,6 +56,11 @@ def _cache_key(lm: LM) -> str:
 
 def _write_passages(lm: LM, count: int) -> list[str]:
     tokenizer = lm.tokenizer
+    if is_offloaded(lm.model):
+        raise TrainingError(
+            f"Parts of {lm.name} would be read again for each token that it writes, which takes too long: give plain "
+            "text to preserve with --text FILE, or none with --text-examples 0."
+        )
     first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
     if first is None:
         raise TrainingError(

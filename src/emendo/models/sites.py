@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from emendo.errors import ModelError
 from emendo.models._experts import ExpertMatrix
+from emendo.models.offloading import device_of, weight_of
 
 Kind = Literal["causal", "seq2seq", "classifier"]
 """A decoder, an encoder-decoder, or a sequence classifier."""
@@ -63,6 +64,11 @@ def token_embeddings(model: nn.Module) -> nn.Module:
     if not isinstance(table, nn.Module) or not isinstance(getattr(table, "weight", None), Tensor):
         raise ModelError(f"{type(model).__name__} has no table of token embeddings, so it cannot be edited.")
     return table
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device on which a model looks up its tokens."""
+    return device_of(token_embeddings(model))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +111,8 @@ class Site:
         return model.get_submodule(self.name)
 
     def weight(self, model: nn.Module) -> Tensor:
-        """The weight as ``[d_out, d_in]``, a view of the module's tensor."""
-        weight = self.module(model).weight
-        assert isinstance(weight, Tensor)
+        """The weight as ``[d_out, d_in]``: a view of the module's tensor, or of one just read if it is offloaded."""
+        weight = weight_of(self.module(model))
         return weight.T if self.transposed else weight
 
 
@@ -386,8 +391,7 @@ def _that_run(model: nn.Module, sites: Sequence[Site]) -> tuple[Site, ...]:
         for site in sites:
             stack.callback(site.module(model).register_forward_hook(seen(site.name)).remove)
         try:
-            device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-            ids: dict[str, Any] = {"input_ids": torch.tensor([[1, 2, 3, 4]], device=device)}
+            ids: dict[str, Any] = {"input_ids": torch.tensor([[1, 2, 3, 4]], device=input_device(model))}
             if "use_cache" in inspect.signature(model.forward).parameters:
                 ids["use_cache"] = False
             if kind_of(model) == "seq2seq":

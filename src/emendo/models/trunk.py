@@ -6,7 +6,8 @@ a forward pre-hook on the first edited block records its hidden state and stops 
 modules replace the blocks below, and a pre-hook feeds the recorded hidden state to the first edited block. The list of
 blocks keeps its length, so layer indices, masks and rotary tables stay right. A pass can also stop before the
 vocabulary projection and return that module's input (:meth:`Trunk.projection_input`).
-A model whose passes cannot resume runs in full each time.
+A model whose passes cannot resume runs in full each time. The frozen blocks of a model that is larger than memory run
+one at a time over all texts (:meth:`Trunk.run_block`, :func:`emendo.models.streaming.stream`).
 
 The extent of the trunk depends on the kind of model:
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,7 +32,8 @@ from torch import Tensor, nn
 from emendo.errors import ModelError
 from emendo.models._forward import label_logits, model_inputs, wide_attention
 from emendo.models._packing import Packing, Rows, packable, packed, padded_count, take
-from emendo.models.sites import Site, find_stacks, kind_of
+from emendo.models.offloading import held, is_offloaded
+from emendo.models.sites import Site, find_stacks, input_device, kind_of
 from emendo.models.text import Text, TokenBatch, collate
 
 _resumable: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
@@ -90,13 +92,50 @@ class Trunk:
         """
         if self._whole:
             return torch.zeros(*batch.trunk_mask.shape, 1)
-        if self.kind != "seq2seq":
-            return self._checked(input_of(self._first, lambda: self.model(**self._inputs(batch))), batch)
-        encoder = self.model.get_encoder()  # type: ignore[operator]
-        inputs = {name: self._inputs(batch)[name] for name in ("input_ids", "attention_mask")}
-        if self._edits_stack:
-            return self._checked(input_of(self._first, lambda: encoder(**inputs)), batch)
-        return self._checked(encoder(**inputs).last_hidden_state, batch)
+        return self._entering(self.block, batch)
+
+    @torch.no_grad()
+    def run_block(self, index: int, batch: TokenBatch, hidden: Tensor | None) -> Tensor:
+        """Run one of the frozen blocks.
+
+        Args:
+            index: of the block.
+            batch: the texts.
+            hidden: ``[texts, tokens, width]`` the hidden state that enters the block; None for the first block.
+
+        Returns:
+            The hidden state that enters the next block, as of :meth:`run` after the last one.
+        """
+        with nullcontext() if hidden is None else self._resuming(hidden, index):
+            return self._entering(index + 1, batch)
+
+    def _entering(self, index: int, batch: TokenBatch) -> Tensor:
+        """The hidden state that enters a block of the split stack, or the output of the whole encoder."""
+        inputs = self._inputs(batch)
+        model: Any = self.model
+        if self.kind == "seq2seq":
+            model = model.get_encoder()
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        if index < self._depths[self.stack]:
+            return self._checked(input_of(self.frozen_block(index), lambda: model(**inputs)), batch)
+        return self._checked(model(**inputs).last_hidden_state, batch)
+
+    def frozen_block(self, index: int) -> nn.Module:
+        """A block of the split stack."""
+        return self.model.get_submodule(f"{self.stack}.{index}")
+
+    @property
+    def streams(self) -> bool:
+        """Whether frozen blocks are offloaded, so that all texts must pass through each of them at once."""
+        return not self._whole and any(is_offloaded(self.frozen_block(i)) for i in range(self.block))
+
+    @contextmanager
+    def holding_the_rest(self) -> Iterator[None]:
+        """Keep all blocks but the frozen ones in memory; without effect where they are."""
+        blocks = [(name, i) for name, depth in self._depths.items() for i in range(depth)]
+        rest = [(name, i) for name, i in blocks if name != self.stack or i >= self.block]
+        with held(self.model.get_submodule(f"{name}.{i}") for name, i in rest):
+            yield
 
     def _checked(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
         """The hidden state of a batch's own tokens; some models pad further, to whole windows of attention."""
@@ -137,9 +176,9 @@ class Trunk:
             return label_logits(self.model, inputs, batch.positions, extra)
         if not self._edits_stack:
             rest = {name: value for name, value in inputs.items() if name != "input_ids"}
-            encoded = hidden.to(next(self.model.parameters()))
+            encoded = hidden.to(input_device(self.model), next(self.model.parameters()).dtype)
             return label_logits(self.model, {**rest, "encoder_outputs": (encoded,)}, batch.positions, extra)
-        with self._resuming(hidden):
+        with self._resuming(hidden, self.block):
             return label_logits(self.model, inputs, batch.positions, extra)
 
     def projection_input(
@@ -160,16 +199,18 @@ class Trunk:
     def projection(self) -> nn.Linear | None:
         """The vocabulary projection, if it is a frozen linear layer whose output is the logits; else None.
 
-        None for a classifier, and where the model changes the logits afterwards (softcap, bias); tested on one text.
+        None for a classifier, for a layer that is offloaded, and where the model changes the logits afterwards
+        (softcap, bias); tested on one text.
         """
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        if type(head) is not nn.Linear or head.weight.requires_grad:
+        if type(head) is not nn.Linear or head.weight.requires_grad or is_offloaded(head):
             return None
         batch = collate([Text((1, 2, 3, 4), 1, (1, 2) if self.kind == "seq2seq" else ())])
         outputs: list[Tensor] = []
+        hidden = self._entering(1, batch) if self.streams else None  # any hidden state will do
         with head.register_forward_hook(lambda module, args, output: outputs.append(output)):
-            logits: Tensor = self.model(**self._inputs(batch)).logits
-        return head if outputs and logits.any() and logits.equal(outputs[-1]) else None
+            logits = self.logits(batch, hidden)
+        return head if outputs and logits.any() and logits.equal(outputs[-1].squeeze(0)) else None
 
     def relevant_rows(self, batch: TokenBatch, *, padded: bool = False) -> dict[str, Rows]:
         """The rows of each site that the logits at the label positions depend on.
@@ -223,11 +264,6 @@ class Trunk:
         """Whether any block of the split stack is edited."""
         return self.block < self._depths[self.stack]
 
-    @property
-    def _first(self) -> nn.Module:
-        """The block from which passes resume."""
-        return self.model.get_submodule(f"{self.stack}.{self.block}")
-
     @torch.no_grad()
     def _resumes(self) -> bool:
         """Whether a resumed and packed pass gives the logits of the whole model; tested once per model on two texts.
@@ -254,7 +290,11 @@ class Trunk:
         except Exception:  # noqa: BLE001 - the pass that edits the model states the reason
             return True
         try:
-            found = self.logits(batch, self.run(batch), self.packing(batch))
+            hidden = None
+            if self.streams:
+                for index in range(self.block):
+                    hidden = self.run_block(index, batch, hidden)
+            found = self.logits(batch, self.run(batch) if hidden is None else hidden, self.packing(batch))
         except ModelError:
             raise
         except Exception:  # noqa: BLE001 - whatever it is, the model cannot resume
@@ -271,7 +311,9 @@ class Trunk:
         return _output_of(block, lambda: self.model(**self._inputs(batch)))
 
     @contextmanager
-    def _resuming(self, hidden: Tensor) -> Iterator[None]:
+    def _resuming(self, hidden: Tensor, index: int) -> Iterator[None]:
+        """Passes resume at a block of the split stack, from the hidden state that enters it."""
+
         def feed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             given = args[0] if args else kwargs["hidden_states"]
             resumed = hidden.to(given).unflatten(2, given.shape[2:])
@@ -280,8 +322,8 @@ class Trunk:
             return ((resumed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": resumed})
 
         blocks = self.model.get_submodule(self.stack)
-        below = {str(i): blocks.get_submodule(str(i)) for i in range(self.block)}
-        first = self._first
+        below = {str(i): blocks.get_submodule(str(i)) for i in range(index)}
+        first = self.frozen_block(index)
         with ExitStack() as stack:
             stack.callback(first.register_forward_pre_hook(feed, with_kwargs=True).remove)
             stack.callback(blocks._modules.update, below)

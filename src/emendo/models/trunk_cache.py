@@ -6,9 +6,10 @@ A cache belongs to one model and one split; another model's cache needs another 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from itertools import accumulate, chain
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -21,6 +22,7 @@ from emendo._storage import new_file
 from emendo.models._packing import Packing
 from emendo.models._projection_loss import Expected, divergence
 from emendo.models.losses import TokenLoss, label_losses, token_nll
+from emendo.models.streaming import stream
 from emendo.models.text import Text, TokenBatch, collate, length_buckets
 from emendo.models.trunk import Trunk
 
@@ -87,19 +89,32 @@ class TrunkCache:
     def ensure(self, texts: Iterable[Text], progress: Callable[[int], None] | None = None) -> int:
         """Compute the trunk outputs that are missing, in batches of similar length.
 
+        If frozen blocks are offloaded, all texts pass through one block after the other.
+
         Args:
             texts: the texts.
-            progress: called with the number of texts after each batch.
+            progress: called with the number of texts after each batch; ``passes`` times for each text.
 
         Returns:
             The number of texts computed.
         """
 
-        def run(part: Sequence[Text]) -> Tensor:
-            batch = collate(part)
-            return self.trunk.run(batch).cpu()[batch.trunk_mask.bool()]
+        def run(parts: Sequence[Sequence[Text]]) -> Iterator[Tensor]:
+            if self.trunk.streams:
+                yield from stream(self.trunk, [collate(part) for part in parts], self.folder, progress)
+                return
+            for part in parts:
+                batch = collate(part)
+                yield self.trunk.run(batch).cpu()[batch.trunk_mask.bool()]
+                if progress is not None:
+                    progress(len(part))
 
-        return self.hidden.ensure(texts, run, progress)
+        return self.hidden.ensure(texts, run)
+
+    @property
+    def passes(self) -> int:
+        """How many passes over a text :meth:`ensure` counts."""
+        return self.trunk.block if self.trunk.streams else 1
 
     def ensure_unedited(self, texts: Iterable[Text]) -> int:
         """Compute the unedited model's answers that are missing.
@@ -119,7 +134,7 @@ class TrunkCache:
                 return rows
             return torch.cat([Expected.from_rows(head, some).pack() for some in rows.split(_LABELS)])
 
-        return self._unedited.ensure(texts, run)
+        return self._unedited.ensure(texts, lambda parts: map(run, parts))
 
     def gather(self, texts: Sequence[Text]) -> Tensor:
         """Hidden states ``[texts, tokens, width]``, padded on the right with zeros, as :func:`collate` pads."""
@@ -236,15 +251,13 @@ class RowCache:
     def ensure(
         self,
         texts: Iterable[Text],
-        compute: Callable[[Sequence[Text]], Tensor],
-        progress: Callable[[int], None] | None = None,
+        compute: Callable[[Sequence[Sequence[Text]]], Iterable[Tensor]],
     ) -> int:
         """Compute the rows that are missing, in batches of similar length.
 
         Args:
             texts: the texts.
-            compute: texts -> their rows, one text after the other.
-            progress: called with the number of texts after each batch.
+            compute: batches of texts -> the rows of each batch, one text after the other.
 
         Returns:
             The number of texts computed.
@@ -252,37 +265,34 @@ class RowCache:
         todo = self.missing(texts)
         if not todo:
             return 0
-        rows, keys, first = [], [], []
-        at = 0
-        for part in length_buckets(todo, lambda text: text.size, _BATCH_TOKENS):
-            rows.append(compute(part).to("cpu", self.dtype))
-            for text in part:
-                keys.append(self.key(text))
-                first.append(at)
-                at += self.count(text)
-            if progress is not None:
-                progress(len(part))
-        self._add(torch.cat(rows), keys, first)
+        parts = list(length_buckets(todo, lambda text: text.size, _BATCH_TOKENS))
+        keys = [self.key(text) for part in parts for text in part]
+        first = [0, *accumulate(self.count(text) for text in chain(*parts))][:-1]
+        rows = (own.to("cpu", self.dtype) for own in compute(parts))
+        if self.folder is None:
+            self._index_rows(torch.cat(list(rows)), keys, first)
+        else:
+            self._write(self.folder, rows, keys, first)
         return len(todo)
 
     def key(self, text: Text) -> bytes:
         """16 bytes that identify a text's rows."""
         return hashlib.blake2b(np.asarray(self.inputs(text), np.int32).tobytes(), digest_size=16).digest()
 
-    def _add(self, rows: Tensor, keys: list[bytes], first: list[int]) -> None:
-        if self.folder is None:
-            self._index_rows(rows, keys, first)
-            return
+    def _write(self, folder: Path, rows: Iterable[Tensor], keys: list[bytes], first: list[int]) -> None:
         name = hashlib.blake2b(b"".join(keys), digest_size=8).hexdigest()
-        data, index = self.folder / f"{name}.bin", self.folder / f"{name}.npz"
-        with new_file(data) as temporary:
-            rows.contiguous().view(torch.uint8).numpy().tofile(temporary)
+        data, index = folder / f"{name}.bin", folder / f"{name}.npz"
+        count = width = 0
+        with new_file(data) as temporary, temporary.open("wb") as handle:
+            for own in rows:
+                own.contiguous().view(torch.uint8).numpy().tofile(handle)
+                count, width = count + len(own), own.shape[-1]
         with new_file(index) as temporary, temporary.open("wb") as handle:
             np.savez(
                 handle,
                 keys=np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1),
                 first=np.asarray(first),
-                shape=np.asarray(rows.shape),
+                shape=np.asarray([count, width]),
             )
         self._read(index)
 

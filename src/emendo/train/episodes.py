@@ -106,10 +106,24 @@ class Episodes:
 
     def window(self, step: int) -> list[Episode] | None:
         """The episodes of the steps that share a trunk window, at its first step; None at the others."""
-        steps = max(1, WINDOW // self.config.batch // GROUP) * GROUP
+        steps = self._window_steps
         if step % steps:
             return None
-        return [episode for s in range(step, step + steps) for episode in self.batch(s)]
+        return [episode for s in range(step, self._end(step + steps)) for episode in self.batch(s)]
+
+    def rest_of_epoch(self, step: int) -> range:
+        """The steps from the first of a group to the end of the epoch, in whole windows."""
+        size = self.config.batch
+        epoch_ends = -(-(step * size // len(self.items) + 1) * len(self.items) // size)
+        return range(step, self._end(-(-epoch_ends // self._window_steps) * self._window_steps))
+
+    @property
+    def _window_steps(self) -> int:
+        return max(1, WINDOW // self.config.batch // GROUP) * GROUP
+
+    def _end(self, step: int) -> int:
+        """That step, or the end of the run's last group."""
+        return min(step, -(-self.config.steps // GROUP) * GROUP)
 
     def _episode(self, item: int, place: int, rng: random.Random) -> Episode:
         record, config = self.items[item], self.config

@@ -185,7 +185,7 @@ class _Run:
         try:
             for module in statistics:
                 module.gather = self.world.gather if self.world.size > 1 else None
-            with interruptible() as interrupted:
+            with self.store.trunk.holding_the_rest(), interruptible() as interrupted:
                 stopped = self._go(interrupted)
         except LostProcessError as error:
             raise self._lost(error) from error
@@ -239,6 +239,8 @@ class _Run:
         """Show the editor the factors of the training facts; a resumed pass goes on after its last chunk."""
         texts = self.episodes.edits(self.observes)
         saved = time.monotonic()
+        if self.store.trunk.streams:  # all at once, as each block must be read for it
+            self.ahead.ensure_texts(texts, texts)
         while self.state.observed < len(texts) and not interrupted():
             chunk = texts[self.state.observed : self.state.observed + _CHUNK]
             own = self.world.share(chunk)

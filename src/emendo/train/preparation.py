@@ -33,6 +33,7 @@ class Preparation:
     ) -> None:
         self.world, self.editor, self.episodes, self.store = world, editor, episodes, store
         self.progress = progress
+        self._streamed = 0  # the first step whose texts have not passed through offloaded frozen blocks
         self._group = -1  # the group of steps in self._looked
         self._looked: list[tuple[Sequence[Episode], Ahead]] = []
         self._finite = [True]  # by step of the group, whether the factors of all processes are finite
@@ -45,6 +46,7 @@ class Preparation:
         """
         group, place = divmod(step, GROUP)
         if self._group != group:
+            self._stream(group * GROUP)
             window = self.episodes.window(group * GROUP) or []
             batches = [self.episodes.batch(group * GROUP + i) for i in range(GROUP)]
             own = [self._share(batch) for batch in batches]
@@ -56,6 +58,15 @@ class Preparation:
             self._finite = self._all_finite()
             self._group = group
         return *self._looked[place], self._finite[place]
+
+    def _stream(self, step: int) -> None:
+        """Compute the trunk outputs of a whole epoch at once if each block must be read for it."""
+        if not self.store.trunk.streams or step < self._streamed:
+            return
+        steps = self.episodes.rest_of_epoch(step)
+        batches = [self.episodes.batch(s) for s in steps]
+        self.ensure(chain(*batches), chain(*map(self._share, batches)))
+        self._streamed = steps.stop
 
     def _share(self, batch: Sequence[Episode]) -> Sequence[Episode]:
         return self.world.share(batch, self.episodes.config.together)
@@ -91,6 +102,6 @@ class Preparation:
         def computed(count: int) -> None:
             nonlocal done
             done += count
-            self.progress.update("frozen part", done, len(missing))
+            self.progress.update("frozen part", done // self.store.passes, len(missing))
 
         self.store.ensure(missing, computed)
