@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,6 +254,7 @@ class Answered:
     prompt: str
     text: str
     edits: tuple[int, ...]
+    operation: int
     seconds: float
 
 
@@ -270,7 +271,8 @@ def many_requests(options: argparse.Namespace, ledger: Path) -> None:
             reply = await ask(http, fact.prompt, options.tokens, **body)
             edits = tuple(each["id"] for each in reply["emendo"]["edits"])
             seconds = time.perf_counter() - start
-            found.append(Answered(fact.prompt, reply["choices"][0]["text"], edits, seconds))
+            text, operation = reply["choices"][0]["text"], reply["emendo"]["operation"]
+            found.append(Answered(fact.prompt, text, edits, operation, seconds))
 
     async def one_editor(http: httpx2.AsyncClient) -> None:
         while True:
@@ -305,23 +307,36 @@ def many_requests(options: argparse.Namespace, ledger: Path) -> None:
         edited = sum(bool(each.edits) for each in found)
         marks = [number(times[int(share * (len(times) - 1))]) for share in (0.5, 0.95)]
         print(f"| {name} | {len(found)} | {edited} | {' | '.join(marks)} |")
-    check(options, ledger, [*bare, *routed], every)
+    print(f"\n{len(every)} edits were made. Status other than 200: 0.")
+    check(options, ledger, bare, routed, every)
 
 
 def check(
-    options: argparse.Namespace, ledger: Path, found: Sequence[Answered], every: dict[int, str]
+    options: argparse.Namespace,
+    ledger: Path,
+    bare: Sequence[Answered],
+    routed: Sequence[Answered],
+    every: dict[int, str],
 ) -> None:
-    """Compare every answer with the one that its prompt has alone under the same edits."""
+    """Compare the edits in force, and the answer, with those that each prompt has alone after the same operation."""
     lm = load(options)
     work = Workspace.open(lm, ledger)
-    wrong = sum(any(every[id] != each.prompt for id in each.edits) for each in found)
+    prompts = sorted({each.prompt for each in routed})
+    queries = dict(zip(prompts, work.memory().router.read(lm, prompts), strict=True))
+    memories = {operation: work.memory(operation) for operation in {each.operation for each in routed}}
+    wrong = sum(bool(each.edits) for each in bare)
+    for each in routed:
+        choice = memories[each.operation].choose(queries[each.prompt])
+        wrong += each.edits != (() if choice.edit is None else (choice.edit,))
+    found = [*bare, *routed]
     want = {
         key: alone(lm, work, *key, options.tokens) for key in {(each.prompt, each.edits) for each in found}
     }
     other = sum(each.text != want[each.prompt, each.edits] for each in found)
+    near = {each.prompt for each in routed if any(every[id] != each.prompt for id in each.edits)}
     print(
-        f"\n{len(every)} edits were made. Status other than 200: 0. Answers under another fact's edit: {wrong}. "
-        f"Answers that differ from the single request's: {other} of {len(found)}."
+        f"Answers under an edit that the prompt does not have alone: {wrong}; with another text than alone: {other} of "
+        f"{len(found)}. Prompts about another fact for which the router takes an edit, alone as well: {sorted(near)}."
     )
 
 
@@ -332,11 +347,14 @@ def alone(lm: LM, work: Workspace, prompt: str, edits: tuple[int, ...], tokens: 
 
 
 def kill(options: argparse.Namespace, ledger: Path) -> None:
-    """Kill the server at random moments while edits are made; what it acknowledged must be there afterwards."""
-    known, kept, made = facts(options, 200), dict[int, str](), 0
-    order = random.Random(0)
+    """Kill the server at random moments while edits are made; what it acknowledged must be there afterwards.
 
-    async def run(server: Server) -> None:
+    Each server acknowledges three to five edits, and is killed at any moment of the next ones.
+    """
+    known, order = facts(options, 200), random.Random(0)
+    kept, gone, made = dict[int, str](), set[int](), 0
+
+    async def edit_on(server: Server) -> None:
         nonlocal made
         async with client(server) as http:
             with suppress(httpx2.HTTPError):  # it was killed
@@ -344,28 +362,32 @@ def kill(options: argparse.Namespace, ledger: Path) -> None:
                     fact = known[made % len(known)]
                     made += 1
                     kept[await add(http, fact)] = fact.prompt
-                    if len(kept) > 3 and order.random() < 0.3:
+                    if order.random() < 0.2:
                         id = order.choice(list(kept))
                         kept.pop(id)  # whether the answer arrives or not, it may be gone
-                        await http.delete(f"/v1/edits/{id}")
+                        (await http.delete(f"/v1/edits/{id}")).raise_for_status()
+                        gone.add(id)
+
+    async def killed(server: Server) -> None:
+        task = asyncio.create_task(edit_on(server))
+        enough = made + order.randint(4, 6)  # the last one is not acknowledged yet
+        while made < enough and not task.done():
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(order.uniform(0, 2))
+        server.process.kill()
+        await task
 
     for _ in range(options.kills):
         with served(options, ledger) as server:
-            asyncio.run(killed(server, run(server), order.uniform(0.5, 8)))
+            asyncio.run(killed(server))
     with served(options, ledger) as server:
         listed = httpx2.get(f"{server.url}/v1/edits", params={"active": True, "limit": 1000}, trust_env=False)
         active = {each["id"]: each["requests"][0]["prompt"] for each in listed.json()["data"]}
         lost = sum(active.get(id) != prompt for id, prompt in kept.items())
     print(
-        f"{options.kills} kills; of {len(kept)} edits that were acknowledged and not reverted {lost} are lost."
+        f"{options.kills} kills. Acknowledged: {len(kept)} edits, of which {lost} are lost, and {len(gone)} more that "
+        f"were reverted, of which {len(gone & active.keys())} are back."
     )
-
-
-async def killed(server: Server, work: Coroutine[Any, Any, None], delay: float) -> None:
-    task = asyncio.create_task(work)
-    await asyncio.sleep(delay)
-    server.process.kill()
-    await task
 
 
 RUN = {"overhead": overhead, "throughput": throughput, "edit": edit, "load": many_requests, "kill": kill}

@@ -42,7 +42,7 @@ def test_requests_that_come_later_join_the_batch(lm: LM, worker: Worker) -> None
     sizes: list[int] = []
 
     async def run() -> None:
-        first = engine.answer(Ask(PLAIN, max_tokens=12), OFF)
+        first = engine.answer(Ask(PLAIN, max_tokens=12, stream=True), OFF)
         async with aclosing(first):
             pieces = [await anext(first)]
             later = asyncio.create_task(text_of(engine, FACTS[0][0], 3))
@@ -87,7 +87,7 @@ def test_a_client_that_hangs_up_frees_its_row(lm: LM, worker: Worker) -> None:
     engine = Engine(lm, worker)
 
     async def run() -> None:
-        gone = engine.answer(Ask(PLAIN, max_tokens=80), OFF)
+        gone = engine.answer(Ask(PLAIN, max_tokens=80, stream=True), OFF)
         await anext(gone)
         await gone.aclose()
         assert await text_of(engine, FACTS[0][0], 3) == lm.generate(FACTS[0][0], 3)

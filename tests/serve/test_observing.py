@@ -25,6 +25,8 @@ def test_figures(work: Workspace, serve: Serve) -> None:
         await http.post("/v1/edits", json=FACT)
         for prompt in (FACT["prompt"], PLAIN, PLAIN):
             await completed(http, prompt)
+        question = {"prompt": FACT["prompt"], "model": MODEL, "max_tokens": 2}
+        await http.post("/page/ask", json=question)
         await http.get("/nowhere")
         return (await http.get("/metrics")).text
 
@@ -35,8 +37,10 @@ def test_figures(work: Workspace, serve: Serve) -> None:
     }
     assert found["emendo_requests_total", "/v1/completions", "200"] == 3
     assert found["emendo_requests_total", "none", "404"] == 1
-    assert found["emendo_answers_total", "edit"] == 1 and found["emendo_answers_total", "base"] == 2
-    assert found["emendo_tokens_total", "generated"] == 18
+    assert found["emendo_requests_total", "/page/ask", "200"] == 1
+    assert found["emendo_answers_total", "edit"] == 2  # the page asks the base model, too
+    assert found["emendo_answers_total", "base"] == 3
+    assert found["emendo_tokens_total", "generated"] == 3 * 6 + 2 * 2
     assert found["emendo_steps_total", "apply"] == 1
     assert found["emendo_active_edits",] == 1 and found["emendo_engine_waiting",] == 0
 
@@ -50,14 +54,16 @@ def test_each_request_has_an_id_and_a_line(
         body = {"model": MODEL, "prompt": PLAIN, "max_tokens": 1}
         sent = [{"X-Request-Id": "abc-1"}, {"X-Request-Id": 'b"ad\t'}, {}]
         replies = [await http.post("/v1/completions", json=body, headers=each) for each in sent]
+        replies.append(await http.post("/page/ask", json=body))
         return [reply.headers["x-request-id"] for reply in replies]
 
     with caplog.at_level(logging.INFO, "emendo.serve"):
         ids = ask(serve(work), calls)
     lines = [json.loads(line) for line in caplog.text.splitlines()]
-    assert ids[0] == "abc-1" and len(ids[1]) == len(ids[2]) == 32
+    assert ids[0] == "abc-1" and len(ids[1]) == len(ids[2]) == len(ids[3]) == 32
     assert [line["request_id"] for line in lines] == ids
     assert (lines[0]["status"], lines[0]["path"], lines[0]["edits"]) == (200, "/v1/completions", "none")
+    assert (lines[3]["path"], lines[3]["edits"]) == ("/page/ask", "none")
 
 
 def test_it_is_not_ready_without_its_ledger(

@@ -1,4 +1,22 @@
-"""What users of other servers reported, each tried here."""
+"""What users of other servers reported, each tried here.
+
+- vllm#30798: several adapters of one server as model ids -> several_adapters_are_model_ids_of_one_server
+- vllm#51940: several in one request -> several_adapters_in_one_request
+- vllm#55193: an adapter that hits no module answers as the base; vllm#34186: so does a prefix of its names ->
+  an_edit_that_hits_no_matrix_is_an_error_and_not_the_base_model
+- vllm#42125: loaded again under its name, an adapter is answered from an old prefix cache ->
+  an_edit_made_again_is_not_answered_from_the_one_before; for an engine test_upstream, names by content
+- llama.cpp#28674: "off" is not the base -> off_is_the_base_model; test_batch, bit for bit beside edited rows;
+  test_llama_cpp, letter by letter
+- llama.cpp pull request 22061: load and unload without a restart ->
+  edits_come_and_go_while_the_server_runs_and_leave_the_weights
+- peft#3498: a removed adapter leaves its change behind -> the same, by the SHA-256 of the weights
+- peft#2764: the merged model is the base; peft#2502: it differs from the attached adapter ->
+  a_merged_edit_answers_as_the_attached_one
+- TGI: a wrong adapter id answers as the base -> a_wrong_name_is_an_error_and_not_the_base_model
+- llama.cpp: requests with different adapters are not batched; SGLang: eight a batch -> test_batch:
+  each_row_is_answered_as_if_it_were_alone
+"""
 
 from __future__ import annotations
 
@@ -11,12 +29,12 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 
-from emendo.edits.edit import compose
+from emendo.edits.edit import Request, compose
 from emendo.ledger import NewEntry
 from emendo.ledger.workspace import Workspace
 from emendo.models.lm import LM
 from memory.test_bank import FACTS, OUT_OF_SCOPE, an_edit
-from serve.samples import FACT, MODEL, OTHER, PLAIN, ask, completed
+from serve.samples import FACT, MODEL, OTHER, PLAIN, an_editor, ask, completed
 
 Serve = Callable[..., FastAPI]
 Served = tuple[FastAPI, Workspace]
@@ -109,12 +127,20 @@ def test_off_is_the_base_model(served: Served) -> None:
 
 
 def test_edits_come_and_go_while_the_server_runs_and_leave_the_weights(work: Workspace, serve: Serve) -> None:
-    """llama.cpp's pull request 22061, and peft#3498: a removed adapter left its change behind."""
+    """llama.cpp's pull request 22061, and peft#3498: a removed adapter left its change behind.
+
+    The first edit is one in the weights, which changes every answer; the others answer the prompts in their scope.
+    """
     before = weights(work.lm)
+    edit = an_editor(work.lm).edit(work.lm, [Request(OTHER["prompt"], OTHER["target"])])
+    in_weights = work.apply(edit, force=True).edits[0]
     app = serve(work)
     engine = app.state.service.backend
 
     async def calls(http: httpx2.AsyncClient) -> None:
+        assert (await text(http, OTHER["prompt"])).startswith(f" {OTHER['target']}")
+        assert (await http.delete(f"/v1/edits/{in_weights}")).status_code == 200
+        assert await text(http, OTHER["prompt"]) == work.lm.generate(OTHER["prompt"], 6)
         for prompt, target in FACTS[:2]:
             made = (await http.post("/v1/edits", json={"prompt": prompt, "target": target})).json()
             assert (await text(http, prompt)).startswith(f" {target}")
@@ -134,6 +160,22 @@ def test_a_merged_edit_answers_as_the_attached_one(served: Served) -> None:
     work.edit(1).merge_(merged, keep=False)
     want = merged.generate(FACT["prompt"], 6)
     assert ask(app, lambda http: text(http, edits=[1])) == want != work.lm.generate(FACT["prompt"], 6)
+
+
+def test_a_wrong_name_is_an_error_and_not_the_base_model(served: Served) -> None:
+    """TGI answered a wrong adapter_id as the base model."""
+    app, _ = served
+
+    async def calls(http: httpx2.AsyncClient) -> None:
+        body = {"model": MODEL, "prompt": PLAIN, "max_tokens": 1}
+        for wrong, status in (
+            ({"edits": [9]}, 400),
+            ({"model": f"{MODEL}@frist"}, 404),
+            ({"model": "other"}, 404),
+        ):
+            assert (await http.post("/v1/completions", json=body | wrong)).status_code == status
+
+    ask(app, calls)
 
 
 def test_out_of_scope_prompts_are_answered_by_the_base_model(served: Served) -> None:

@@ -233,14 +233,19 @@ def _tokens(given: list[str] | None, variable: str) -> list[str]:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """A socket at an address, so that one in use is told before the model is loaded."""
+    """A socket at an address, so that one in use is told before the model is loaded.
+
+    It names its protocol, TCP: only then asyncio sends every part of an answer at once (TCP_NODELAY).
+    """
     from emendo.errors import RequestError
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        found = socket.create_server((host, port), family=family)
     except OSError as error:
-        raise RequestError(f"Port {port} of {host} cannot be used: {error.strerror}.") from error
+        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise RequestError(f"Port {port} of {host} cannot be used: {why}.") from error
+    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=found.detach())
 
 
 def _log_as_json() -> None:

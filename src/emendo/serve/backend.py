@@ -37,6 +37,7 @@ class Ask:
         seed: of the samples; None for another one each time.
         stop: texts that end the answer and are not part of it.
         logprobs: number of alternatives given for each token, with their log-probabilities; None for none at all.
+        stream: whether each piece is wanted as soon as it is there; otherwise they may come all at the end.
     """
 
     prompt: str = ""
@@ -47,6 +48,7 @@ class Ask:
     seed: int | None = None
     stop: Sequence[str] = ()
     logprobs: int | None = None
+    stream: bool = False
 
     @property
     def asked(self) -> str | tuple[str, ...]:

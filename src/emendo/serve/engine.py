@@ -43,6 +43,7 @@ class _Ticket:
     force: InForce
     loop: asyncio.AbstractEventLoop
     pieces: asyncio.Queue[Piece | Exception] = field(default_factory=asyncio.Queue)
+    held: list[Piece | Exception] = field(default_factory=list)
     row: Row | None = None
     gone: bool = False
 
@@ -158,17 +159,21 @@ class Engine:
         return out
 
     def _deliver(self, out: list[tuple[_Ticket, Piece | Exception]]) -> None:
-        """Hand pieces to those who wait, with one wake-up of each event loop."""
-        loops: dict[asyncio.AbstractEventLoop, list[tuple[_Ticket, Piece | Exception]]] = {}
+        """Hand pieces over with one wake-up of each event loop; those who read no stream are woken at the end."""
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[_Ticket, list[Piece | Exception]]]] = {}
         for ticket, piece in out:
+            ticket.held.append(piece)
             if isinstance(piece, Exception) or piece.finish is not None:
                 ticket.gone = True
-            loops.setdefault(ticket.loop, []).append((ticket, piece))
+            if ticket.gone or ticket.ask.stream:
+                loops.setdefault(ticket.loop, []).append((ticket, ticket.held))
+                ticket.held = []
         for loop, own in loops.items():
             with suppress(RuntimeError):  # it is closed: nobody waits
                 loop.call_soon_threadsafe(_put, own)
 
 
-def _put(out: list[tuple[_Ticket, Piece | Exception]]) -> None:
-    for ticket, piece in out:
-        ticket.pieces.put_nowait(piece)
+def _put(out: list[tuple[_Ticket, list[Piece | Exception]]]) -> None:
+    for ticket, pieces in out:
+        for piece in pieces:
+            ticket.pieces.put_nowait(piece)

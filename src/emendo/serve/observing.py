@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from emendo.serve.backend import Backend
+from emendo.serve.backend import Backend, InForce
 from emendo.serve.routing import Router
 
 log = logging.getLogger("emendo.serve")
@@ -73,6 +73,15 @@ class Metrics:
             "emendo_steps", "Steps of the ledger by this server.", ("kind",), registry=self.registry
         )
         self.registry.register(_Gauges(backend, router))
+
+    def answered(
+        self, forces: Sequence[InForce], prompt_tokens: int, completion_tokens: int, **_: int
+    ) -> None:
+        """Count answers, each by the edits in force, and the tokens of all of them."""
+        self.tokens.labels("prompt").inc(prompt_tokens)
+        self.tokens.labels("generated").inc(completion_tokens)
+        for force in forces:
+            self.answers.labels("edit" if force.parts else "base").inc()
 
 
 class _Gauges(Collector):

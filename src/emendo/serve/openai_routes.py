@@ -61,6 +61,7 @@ def _parameters(body: Sampling, max_tokens: int | None, logprobs: int | None) ->
         seed=body.seed,
         stop=tuple(stop),
         logprobs=logprobs,
+        stream=body.stream,
     )
 
 
@@ -98,11 +99,7 @@ async def _counted(
                 reply.add(index, piece)
                 yield index, piece
     finally:
-        used, metrics = reply.usage(), found.metrics
-        metrics.tokens.labels("prompt").inc(used["prompt_tokens"])
-        metrics.tokens.labels("generated").inc(used["completion_tokens"])
-        for force in reply.forces:
-            metrics.answers.labels("edit" if force.parts else "base").inc()
+        found.metrics.answered(reply.forces, **reply.usage())
 
 
 async def _drained(pieces: AsyncGenerator[tuple[int, Piece]]) -> None:

@@ -20,11 +20,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, Field
 
 from emendo.errors import RequestError
-from emendo.serve.backend import Ask, InForce
+from emendo.serve.backend import Ask, InForce, Piece
 from emendo.serve.edit_routes import one_edit, some_edits
 from emendo.serve.editing import NewEdit
 from emendo.serve.health_curve import curves
-from emendo.serve.openai_routes import GONE, unless_gone
+from emendo.serve.openai_routes import GONE, header, unless_gone
 from emendo.serve.routing import Question
 from emendo.serve.schemas import Line, Name, Text
 from emendo.serve.security import Access, Editing, asking
@@ -76,9 +76,14 @@ class _Answer:
 
     async def read(self, found: Service, asked: Ask) -> None:
         pieces = found.backend.answer(asked, self.force)
-        async with asyncio.timeout(found.settings.timeout), aclosing(pieces):
-            async for piece in pieces:
-                self.text += piece.text
+        last: Piece | None = None
+        try:
+            async with asyncio.timeout(found.settings.timeout), aclosing(pieces):
+                async for last in pieces:
+                    self.text += last.text
+        finally:
+            tokens = (0, 0) if last is None else (last.prompt_tokens, last.generated)
+            found.metrics.answered([self.force], *tokens)
 
 
 def add_page(app: FastAPI) -> None:
@@ -118,6 +123,7 @@ async def ask(body: AskBody, request: Request, found: Found) -> Response:
     text = (body.prompt,) if body.chat else body.prompt
     question = Question(text, "auto", found.router.state(body.model))
     force = await found.router.route(question)
+    request.scope["emendo"]["edits"] = header([force])
     base, edited = _Answer(InForce(force.operation)), _Answer(force)
 
     async def both() -> None:
