@@ -4,7 +4,8 @@
 
 The same records are asked at every number N of edits in memory: with N below their number, in memories of N of them
 each; with more, together with further records of both files. "in context": the router finds the edit, and its fact is
-written before the prompt instead of changing the model. "added up": N edits in the weights at once. A prompt is
+written before the prompt instead of changing the model. "added up": N edits in the weights at once; "fused": N edits
+solved for together, with the paraphrases of their records left out. A prompt is
 answered once under each edit that it fires at any N, and answers are kept in ``--out``, so that a stopped run goes on
 where it was.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,9 +28,11 @@ import emendo
 from emendo._text import normalised
 from emendo.data import Record, read_records
 from emendo.edits.edit import Edit, Request, compose
+from emendo.edits.fusing import fuse
 from emendo.edits.per_request import applied_to_rows
 from emendo.evaluate._prompts import with_fact
 from emendo.evaluate.metrics import answer_match, same_answer
+from emendo.evaluate.same_fact import SameFact
 from emendo.memory.bank import EditMemory, Remembered
 from emendo.memory.router import Router
 from emendo.models.lm import LM
@@ -40,6 +43,8 @@ COUNTS = (1, 10, 100, 1_000, 10_000)
 ENDS = (" is", " was", " are", " were")
 """Of prompts that are asked with "not", too."""
 AT_ONCE = 16
+TOGETHER = {"added": "added up", "fused": "fused"}
+"""Ways to answer under several edits at once, and their names in the table."""
 SCORES = {"edit success": "edit", "generalisation": "paraphrase", "locality": "neighbour"}
 
 
@@ -71,7 +76,7 @@ class Ask:
 
     Attributes:
         case: its number.
-        how: ``edit``, ``context``, or ``added``.
+        how: ``edit``, ``context``, ``added``, or ``fused``.
         edits: numbers of the records; none is the clean model.
     """
 
@@ -103,6 +108,7 @@ class Answers:
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         self.known: dict[str, Any] = dict(json.loads(line) for line in lines if line.endswith("]"))
         self._edit = lru_cache(400)(self._made)
+        self._fused = lru_cache(4)(lambda numbers: fuse(lm, [self._made(number) for number in numbers]))
 
     def _made(self, number: int) -> Edit:
         record = self.records[number]
@@ -125,7 +131,7 @@ class Answers:
                 ask
                 for ask in left[done : done + AT_ONCE]
                 if (ask.how, self.cases[ask.case].tokens) == (first.how, self.cases[first.case].tokens)
-                and (ask.how != "added" or ask.edits == first.edits)
+                and (ask.how not in TOGETHER or ask.edits == first.edits)
             ]
             found = [*self._answered(same)]
             with self.file.open("a", encoding="utf-8") as file:
@@ -146,8 +152,11 @@ class Answers:
             prompts = [
                 with_fact(self.records[ask.edits[0]], text) for ask, text in zip(asks, prompts, strict=True)
             ]
-        else:
+        elif asks[0].how == "added":
             sets = [[compose([self._edit(number) for number in asks[0].edits])]] * len(asks)
+        else:
+            with torch.enable_grad():
+                sets = [[self._fused(asks[0].edits)]] * len(asks)
         own = [self.records[case.record].separator for case in cases]
         texts = to_texts(self.lm, [(p, c.answer, s) for p, c, s in zip(prompts, cases, own, strict=True)])
         with applied_to_rows(self.lm, sets) as edited, torch.no_grad():
@@ -193,8 +202,17 @@ def _never(number: int) -> Edit:
     raise NotImplementedError(number)
 
 
-def scores(cases: Sequence[Case], answers: Answers, asks: Sequence[Ask]) -> dict[str, float]:
-    """The scores of some asks, generated and teacher forced."""
+def scores(
+    cases: Sequence[Case], answers: Answers, asks: Sequence[Ask], edited: Collection[int] = ()
+) -> dict[str, float]:
+    """The scores of some asks, generated and teacher forced.
+
+    Args:
+        cases: the prompts.
+        answers: their answers.
+        asks: how each is answered.
+        edited: the cases of neighbours that another edit is about; "others" is locality without them.
+    """
     found: dict[str, list[float]] = {}
     for ask in asks:
         case, answer, clean = cases[ask.case], answers.of(ask), answers.of(Ask(ask.case))
@@ -202,6 +220,9 @@ def scores(cases: Sequence[Case], answers: Answers, asks: Sequence[Ask]) -> dict
             forced = answer["tokens"] == clean["tokens"]
             said = same_answer(clean["text"], answer["text"], case.answer)
             found.setdefault("whole text", []).append(float(clean["text"] == answer["text"]))
+            if ask.case not in edited:
+                found.setdefault("others", []).append(float(said))
+                found.setdefault("others, forced", []).append(float(forced))
         else:
             forced, said = answer["right"], answer_match(answer["text"], case.answer)
         found.setdefault(case.kind, []).append(float(said))
@@ -209,8 +230,23 @@ def scores(cases: Sequence[Case], answers: Answers, asks: Sequence[Ask]) -> dict
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
+def edited_neighbours(records: Sequence[Record], cases: Sequence[Case], n: int) -> dict[int, list[int]]:
+    """The cases of neighbours that another edit is about, with the records of these edits, with N edits in memory."""
+    asked = 1 + max(case.record for case in cases)
+    found: dict[int, list[int]] = {}
+    for start in range(0, asked, n):
+        same = SameFact(records[start : start + n])
+        for place, case in enumerate(cases):
+            if case.kind == "neighbour" and start <= case.record < start + n:
+                found[place] = [start + edit for edit in same.asked(case.prompt, case.record - start)]
+    return {place: edits for place, edits in found.items() if edits}
+
+
 def routing(
-    cases: Sequence[Case], chosen: Sequence[int | None], records: Sequence[Record]
+    cases: Sequence[Case],
+    chosen: Sequence[int | None],
+    records: Sequence[Record],
+    edited: Mapping[int, list[int]],
 ) -> dict[str, float]:
     """Shares of prompts in scope that fire their own edit, another one or none, and of neighbours that fire one."""
     scope = [
@@ -222,9 +258,12 @@ def routing(
         for case, edit in zip(cases, chosen, strict=True)
         if case.kind in ("edit", "paraphrase")
     ]
-    near = [edit is not None for case, edit in zip(cases, chosen, strict=True) if case.kind == "neighbour"]
-    return {name: scope.count(name) / len(scope) for name in ("right", "wrong", "none")} | {
-        "false fires": float(np.mean(near))
+    places = [place for place, case in enumerate(cases) if case.kind == "neighbour" and place not in edited]
+    return {
+        **{name: scope.count(name) / len(scope) for name in ("right", "wrong", "none")},
+        "false fires": float(np.mean([chosen[place] is not None for place in places])),
+        "edited neighbours": len(edited),
+        "answered by their edit": float(np.mean([chosen[p] in own for p, own in edited.items()] or [1])),
     }
 
 
@@ -239,24 +278,29 @@ def measure(asked: argparse.Namespace, lm: LM, editor: emendo.Editor) -> dict[st
     answers = Answers(lm, editor, records, cases, asked.out / "answers.jsonl")
     router = Router.shipped_for(lm)
     by_count = {n: fired(lm, router, records, cases, n, asked.out) for n in asked.counts if n <= len(records)}
-    ways: dict[str, dict[int, list[Ask]]] = {"memory": {}, "in context": {}, "added up": {}}
+    ways: dict[str, dict[int, list[Ask]]] = {
+        name: {} for name in ("memory", "in context", *TOGETHER.values())
+    }
     for n, chosen in by_count.items():
         for way, how in (("memory", "edit"), ("in context", "context")):
             ways[way][n] = [Ask(i) if edit is None else Ask(i, how, (edit,)) for i, edit in enumerate(chosen)]
-    for n in asked.sums:
-        some = [i for i, case in enumerate(cases) if case.record < max(n, asked.added)]
-        ways["added up"][n] = [
-            Ask(i, "added", tuple(range(start := cases[i].record // n * n, start + n)))
-            for i in some
-            if cases[i].kind != "negation"
-        ]
+    for how, counts in (("added", asked.sums), ("fused", asked.fused)):
+        for n in counts:
+            some = [i for i, case in enumerate(cases) if case.record < max(n, asked.added)]
+            ways[TOGETHER[how]][n] = [
+                Ask(i, how, tuple(range(start := cases[i].record // n * n, start + n)))
+                for i in some
+                if cases[i].kind != "negation"
+            ]
     every = [ask for way in ways.values() for asks in way.values() for ask in asks]
     answers.find([*every, *(Ask(i) for i in range(len(cases)))])
+    edited = {n: edited_neighbours(records, cases, n) for n in by_count}
     found: dict[str, Any] = {
-        way: {n: scores(cases, answers, asks) for n, asks in counts.items()} for way, counts in ways.items()
+        way: {n: scores(cases, answers, asks, edited.get(n, ())) for n, asks in counts.items()}
+        for way, counts in ways.items()
     }
     found["added up"][1] = found["memory"].get(1, {})
-    found["routing"] = {n: routing(cases, chosen, records) for n, chosen in by_count.items()}
+    found["routing"] = {n: routing(cases, chosen, records, edited[n]) for n, chosen in by_count.items()}
     return found
 
 
@@ -264,7 +308,7 @@ def picture(found: Mapping[str, Mapping[int, Mapping[str, float]]]) -> bytes:
     """The scores over the number of edits."""
     figure, axes = axes_of(7.2, 4.4)
     for (label, kind), colour in zip(SCORES.items(), (BLUE, GREEN, ORANGE), strict=True):
-        for way, line, mark in (("memory", "-", "o"), ("in context", ":", "s")):
+        for way, line, mark in (("memory", "-", "o"), ("in context", ":", "s"), ("fused", "-.", "^")):
             points = sorted((n, values[kind]) for n, values in found[way].items())
             axes.plot(
                 *zip(*points, strict=True), line, marker=mark, ms=4, color=colour, label=f"{label}, {way}"
@@ -286,12 +330,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--editor", default="mend-smollm2-135m")
     options.add_argument("--asked", type=int, default=200, help="records that are asked, the first of --data")
     options.add_argument(
-        "--added", type=int, default=40, help="records that are asked where edits are added up"
+        "--added", type=int, default=40, help="records that are asked where edits are added up or fused"
     )
     options.add_argument("--counts", type=int, nargs="+", default=COUNTS)
     options.add_argument(
         "--sums", type=int, nargs="+", default=[2, 5, 10, 20], help="edits that are added up"
     )
+    options.add_argument("--fused", type=int, nargs="+", default=[10, 100], help="edits that are fused")
     options.add_argument("--out", type=Path, default=Path("runs/memory-curve"))
     options.add_argument("--png", type=Path)
     asked = options.parse_args(argv)
@@ -313,9 +358,9 @@ def _cells(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         return [f"{values[name]:.3f}" if name in values else "" for name in names]
 
     rows = []
-    for way in ("memory", "in context", "added up"):
+    for way in ("memory", "in context", *TOGETHER.values()):
         for n, values in sorted(found[way].items()):
-            routed = {} if way == "added up" else found["routing"][n]
+            routed = {} if way in TOGETHER.values() else found["routing"][n]
             if values:
                 rows.append(
                     [
@@ -323,12 +368,15 @@ def _cells(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
                         f"{n:,}",
                         three(values),
                         three(values, ", forced"),
-                        *get(values, "whole text", "negation"),
+                        *get(values, "others", "whole text", "negation"),
                         *get(routed, "right", "wrong", "none", "false fires"),
+                        f"{routed.get('edited neighbours', 0)}",
+                        *get(routed, "answered by their edit"),
                     ]
                 )
-    head = ["", "edits", "generated", "teacher forced", "neighbour's whole text", '"not": still the target']
-    return [*head, "right edit", "wrong", "none", "false fires"], rows
+    head = ["", "edits", "generated", "teacher forced", "locality of others", "neighbour's whole text"]
+    head += ['"not": still the target', "right edit", "wrong", "none", "false fires"]
+    return [*head, "edited neighbours", "answered by their edit"], rows
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ class Evaluation:
         cost: the editor's size and the peak memory.
         harness: scores of the evaluation harness (see :mod:`emendo.evaluate.harness`); empty where it was not run.
         routing: where all edits were in one memory (:mod:`emendo.evaluate.routed`), the shares of the prompts in scope
-            that were answered under the right edit, a wrong one, or none, and by kind of prompt the share of those out
-            of scope that fired an edit; else empty.
+            that were answered under the right edit, a wrong one, or none, the same of the neighbours that another edit
+            is about, by kind of prompt the share of those out of scope that fired an edit, and the locality of the
+            prompts that no edit is about; else empty.
     """
 
     results: tuple[Result, ...]

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from emendo.evaluate._prompts import describe_framing, request_of
 from emendo.evaluate._scoring import Row
 from emendo.evaluate.edited_models import EditedModels, with_clean_row
 from emendo.evaluate.evaluation import Evaluation
+from emendo.evaluate.results import MAIN, Result
 from emendo.evaluate.run import EvaluateConfig, ResultStore, Run, cost, describe
+from emendo.evaluate.same_fact import SameFact
 from emendo.memory.bank import FALSE_FIRES, EditMemory, Remembered
 from emendo.memory.router import Router
 from emendo.models.lm import LM
@@ -109,7 +112,7 @@ def evaluate_routed(
             seconds_per_edit=run.seconds_alone(),
             seconds_per_edit_in_batch=sum(r.seconds for r in results) / len(results),
             cost=cost(lm, editor),
-            routing=run.routing(),
+            routing={**run.routing(), "locality_of_others": run.locality_of_others(results)},
         )
 
 
@@ -148,11 +151,24 @@ class _RoutedRun(Run):
         edited = with_clean_row(self._made(needed))
         return edited, [[(place[self.fired[case.prompt]], case) for case in own] for own in cases]
 
+    @cached_property
+    def edited_neighbours(self) -> dict[tuple[int, str], list[int]]:
+        """The neighbours that another edit is about, as their record and prompt, with the edits."""
+        same = SameFact(self.records)
+        found = {
+            (number, case.prompt): same.asked(case.prompt, number)
+            for number, cases in enumerate(self.cases)
+            for case in cases
+            if case.kind == "neighbour"
+        }
+        return {place: edits for place, edits in found.items() if edits}
+
     def routing(self) -> dict[str, Any]:
         """How the prompts were routed."""
         asked = {normalised(record.prompt) for record in self.records}
         subjects = {record.subject for record in self.records if record.subject}
         scope: Counter[str] = Counter()
+        edited: Counter[str] = Counter()
         fires: dict[str, Counter[bool]] = {}
         for number, cases in enumerate(self.cases):
             for case in cases:
@@ -160,6 +176,8 @@ class _RoutedRun(Run):
                 if case.kind in IN_SCOPE:
                     right = fired is not None and _same(self.records[fired], self.records[number])
                     scope["none" if fired is None else "right" if right else "wrong"] += 1
+                elif edits := self.edited_neighbours.get((number, case.prompt)):
+                    edited["none" if fired is None else "right" if fired in edits else "wrong"] += 1
                 elif case.local:
                     if normalised(case.prompt) in asked:
                         continue  # the prompt of another edit
@@ -170,13 +188,35 @@ class _RoutedRun(Run):
                         fires.setdefault(kind, Counter())[fired is not None] += 1
         for kind, texts in (("plain_text", PASSAGES), ("small_talk", SMALL_TALK)):
             fires[kind] = Counter(self.fired[text] is not None for text in texts)
-        total = scope.total()
         return {
-            **{name: scope[name] / total for name in ("right", "wrong", "none")},
-            "prompts": total,
+            **_shares(scope),
+            "edited_neighbours": _shares(edited),
             "false_fires": {kind: count[True] / count.total() for kind, count in fires.items()},
             "out_of_scope": {kind: count.total() for kind, count in fires.items()},
         }
+
+    def locality_of_others(self, results: Sequence[Result]) -> dict[str, float | None]:
+        """Locality at the prompts that no edit of the memory is about, teacher forced and generated."""
+        found: dict[str, float | None] = {}
+        for measure in ("teacher_forced", "generated"):
+            rows = [
+                [
+                    float(value)
+                    for one in result.outcomes
+                    if one.kind in MAIN["locality"] and (number, one.prompt) not in self.edited_neighbours
+                    if (value := getattr(one, measure)) is not None
+                ]
+                for number, result in enumerate(results)
+            ]
+            found[measure] = fmean(map(fmean, kept)) if (kept := [row for row in rows if row]) else None
+        return found
+
+
+def _shares(count: Counter[str]) -> dict[str, float]:
+    """The shares of prompts that the right edit answers, a wrong one, or none, and their number."""
+    total = count.total()
+    shares = {name: count[name] / total for name in ("right", "wrong", "none")} if total else {}
+    return {**shares, "prompts": total}
 
 
 def _same(one: Record, other: Record) -> bool:

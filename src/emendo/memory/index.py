@@ -125,7 +125,8 @@ class Index:
     def remove(self, edit: int) -> None:
         """Take the scopes of an edit out."""
         self._numbers.remove(edit)
-        self._in_force[self._segment.edits == edit] = False
+        if edit not in self._rows:  # an edit is in one of both places
+            self._in_force[self._segment.edits == edit] = False
         for row in self._rows.pop(edit, ()):
             place = row - len(self._segment)
             scope = self._recent[place]

@@ -112,11 +112,16 @@ def routing(figures: Mapping[str, Any]) -> Table | None:
         [f"in scope: {heading}", found[name], found["prompts"]]
         for name, heading in (("right", "the right edit"), ("wrong", "a wrong edit"), ("none", "none"))
     ]
+    edited = found.get("edited_neighbours", {})
+    if "right" in edited:
+        rows.append(["neighbours that another edit is about: that edit", edited["right"], edited["prompts"]])
     rows += [
         [f"out of scope, an edit fires: {spelled(kind)}", share, found["out_of_scope"][kind]]
         for kind, share in found["false_fires"].items()
     ]
-    return Table(columns, rows)
+    others = found.get("locality_of_others", {})
+    said = [f"{value:.3f} {spelled(name)}" for name, value in others.items() if value is not None]
+    return Table(columns, rows, note=f"Locality without those neighbours: {', '.join(said)}." if said else "")
 
 
 def harness(found: Mapping[str, Any] | None) -> Table | None:
