@@ -281,6 +281,10 @@ EDITOR_CASES: dict[str, EditorCase] = {
         {"lr": 0.3, "steps": 3},
         refuses={"seq2seq": "rome is for decoders", "classifier": "rome is for decoders"},
     ),
+    "joint-rome": EditorCase(
+        {"lr": 0.3, "epochs": 3, "running": 1, "passages": 4},
+        refuses={"seq2seq": "joint-rome is for decoders", "classifier": "joint-rome is for decoders"},
+    ),
     "memit": EditorCase(
         {"lr": 0.3, "steps": 3, "covariance": 1.0},
         refuses={"seq2seq": "memit is for decoders", "classifier": "memit is for decoders"},

@@ -34,7 +34,7 @@ CHEAP = (
         "steps=2",
     )
     | dict.fromkeys(("locft", "crisp"), "epochs=2")
-    | {"ultraedit": "eta=1e-3"}
+    | {"ultraedit": "eta=1e-3", "joint-rome": "epochs=2"}
 )
 
 LIKE_FT = (
@@ -45,6 +45,7 @@ LIKE_FT = (
     "ewc",
     "locft",
     "crisp",
+    "joint-rome",
     "memit",
     "alphaedit",
     "repair",

@@ -63,7 +63,7 @@ TRAINED = ("mend", "enn", "ke", "malmen", "meta-curvature", "meta-sgd", "meta-ls
 """Methods that must be trained; written out, so that help pages import nothing."""
 UNTRAINED = (
     *("ft", "ft-kl", "ft-constrained", "ft-penalised", "diff-pruning", "ewc"),
-    *("lora", "locft", "crisp", "rome", "memit", "alphaedit", "ultraedit"),
+    *("lora", "locft", "crisp", "rome", "joint-rome", "memit", "alphaedit", "ultraedit"),
     *("repair", "k-adapter", "cache", "in-context"),
 )
 """Methods that need no training."""

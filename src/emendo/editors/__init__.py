@@ -31,6 +31,7 @@ EDITORS = {
     "locft": "emendo.editors.locft:Locft",
     "crisp": "emendo.editors.crisp:Crisp",
     "rome": "emendo.editors.rome:Rome",
+    "joint-rome": "emendo.editors.joint_rome:JointRome",
     "memit": "emendo.editors.memit:Memit",
     "alphaedit": "emendo.editors.alphaedit:AlphaEdit",
     "ultraedit": "emendo.editors.ultraedit:UltraEdit",

@@ -161,7 +161,6 @@ class KeyEditor(ValueEditor):
         keys = []
         for fact in facts:
             store = TrunkCache(trunk, dtype=lm.model.dtype)
-            store.ensure(fact.texts)
             with applied(lm.model, changes):
                 rows = inputs_of(store, (site,), fact.texts)[site.name]
             ends = zip(rows, fact.ends, strict=True)

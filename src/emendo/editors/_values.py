@@ -44,17 +44,12 @@ _AT_ONCE = 16  # texts of one pass that collects inputs
 
 
 @dataclass(frozen=True, slots=True)
-class ValueSettings(Settings):
-    """The settings of the search."""
+class ContextSettings(Settings):
+    """The settings of the texts around a fact and of the loss."""
 
-    steps: int = setting(20, "Largest number of steps of an edit.", least=1)
-    lr: float = setting(
-        0.1, "Learning rate of Adam, in units of the hidden state's root mean square.", above=0
-    )
     contexts: int = setting(8, "Contexts beside the prompt.", least=1)
     per_step: int = setting(2, "Contexts of a step, beside the prompt.", least=1)
     until: float = setting(0.3, "Stop once the prompt and most contexts have an NLL below this.", above=0)
-    enough: float = setting(0.8, "Then scale the edit down while they have an NLL below this.", above=0)
     c_kl: float = setting(8.0, "Weight of the KL on what must stay.", least=0)
     stay: int = setting(2, "Texts of a step that must stay.", least=1)
     ridge: float = setting(0.1, "Ridge of `C`, as a multiple of its mean eigenvalue.", above=0)
@@ -62,14 +57,25 @@ class ValueSettings(Settings):
     seed: int = setting(0, "Seed of the contexts.")
 
 
-class ValueEditor(Editor):
-    """Base of the methods that search for values; decoders only."""
+@dataclass(frozen=True, slots=True)
+class ValueSettings(ContextSettings):
+    """The settings of the search for the values of one fact."""
 
-    config: ValueSettings
+    steps: int = setting(20, "Largest number of steps of an edit.", least=1)
+    lr: float = setting(
+        0.1, "Learning rate of Adam, in units of the hidden state's root mean square.", above=0
+    )
+    enough: float = setting(0.8, "Then scale the edit down while they have an NLL below this.", above=0)
+
+
+class SubjectEditor(Editor):
+    """Base of the methods that write where a subject stands; decoders only."""
+
+    config: ContextSettings
     needs_training = False
 
     def __init__(
-        self, sites: tuple[Site, ...], config: ValueSettings | None = None, fingerprint: str = ""
+        self, sites: tuple[Site, ...], config: ContextSettings | None = None, fingerprint: str = ""
     ) -> None:
         super().__init__(sites, config, fingerprint)
         self._known: tuple[int, Background] | None = None
@@ -88,10 +94,6 @@ class ValueEditor(Editor):
             )
         self.texts(lm, requests)
 
-    def search(self, lm: LM, request: Request, sites: tuple[Site, ...] = ()) -> Search:
-        """Prepare the search for the values of one edit, at all matrices or at some."""
-        return Search(self, lm, request, sites)
-
     def contexts(self, lm: LM, request: Request, random: Random | None = None) -> tuple[list[Text], str]:
         """The prompt and the contexts of a request, with its target, and the subject in them."""
         prompt, config = request.prompt, self.config
@@ -106,6 +108,48 @@ class ValueEditor(Editor):
         if self._known is None or self._known[0] != id(lm.model):
             self._known = id(lm.model), Background(lm, self.sites, self.config.ridge)
         return self._known[1]
+
+    def surrounded(self, lm: LM, request: Request) -> Surrounded:
+        """The texts around a request; they follow from the seed."""
+        background, random = self.background(lm), Random(self.config.seed)
+        texts, subject = self.contexts(lm, request, random)
+        names = other_names(subject, background, random)
+        near, held = (
+            [text for name in part for text in fitting(lm, request.prompt.replace(subject, name), request)]
+            for part in (names[::2], names[1::2])
+        )
+        first = [Text(text.ids[: text.start + 1], text.start) for text in held]
+        passages = random.sample(background.held, min(_OWN, len(background.held)))
+        own = [Text(text.ids[:_STAY_TOKENS], 1) for text in passages]
+        stay = random.sample([*first, *own], len(first) + len(own))
+        return Surrounded(texts, [subject_end(lm, text, subject) for text in texts], near, stay)
+
+
+class ValueEditor(SubjectEditor):
+    """Base of the methods that search for the values of each fact by itself."""
+
+    config: ValueSettings
+
+    def search(self, lm: LM, request: Request, sites: tuple[Site, ...] = ()) -> Search:
+        """Prepare the search for the values of one edit, at all matrices or at some."""
+        return Search(self, lm, request, sites)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Surrounded:
+    """A fact among the texts that it is searched with.
+
+    Attributes:
+        texts: the prompt and the other contexts, with the target.
+        ends: the place of the subject's last token in each of them.
+        near: the prompt with other names, which the directions leave as it is.
+        stay: the texts of the KL, whose inputs are not among those that the directions leave as they are.
+    """
+
+    texts: Sequence[Text]
+    ends: Sequence[int]
+    near: Sequence[Text]
+    stay: Sequence[Text]
 
 
 def writing_sites(model: nn.Module, blocks: range) -> tuple[Site, ...]:
@@ -132,7 +176,6 @@ class Background(Surroundings):
         self.held, self.texts = texts[:_HELD], texts[_HELD:]
         self.trunk = Trunk(lm.model, sites)
         store = TrunkCache(self.trunk, dtype=lm.model.dtype)
-        store.ensure(self.texts)
         rows = inputs_of(store, sites, self.texts)
         self.whitening = {name: Whitening(torch.cat(own), ridge) for name, own in rows.items()}
 
@@ -175,6 +218,7 @@ class Whitening:
 @torch.no_grad()
 def inputs_of(store: TrunkCache, sites: tuple[Site, ...], texts: Sequence[Text]) -> dict[str, list[Tensor]]:
     """The inputs ``[tokens, d_in]`` of each matrix on each text."""
+    store.ensure(texts)
     seen: dict[str, list[Tensor]] = {site.name: [] for site in sites}
 
     def keep(name: str, lengths: Sequence[int]) -> Callable[..., None]:
@@ -205,32 +249,18 @@ class Search:
         sites: the matrices that get a value; by default all of the editor's.
 
     Attributes:
-        texts: the prompt and the other contexts, with the target.
-        ends: the place of the subject's last token in each of them.
-        near: the prompt with other names, which the directions leave as it is.
-        stay: the texts of the KL, whose inputs are not among those that the directions leave as they are.
+        texts, ends, near, stay: as in :class:`Surrounded`.
         right: matrix -> ``q [1, d_in]``.
         unit: root mean square of the hidden state.
     """
 
     def __init__(self, editor: ValueEditor, lm: LM, request: Request, sites: tuple[Site, ...] = ()) -> None:
-        config, prompt, background = editor.config, request.prompt, editor.background(lm)
-        self.config, self.sites, self.model = config, sites or editor.sites, lm.model
+        background, found = editor.background(lm), editor.surrounded(lm, request)
+        self.config, self.sites, self.model = editor.config, sites or editor.sites, lm.model
         self.store = TrunkCache(background.trunk, dtype=lm.model.dtype)
-        random = Random(config.seed)
-        self.texts, subject = editor.contexts(lm, request, random)
-        names = other_names(subject, background, random)
-        near, held = (
-            [text for name in part for text in fitting(lm, prompt.replace(subject, name), request)]
-            for part in (names[::2], names[1::2])
-        )
-        first = [Text(text.ids[: text.start + 1], text.start) for text in held]
-        passages = random.sample(background.held, min(_OWN, len(background.held)))
-        own = [Text(text.ids[:_STAY_TOKENS], 1) for text in passages]
-        self.near, self.stay = near, random.sample([*first, *own], len(first) + len(own))
-        self.store.ensure([*self.texts, *near, *self.stay])
-        rows = inputs_of(self.store, self.sites, [*self.texts, *near])
-        self.ends = [subject_end(lm, text, subject) for text in self.texts]
+        self.texts, self.ends, self.near, self.stay = found.texts, found.ends, found.near, found.stay
+        rows = inputs_of(self.store, self.sites, [*self.texts, *self.near])
+        self.store.ensure(self.stay)
         self.right = {}
         for name, inputs in rows.items():
             key = torch.stack([own[end] for own, end in zip(inputs, self.ends, strict=False)]).mean(0)
@@ -288,8 +318,8 @@ class Search:
 
     def _losses(self, changes: Mapping[str, LowRank], step: int) -> tuple[Tensor, Tensor]:
         """The NLL of the prompt and of some contexts, and the KL of some texts that must stay."""
-        texts = [self.texts[0], *_turn(self.texts[1:], step, self.config.per_step)]
-        stay = _turn(self.stay, step, self.config.stay)
+        texts = [self.texts[0], *turn(self.texts[1:], step, self.config.per_step)]
+        stay = turn(self.stay, step, self.config.stay)
         batch, losses, _ = self.store.label_losses(
             [*texts, *stay], len(stay), lambda packing: applied(self.model, changes)
         )
@@ -298,7 +328,7 @@ class Search:
         return nll, kl
 
 
-def _turn(items: Sequence[Text], step: int, count: int) -> list[Text]:
+def turn(items: Sequence[Text], step: int, count: int) -> list[Text]:
     """The items whose turn it is in a step, each once."""
     count = min(count, len(items))
     return [items[(step * count + i) % len(items)] for i in range(count)]

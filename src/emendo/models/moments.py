@@ -104,7 +104,11 @@ def _rows(
 
 
 def kept_moments(
-    lm: LM, sites: tuple[Site, ...], passages: Sequence[str] = (), folder: Path | None = None
+    lm: LM,
+    sites: tuple[Site, ...],
+    passages: Sequence[str] = (),
+    folder: Path | None = None,
+    count: int = PASSAGES,
 ) -> dict[str, Moments]:
     """The moments of each matrix over passages, in float32; computed once where there is a folder.
 
@@ -113,6 +117,7 @@ def kept_moments(
         sites: the matrices.
         passages: running text; by default what the model writes itself.
         folder: where they are kept; None keeps nothing.
+        count: passages that the model writes.
 
     Raises:
         RequestError: there is no text, or the model is no decoder.
@@ -121,9 +126,7 @@ def kept_moments(
         raise RequestError(f"Moments are taken over running text, and {lm.name} is a {lm.kind}.")
     if any(module._forward_hooks for module in lm.model.modules()):
         folder = None  # the model holds an edit, so that these are not the moments of its fingerprint
-    chosen = list(passages) or own_passages(
-        lm, PASSAGES, None if folder is None else folder.parent / "written"
-    )
+    chosen = list(passages) or own_passages(lm, count, None if folder is None else folder.parent / "written")
     key = digest([lm.fingerprint, lm.dtype, TOKENS, chosen])
     files = (
         {}
@@ -143,15 +146,16 @@ def kept_moments(
     return {site.name: found[site.name] for site in sites}
 
 
-def moments_over(lm: LM, sites: tuple[Site, ...], text: str) -> dict[str, Moments]:
+def moments_over(lm: LM, sites: tuple[Site, ...], text: str, count: int = PASSAGES) -> dict[str, Moments]:
     """The moments of each matrix over a file of plain text, kept in the cache folder.
 
     Args:
         lm: a decoder.
         sites: the matrices.
         text: the file; empty for what the model writes itself.
+        count: passages that the model writes.
     """
-    return kept_moments(lm, sites, passages_of(text) if text else (), cache_folder() / "moments")
+    return kept_moments(lm, sites, passages_of(text) if text else (), cache_folder() / "moments", count)
 
 
 def _read(file: Path) -> Moments:
