@@ -22,6 +22,7 @@ SCRIPTS = {
     "growth": "--edits 1 3 --lengths 8 16 --blocks 1 2 --depths 4 5 --widths 64 128".split(),
     "many_edits": ["--methods", "ft", "fused:lora", "--counts", "1", "3", "--batches", "0", "2"],
     "startup": [],
+    "offload": ["--parts", "built-in", "--steps", "1"],
     "routing": ["--limit", "60", "--counts", "10", "200"],
     "serving": "--only edit load kill --editor ft --requests 12 --clients 3 --edits 2 --tokens 3 --kills 1".split(),
     "roofline": ["--batch", "2", "--rank", "8"],
