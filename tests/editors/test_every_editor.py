@@ -38,10 +38,12 @@ ALIKE = (
     "diff-pruning",
     "ewc",
     "crisp",
+    "joint-rome",
     "alphaedit",
+    "ultraedit",
     "repair",
 )
-"""Methods that make an edit as another one does; on other models than decoders in the slow suite."""
+"""Methods that edit as another one does: the default suite makes and undoes their edit of a decoder, no more."""
 FAST = TrainConfig(steps=2, batch=1, lr=1e-3, warmup=0)
 
 
@@ -115,12 +117,16 @@ def ready(request: pytest.FixtureRequest, editors: Callable[[str, str], Ready]) 
 
 @pytest.fixture(
     params=[
-        pytest.param(cell, id="-".join(cell), marks=[] if cell[1] == "llama" else [pytest.mark.slow])
+        pytest.param(
+            cell,
+            id="-".join(cell),
+            marks=[] if cell[1] == "llama" and cell[0] not in ALIKE else [pytest.mark.slow],
+        )
         for cell in CELLS
     ]
 )
 def sample(request: pytest.FixtureRequest, editors: Callable[[str, str], Ready]) -> Ready:
-    """For what does not depend on the kind of model: the other kinds are in the slow suite."""
+    """For what does not depend on the kind of model: the other kinds are in the slow suite, as are methods alike."""
     return editors(*request.param)
 
 
