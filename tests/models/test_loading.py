@@ -38,6 +38,7 @@ from cases import (
 )
 from emendo._storage import cache_folder
 from emendo.errors import ModelError, RequestError, StorageError, UnusedWeightsWarning
+from emendo.models import devices
 from emendo.models import loading as models
 from emendo.models._fingerprint import fingerprint
 from emendo.models.lm import LM
@@ -217,8 +218,8 @@ def test_the_fastest_dtype_is_the_one_that_is_measured_as_such(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "__matmul__", timed)
-        patch.setattr(models.time, "perf_counter", lambda: clock[0])
-        assert models.fastest_dtype() == wanted
+        patch.setattr(devices.time, "perf_counter", lambda: clock[0])
+        assert devices.fastest_dtype() == wanted
         assert load(str(folder), dtype="fastest").dtype == wanted
 
 
@@ -232,7 +233,7 @@ def test_a_device_without_bfloat16_has_float32(monkeypatch: pytest.MonkeyPatch) 
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "ones", refused)
-        assert models.fastest_dtype() == "float32"
+        assert devices.fastest_dtype() == "float32"
 
 
 # ------------------------------------------------------------------------------ no code, and no connection
@@ -465,8 +466,8 @@ def test_measuring_the_fastest_dtype_takes_no_time_where_bfloat16_is_emulated(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "__matmul__", timed)
-        patch.setattr(models.time, "perf_counter", lambda: clock[0])
-        assert models.fastest_dtype() == "float32"
+        patch.setattr(devices.time, "perf_counter", lambda: clock[0])
+        assert devices.fastest_dtype() == "float32"
     assert clock[0] < 0.3
 
 

@@ -18,7 +18,8 @@ from emendo.cli.data import unused_fields
 from emendo.data import Record, RecordSet, read_records
 from emendo.editors import DEFAULT, EDITORS, Editor, editor_class, library
 from emendo.errors import DataError, RequestError
-from emendo.models.loading import BUILT_IN, LM, fastest_dtype, load, usable_device
+from emendo.models.devices import fastest_dtype, usable_device
+from emendo.models.loading import BUILT_IN, LM, load
 from emendo.models.moments import passages_of
 from emendo.models.sites import Site, find_sites
 from emendo.models.tokenization import to_texts

