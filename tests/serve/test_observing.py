@@ -28,6 +28,7 @@ def test_figures(work: Workspace, serve: Serve) -> None:
         question = {"prompt": FACT["prompt"], "model": MODEL, "max_tokens": 2}
         await http.post("/page/ask", json=question)
         await http.get("/nowhere")
+        await http.delete("/v1/edits/1")
         return (await http.get("/metrics")).text
 
     found = {
@@ -42,7 +43,8 @@ def test_figures(work: Workspace, serve: Serve) -> None:
     assert found["emendo_answers_total", "base"] == 3
     assert found["emendo_tokens_total", "generated"] == 3 * 6 + 2 * 2
     assert found["emendo_steps_total", "apply"] == 1
-    assert found["emendo_active_edits",] == 1 and found["emendo_engine_waiting",] == 0
+    assert found["emendo_active_edits",] == 0 and found["emendo_operation",] == 2
+    assert found["emendo_engine_waiting",] == 0
 
 
 def test_each_request_has_an_id_and_a_line(

@@ -211,6 +211,7 @@ def test_a_correction_is_typed_and_taken_back(
         tab.run("document.querySelector('#target').focus()")
         tab.key("Enter", 13, "\r", modifiers=2)
         assert said(tab, "#correct-form") == "Edit 1 is in force."
+        assert tab.run("document.activeElement.id") == "target"
         fill(tab, "#prompt", FACT["prompt"])
         tab.key("Enter", 13, "\r", modifiers=2)
         tab.wait("document.querySelector('#answers .edited')")
@@ -231,6 +232,7 @@ def test_a_correction_is_typed_and_taken_back(
         tab.picture(tmp_path / "page.png")
         tab.run("document.querySelector('#edits [data-call]').click()")
         assert said(tab, "#ledger .tools") == "Edit 1 is off."
+        assert tab.run("document.querySelector('#correct-form .message').textContent") == ""
         assert tab.run("window.hit") is None and tab.problems == []
     assert work.ledger.head.kind == "revert"
     assert (tmp_path / "page.png").stat().st_size > 10_000
@@ -245,8 +247,10 @@ def test_a_refused_edit_can_be_forced_and_the_page_says_why(work: Workspace, mar
         tab.open(address)
         fill(tab, "#edit-prompt", FACT["prompt"])
         fill(tab, "#target", FACT["target"])
-        tab.run("document.querySelector('#correct-form .primary').click()")
+        tab.run("document.querySelector('#correct-form .primary').focus()")
+        tab.key("Enter", 13, "\r")
         assert said(tab, "#correct-form").startswith("The guard refuses this edit:")
+        assert tab.run("document.activeElement.classList.contains('primary')")
         tab.run("document.querySelector('[data-force]').click()")
         tab.wait("document.querySelector('#edits .mark.no')")
         assert "forced" in tab.run("document.querySelector('#edits').innerText")

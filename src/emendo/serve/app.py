@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import Depends, FastAPI, Response
 from fastapi.responses import PlainTextResponse
@@ -12,6 +12,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from emendo._version import __version__
 from emendo.editors import Editor
+from emendo.errors import StorageError
 from emendo.ledger.workspace import Workspace
 from emendo.serve import edit_routes, openai_routes
 from emendo.serve._worker import Worker
@@ -102,6 +103,8 @@ def create_app(
     @app.get("/metrics", tags=["Operation"], dependencies=[Depends(asking)], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Give the figures for Prometheus."""
+        with suppress(StorageError):
+            await worker.run(found.router.latest)
         return Response(generate_latest(found.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app

@@ -70,6 +70,9 @@ def add_handlers(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
+        if first["loc"] == ("body",):
+            text = "The body must be a JSON object, sent with the header content-type: application/json."
+            return JSONResponse(error_body(text, "invalid_request", 422), 422)
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         text = f"{where}: {first['msg']}" if where else str(first["msg"])
         return JSONResponse(error_body(text, "invalid_request", 422, param=where or None), 422)

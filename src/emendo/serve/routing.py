@@ -89,6 +89,11 @@ class Router:
         tags = [tag.name for tag in self.ledger.tags() if tag.name != BASE]
         return [self.name, *(f"{self.name}@{each}" for each in (BASE, *tags))]
 
+    def latest(self) -> Operation:
+        """The latest operation of the ledger, read now."""
+        self.head = self.ledger.head
+        return self.head
+
     async def why(self, prompt: str, state: str = "head") -> Choice:
         """The router's choice for a prompt."""
         return await self.worker.run(lambda: self._state(state).memory.why(prompt))
@@ -119,10 +124,7 @@ class Router:
 
     def _state(self, name: str) -> _State:
         """A state that is ready, made if need be; those used last are kept."""
-        if name == "head":
-            operation = self.head = self.ledger.head
-        else:
-            operation = self._named(name)
+        operation = self.latest() if name == "head" else self._named(name)
         if operation.id not in self._states:
             self._states[operation.id] = self._made(operation, head=name == "head")
         self._states.move_to_end(operation.id)

@@ -63,7 +63,7 @@ class Service:
     async def ready(self) -> bool:
         """Whether requests are answered now: the engine takes them, and the ledger can be read."""
         try:
-            await self.router.worker.run(lambda: self.ledger.head)
+            await self.router.worker.run(self.router.latest)
         except StorageError:
             return False
         return await self.backend.ready()

@@ -57,8 +57,9 @@
   // Runs work once at a time for an area, whose buttons wait meanwhile.
   async function busy(area, word, work) {
     if (area.ariaBusy === "true") return;
-    const buttons = [...area.querySelectorAll("button")];
+    const buttons = [...area.querySelectorAll("button")], focused = document.activeElement;
     area.ariaBusy = "true";
+    document.querySelectorAll(".message.good, .message.bad").forEach((old) => (old.textContent = ""));
     buttons.forEach((button) => (button.disabled = true));
     say(area, word);
     try {
@@ -71,6 +72,7 @@
     } finally {
       area.ariaBusy = "false";
       buttons.forEach((button) => (button.disabled = false));
+      if (document.activeElement === document.body) focused.focus(); // a button that is disabled loses it
     }
   }
 
