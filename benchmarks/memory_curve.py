@@ -27,6 +27,7 @@ from _common import load, machine, parser, table
 import emendo
 from emendo._text import normalised
 from emendo.data import Record, read_records
+from emendo.data.portability import with_consequences
 from emendo.edits.edit import Edit, Request, compose
 from emendo.edits.fusing import fuse
 from emendo.edits.per_request import applied_to_rows
@@ -202,6 +203,28 @@ def _never(number: int) -> Edit:
     raise NotImplementedError(number)
 
 
+def other_names(lm: LM, editor: emendo.Editor, router: Router, file: Path, count: int) -> dict[str, float]:
+    """Built-in facts whose subject has another name, all in one memory and asked by that name, which nobody told it.
+
+    Shares of those that their own edit answers, that are answered with the target, and that would be under the edit.
+    """
+    records = with_consequences(read_records("atlas", split="test").records)
+    aliases = [(r, one) for r in records for one in r.consequences if one.kind == "alias"]
+    facts = list({r.prompt: r for r, _ in aliases}.values())
+    asked = {r.prompt: one for r, one in aliases}
+    cases = [Case(i, "paraphrase", asked[r.prompt].prompt, r.target) for i, r in enumerate(facts)]
+    chosen = fired(lm, router, facts, cases, len(facts), file.parent)
+    answers = Answers(lm, editor, facts, cases, file)
+    routed = [Ask(i) if edit is None else Ask(i, "edit", (edit,)) for i, edit in enumerate(chosen[:count])]
+    own = [Ask(i, "edit", (i,)) for i in range(min(count, len(cases)))]
+    answers.find([*routed, *own, *(Ask(i) for i in range(len(own)))])
+    return {
+        "right edit": float(np.mean([edit == i for i, edit in enumerate(chosen)])),
+        "answered with the target": scores(cases, answers, routed)["paraphrase"],
+        "under their own edit": scores(cases, answers, own)["paraphrase"],
+    }
+
+
 def scores(
     cases: Sequence[Case], answers: Answers, asks: Sequence[Ask], edited: Collection[int] = ()
 ) -> dict[str, float]:
@@ -337,6 +360,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--sums", type=int, nargs="+", default=[2, 5, 10, 20], help="edits that are added up"
     )
     options.add_argument("--fused", type=int, nargs="+", default=[10, 100], help="edits that are fused")
+    options.add_argument("--aliases", type=int, default=60, help="prompts with another name of the subject")
     options.add_argument("--out", type=Path, default=Path("runs/memory-curve"))
     options.add_argument("--png", type=Path)
     asked = options.parse_args(argv)
@@ -344,8 +368,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine(asked)
     editor = emendo.Editor.from_pretrained(asked.editor)
     found = measure(asked, lm, editor)
+    if asked.aliases:
+        found["other names"] = other_names(
+            lm, editor, Router.shipped_for(lm), asked.out / "aliases.jsonl", asked.aliases
+        )
     (asked.out / "scores.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     table("Edit success / generalisation / locality", *_cells(found))
+    if asked.aliases:
+        names = found["other names"]
+        table("Another name of the subject, not told", list(names), [[f"{x:.3f}" for x in names.values()]])
     if asked.png is not None:
         asked.png.write_bytes(picture(found))
 

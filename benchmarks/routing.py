@@ -34,6 +34,21 @@ RATES = (0.01, 0.02, 0.05, 0.1)
 ABROAD = ("Die Hauptstadt von {} ist", "La capitale de {} est", "La capital de {} es", "La capitale di {} è")
 AT_ONCE = 50_000
 TALK = " ".join(PASSAGES[:3])
+REMARKS = (
+    "Thank you! I will write it down.",
+    "Great, that is all I wanted to know about it.",
+    "Can you write a poem about it?",
+    "I have never heard of it before.",
+    "Please translate it into Spanish.",
+    "Could you explain it to a child?",
+    "She told me the same thing yesterday.",
+    "Why do people like it so much?",
+    "Could you make it shorter?",
+    "He would be surprised to hear that.",
+    "Let us not talk about it any more.",
+    "I read about it in their book last week.",
+)
+"""Turns with a pronoun that ask for no fact."""
 Best = tuple[float, int]
 """A score, and the number of its edit."""
 
@@ -173,7 +188,8 @@ def conversations(lm: LM, records: Sequence[Record]) -> list[tuple[str, str, str
         for r, text in zip(edits, asked, strict=True)
     ]
     talk = [(f"{r.prompt}?", SMALL_TALK[i % len(SMALL_TALK)]) for i, r in enumerate(edits)]
-    it = [(f"{r.prompt}?", "Thank you! I will write it down.") for r in edits]
+    it = [(f"{r.prompt}?", REMARKS[0]) for r in edits]
+    remarks = [(f"{r.prompt}?", REMARKS[i % len(REMARKS)]) for i, r in enumerate(edits)]
 
     def right(turns: Sequence[str | Sequence[str]]) -> str:
         return f"{np.mean([choice.edit == i for i, choice in enumerate(memory.route(turns))]):.3f}"
@@ -193,6 +209,7 @@ def conversations(lm: LM, records: Sequence[Record]) -> list[tuple[str, str, str
         ("the subject, then a paraphrase with a pronoun", "the right edit", right(pronouns), count),
         ("the prompt of an edit, then small talk", "none", none(talk), count),
         ('the prompt of an edit, then "I will write it down"', "none", none(it), count),
+        ("the prompt of an edit, then a remark with a pronoun", "none", none(remarks), count),
     ]
 
 

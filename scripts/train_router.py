@@ -4,7 +4,8 @@
 
 FOLDER holds ``counterfact-train.json``, ``counterfact-dev.json`` (whose subjects are left out) and ``pararel.jsonl``.
 First the key encoder is trained on the hidden states of some 90,000 prompts, then the judge is fitted on facts that
-were kept from it, and its threshold set on their neighbours. Half an hour on one core with AMX.
+were kept from it, and its threshold set on their neighbours. Half an hour on one core with AMX. With ``--judge-only``
+the encoder that ships is kept and the judges are fitted anew: five minutes.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import emendo
 from emendo.data import Record, read_records
 from emendo.memory.encoder import KeyEncoder, hidden_states
+from emendo.memory.key_file import KeyFile
 from emendo.memory.router import SHIPPED, Floats, Judge, Router, index_of
 from emendo.memory.words import IDF_FILE, Prompt, Rarity
 from emendo.models._sampling import own_passages
 from emendo.models.lm import LM
 from emendo.models.loading import cache_folder
+from router_negatives import passages_about, remarks, with_longer_names
 from router_prompts import KINDS, Fact, make_facts
 
 MODEL, BLOCK, SIZE = "smollm2-135m", 14, 128
@@ -35,8 +39,14 @@ CALIBRATED_ON = 1_000
 """Edits in the memory on which the threshold is set."""
 HIDDEN = 16
 """Of the judge."""
-WEIGHTS = {"query": 1.0, "other": 0.25, "near": 1.5}
+WEIGHTS = {"edit": 0.25, "query": 1.0, "other": 0.25, "near": 1.5, "longer": 0.2, "remark": 0.1, "text": 0.1}
 """Of the queries in the judge's loss: with equal weights it is too strict with rare wordings of a relation."""
+STRONGEST = 6
+"""Candidates of a query that the judge is fitted on."""
+OTHERS = 3.0
+"""Questions about another relation of an edited subject that fire, as a multiple of the neighbours that do."""
+QUANTILES = 1000
+"""Numbers that stand for the calibration."""
 
 
 class Pool:
@@ -109,35 +119,41 @@ def train_encoder(pool: Pool, facts: Sequence[Fact], first: int, steps: int, bat
 
 
 class Evidence:
-    """The evidence for every candidate of many queries: ``x [n, numbers]``, whether it is right, and its query."""
+    """The evidence for every candidate of many queries: ``x [n, numbers]``, whether it is right, and its query.
 
-    def __init__(self) -> None:
+    Args:
+        router: gives the evidence.
+        lm: the model.
+        keys: keeps the keys of the prompts.
+    """
+
+    def __init__(self, router: Router, lm: LM, keys: KeyFile | None) -> None:
+        self.router, self.lm, self.keys = router, lm, keys
         self.x: list[Floats] = []
         self.right: list[float] = []
         self.query: list[int] = []
         self.weight: list[float] = []
 
     def add(
-        self,
-        router: Router,
-        lm: LM,
-        edits: Sequence[Prompt],
-        asked: Sequence[str],
-        wanted: Sequence[set[int]],
-        weight: float,
+        self, edits: Sequence[Prompt], asked: Sequence[str], wanted: Sequence[set[int]], weight: float
     ) -> None:
         """Add queries of one kind, each with the edits that it means, if any."""
-        index = index_of(router, lm, edits)
-        for query, own in zip(router.read(lm, asked), wanted, strict=True):
-            rows = index.candidates(query.prompt, query.key)
-            if rows:
-                self.x.append(router.evidence(query, index, rows))
-                self.right += [float(index.edit(row) in own) for row in rows]
-                self.query += [len(self.weight)] * len(rows)
-                self.weight.append(weight)
+        index = index_of(self.router, self.lm, edits, self.keys)
+        for query, own in zip(self.router.read(self.lm, asked, self.keys), wanted, strict=True):
+            if rows := index.candidates(query.prompt, query.key):
+                right = np.array([index.edit(row) in own for row in rows])
+                self.keep(self.router.evidence(query, index, rows), right, weight)
+
+    def keep(self, x: Floats, right: NDArray[np.bool_], weight: float) -> None:
+        """Keep the candidates of a query that are right, and the others with the most evidence."""
+        order = np.argsort(-(x.sum(1) + x.shape[1] * right), kind="stable")[:STRONGEST]
+        self.x.append(x[order])
+        self.right += right[order].astype(float).tolist()
+        self.query += [len(self.weight)] * len(order)
+        self.weight.append(weight)
 
 
-def fit(found: Evidence, steps: int = 1200) -> tuple[Floats, ...]:
+def fit(found: Evidence, steps: int = 800) -> tuple[Floats, ...]:
     """Fit the judge: for each query the right candidate, or none of them, has the highest score."""
     x, right, query = (
         torch.from_numpy(np.concatenate(found.x)),
@@ -166,44 +182,65 @@ def fit(found: Evidence, steps: int = 1200) -> tuple[Floats, ...]:
     return tuple(t.detach().numpy().copy() for t in (inner.weight, inner.bias, outer.weight[0], outer.bias))
 
 
-def fitted(router: Router, lm: LM, facts: Sequence[Fact]) -> Judge:
-    """The judge for the evidence of a router, with its calibration."""
+def evidence(
+    router: Router, lm: LM, facts: Sequence[Fact], passages: Sequence[str], keys: KeyFile | None
+) -> Evidence:
+    """The evidence that a judge is fitted on: each prompt against all facts, subjects guessed and given."""
     by_fact: dict[tuple[int, int], set[int]] = {}
     for number, fact in enumerate(facts):
         by_fact.setdefault(fact.labels("edit"), set()).add(number)
-    found = Evidence()
+    out_of_scope = {
+        "longer": with_longer_names(facts),
+        "remark": remarks(facts),
+        "text": passages_about(facts, passages),
+    }
+    found = Evidence(router, lm, keys)
     for given in (False, True):
         edits = [Prompt.read(fact.edit, fact.name if given else None) for fact in facts]
-        for kind, weight in WEIGHTS.items():
-            asked = [getattr(fact, kind) for fact in facts]
-            found.add(
-                router, lm, edits, asked, [by_fact.get(fact.labels(kind), set()) for fact in facts], weight
-            )
-    numbers = fit(found)
+        for kind in KINDS:
+            wanted = [by_fact.get(fact.labels(kind), set()) for fact in facts]
+            found.add(edits, [getattr(fact, kind) for fact in facts], wanted, WEIGHTS[kind])
+        for kind, asked in out_of_scope.items():
+            found.add(edits, asked, [set()] * len(asked), WEIGHTS[kind])
+    return found
+
+
+def fitted(
+    router: Router, lm: LM, facts: Sequence[Fact], passages: Sequence[str], keys: KeyFile | None
+) -> Judge:
+    """The judge for the evidence of a router, with its calibration."""
+    numbers = fit(evidence(router, lm, facts, passages, keys))
     router.judge = Judge(*numbers, np.zeros(1, np.float32))
-    return Judge(*numbers, calibration(router, lm, facts[:CALIBRATED_ON]))
+    return Judge(*numbers, calibration(router, lm, facts[:CALIBRATED_ON], keys))
 
 
-def calibration(router: Router, lm: LM, facts: Sequence[Fact]) -> Floats:
-    """The highest score of an edit for each prompt that asks for none of the edited facts, ascending.
+def calibration(router: Router, lm: LM, facts: Sequence[Fact], keys: KeyFile | None) -> Floats:
+    """Ascending scores, of which the given share of false fires reaches the threshold.
 
-    The prompts are the neighbours of the facts, and of the built-in facts' validation split another relation of each
-    subject: with neighbours alone every fifth question about another relation of an edited subject fires. A lexical
-    router cannot tell relations apart, so it is calibrated on neighbours alone.
+    They are those of the strongest edit for the neighbours of the facts, or where these are higher, for questions about
+    another relation of an edited subject (the built-in facts' validation split, every wording), of which
+    :data:`OTHERS` times as many may fire. A lexical router cannot tell relations apart, so it is calibrated on
+    neighbours alone.
     """
     edited = {fact.labels("edit") for fact in facts}
     near = [fact.near for fact in facts if fact.labels("near") not in edited]
-    records = read_records("atlas", split="validation").records if router.encoder is not None else ()
-    pairs = list(two_relations(records))
-    cases = (
-        ([Prompt.read(fact.edit) for fact in facts], near),
-        ([Prompt.read(first.prompt) for first, _ in pairs], [other.prompt for _, other in pairs]),
-    )
-    found = []
-    for edits, asked in cases:
-        index = index_of(router, lm, edits)
-        found += [max(router.scores(query, index).values(), default=0.0) for query in router.read(lm, asked)]
-    return np.sort(np.array(found, np.float32))
+    rates = np.linspace(1, 0, QUANTILES)
+    found = np.quantile(strongest(router, lm, [fact.edit for fact in facts], near, keys), 1 - rates)
+    if router.encoder is not None:
+        pairs = list(two_relations(read_records("atlas", split="validation").records))
+        asked = [text for _, other in pairs for text in (other.prompt, *other.paraphrases)]
+        others = strongest(router, lm, [first.prompt for first, _ in pairs], asked, keys)
+        found = np.maximum(found, np.quantile(others, 1 - np.minimum(OTHERS * rates, 1)))
+    return found.astype(np.float32)
+
+
+def strongest(
+    router: Router, lm: LM, edits: Sequence[str], asked: Sequence[str], keys: KeyFile | None
+) -> list[float]:
+    """The highest score of an edit for each prompt."""
+    index = index_of(router, lm, [Prompt.read(text) for text in edits], keys)
+    queries = router.read(lm, asked, keys)
+    return [max(router.scores(query, index).values(), default=0.0) for query in queries]
 
 
 def two_relations(records: Sequence[Record]) -> Iterator[tuple[Record, Record]]:
@@ -227,6 +264,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="facts of a step")
     parser.add_argument("--limit", type=int, help="facts, to try the script")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--judge-only", action="store_true", help="keep the encoder that ships")
     parser.add_argument("--install", action="store_true", help="put both where they ship from")
     asked = parser.parse_args()
     torch.manual_seed(0)
@@ -235,17 +273,20 @@ def main() -> None:
     sentences = [text.split(".")[0].strip() + "." for text in passages if 20 < len(text.split(".")[0]) < 120]
     facts = make_facts(asked.data, sentences, COUNTS)[: asked.limit]
     prompts = [getattr(fact, kind) for fact in facts for kind in KINDS]
-    if asked.install:
+    if asked.install and not asked.judge_only:
         Rarity.of(prompts, least=3).save(IDF_FILE)
     held = min(HELD, len(facts) // 4)
     kept = asked.out / "encoder.pt"
-    if kept.exists():
+    asked.out.mkdir(parents=True, exist_ok=True)
+    shipped = Router.from_pretrained(SHIPPED / MODEL).encoder if asked.judge_only else None
+    if shipped is not None:
+        encoder = shipped
+    elif kept.exists():
         encoder = KeyEncoder(lm.model.config.hidden_size, BLOCK, SIZE)
         encoder.load_state_dict(torch.load(kept))
         encoder.requires_grad_(False)
     else:
         encoder = train_encoder(Pool(lm, prompts, BLOCK), facts, held, asked.steps, asked.batch)
-        asked.out.mkdir(parents=True, exist_ok=True)
         torch.save(encoder.state_dict(), kept)
     unfitted = Judge(*[np.zeros(1, np.float32)] * 5)
     info = {
@@ -253,12 +294,13 @@ def main() -> None:
         "facts": len(facts),
         "steps": asked.steps,
         "model": MODEL,
+        "judge": WEIGHTS,
     }
     for name, router in (
         (MODEL, Router(unfitted, encoder, lm.fingerprint, info)),
         ("lexical", Router(unfitted, info={**info, "model": None})),
     ):
-        router.judge = fitted(router, lm, facts[:held])
+        router.judge = fitted(router, lm, facts[:held], passages, router.key_file(asked.out))
         router.save_pretrained(asked.out / name)
         if asked.install:
             router.save_pretrained(SHIPPED / name)

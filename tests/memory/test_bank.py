@@ -153,14 +153,14 @@ def test_the_last_turn_of_a_conversation_decides(tiny_llama: LM) -> None:
     capital, river = "What is the capital of Fosoba?", "How is the river in Dorumi called?"
     talks = [
         [capital, river],
-        ["Tell me about Fosoba.", "What is its capital, the capital of it?"],
+        ["Tell me about Fosoba.", "What is the capital of it?"],
         [capital, "Hello, how are you?"],
         [],
         river,
     ]
     choices = memory.route(talks)
     assert [choice.edit for choice in choices] == [2, 1, None, None, 2]
-    assert choices[1].prompt == "\n".join(talks[1])
+    assert choices[1].prompt == capital
     assert memory.why(talks[0]) == choices[0]
 
 

@@ -80,6 +80,15 @@ def test_a_router_is_the_same_after_it_was_stored(tiny_llama: LM, tmp_path: Path
     assert found == want
 
 
+def test_the_wording_of_an_edit_is_in_its_scope_whatever_the_judge_says(tiny_llama: LM) -> None:
+    judge = a_judge(len(EVIDENCE))
+    judge.w2[:], judge.b2[:] = 0, -40
+    router = Router(judge)
+    index = index_of(router, tiny_llama, [Prompt.read(PROMPTS[0]), Prompt.read(f"{PROMPTS[0]} not")])
+    (query,) = router.read(tiny_llama, [f"{PROMPTS[0]}  "])
+    assert router.scores(query, index) == pytest.approx({0: 1, 1: 0}, abs=1e-9)
+
+
 def test_the_lexical_router_serves_other_models() -> None:
     lm = build_lm("gpt2")
     router = Router.shipped_for(lm)

@@ -6,7 +6,7 @@ from math import log, sqrt
 
 import pytest
 
-from emendo.memory.words import EVIDENCE, Prompt, Rarity, compare, ending, occurs, questions, rarity, words
+from emendo.memory.words import EVIDENCE, Prompt, Rarity, compare, ending, occurs, rarity, words
 
 
 def evidence(edit: str, query: str, subject: str | None = None) -> dict[str, float]:
@@ -63,11 +63,25 @@ def test_cosine_and_mass_are_those_of_sparse_vectors() -> None:
         ("Japan", "Where is Japan? It is located in", 1, 0),
         ("Paris", "Paris, Texas lies in the state of. And Paris is", 1, 0),
         ("Ivory Coast", "the IVORY coast borders", 1, 0),
+        ("Bridge", "The length of the Birthplace Bridge is", 1, 0),  # a word of the edit's prompt
     ],
 )
 def test_a_name_may_stand_within_a_longer_one(subject: str, query: str, stands: int, inside: int) -> None:
     found = evidence(f"The birthplace of {subject} is", query, subject)
     assert (found["subject"], found["inside"]) == (stands, inside)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [
+        ("In Samoa, people speak", ("samoa",)),
+        ("The law in Posio declares the language", ("posio",)),
+        ("U2 was formulated in", ("u2",)),  # the longest word is a common one
+        ("Big Love premieres on", ("big", "love")),  # and "premieres" is rare, but no name
+    ],
+)
+def test_the_guessed_subject_is_a_name(prompt: str, subject: tuple[str, ...]) -> None:
+    assert Prompt.read(prompt).subject == subject
 
 
 def test_an_abbreviation_has_the_letters_of_the_name() -> None:
@@ -107,17 +121,3 @@ def test_evidence_is_a_share() -> None:
 def test_of_a_long_text_the_last_sentences_are_read(text: str, end: str) -> None:
     assert ending(text) == end
     assert Prompt.read(text).text == end
-
-
-@pytest.mark.parametrize(
-    ("turns", "texts"),
-    [
-        ([], []),
-        (["Tell me about Peru."], ["Tell me about Peru."]),
-        (["Tell me about Peru.", "Hello!"], ["Hello!"]),
-        (["Tell me about Peru.", "", "What is its capital?"], ["What is its capital?", "both"]),
-    ],
-)
-def test_a_pronoun_is_read_with_the_turns_before(turns: list[str], texts: list[str]) -> None:
-    both = "Tell me about Peru.\nWhat is its capital?"
-    assert questions(turns) == [both if text == "both" else text for text in texts]

@@ -30,7 +30,8 @@ from emendo.edits.per_request import applied_to_rows
 from emendo.errors import RequestError
 from emendo.memory.index import Index, Scope
 from emendo.memory.router import Query, Router
-from emendo.memory.words import Prompt, questions
+from emendo.memory.turns import questions
+from emendo.memory.words import Prompt
 from emendo.models.lm import LM
 from emendo.models.text import Text
 
@@ -261,7 +262,7 @@ class EditMemory:
 
         Args:
             prompts: prompts, or conversations as what the user said in each turn. Of a conversation the last turn
-                decides; if it finds no edit and has a pronoun, it is read together with the turns before.
+                decides; if it finds no edit and has a pronoun, it is read with the name that a turn before has.
         """
         texts = [[each] if isinstance(each, str) else questions(each) for each in prompts]
         found = [

@@ -29,7 +29,7 @@ from emendo.errors import RequestError
 from emendo.memory.encoder import KeyEncoder
 from emendo.memory.index import Index, Scope
 from emendo.memory.key_file import KeyFile
-from emendo.memory.words import EVIDENCE, Prompt, compare
+from emendo.memory.words import EVIDENCE, Prompt, compare, ending
 from emendo.models._fingerprint import same_model
 from emendo.models.lm import LM
 
@@ -150,19 +150,24 @@ class Router:
         return found.hexdigest()[:16]
 
     def read(self, lm: LM, prompts: Sequence[str], file: KeyFile | None = None) -> list[Query]:
-        """Read prompts; the file keeps their keys."""
-        keys = self.keys(lm, prompts, file)
-        return [Query(Prompt.read(text), None if keys is None else keys[i]) for i, text in enumerate(prompts)]
+        """Read prompts, of a long one its end; the file keeps their keys."""
+        texts = [ending(text) for text in prompts]
+        keys = self.keys(lm, texts, file)
+        return [Query(Prompt.read(text), None if keys is None else keys[i]) for i, text in enumerate(texts)]
 
     def scores(self, query: Query, index: Index) -> dict[int, float]:
-        """The scores of the edits that may be meant, by their number; the best of an edit's scopes counts."""
+        """The scores of the edits that may be meant, by their number; the best of an edit's scopes counts.
+
+        A wording of the edit itself scores 1, whatever the judge says.
+        """
         rows = index.candidates(query.prompt, query.key)
         if not rows:
             return {}
         found: dict[int, float] = {}
         for row, score in zip(rows, self.judge(self.evidence(query, index, rows)), strict=True):
             edit = index.edit(row)
-            found[edit] = max(found.get(edit, 0.0), float(score))
+            same = index.prompt(row).words == query.prompt.words
+            found[edit] = max(found.get(edit, 0.0), 1.0 if same else float(score))
         return found
 
     def evidence(self, query: Query, index: Index, rows: Sequence[int]) -> Floats:
@@ -204,10 +209,9 @@ class Router:
         return cls(judge, encoder, str(head["fingerprint"]), head["info"])
 
 
-def index_of(router: Router, lm: LM, prompts: Sequence[Prompt]) -> Index:
-    """An index of one scope for each edit, numbered from 0."""
+def index_of(router: Router, lm: LM, prompts: Sequence[Prompt], file: KeyFile | None = None) -> Index:
+    """An index of one scope for each edit, numbered from 0; the file keeps the keys."""
     index = Index(router.key_size)
-    index.add(
-        [Scope(i, prompt) for i, prompt in enumerate(prompts)], router.keys(lm, [p.text for p in prompts])
-    )
+    scopes = [Scope(i, prompt) for i, prompt in enumerate(prompts)]
+    index.add(scopes, router.keys(lm, [prompt.text for prompt in prompts], file))
     return index

@@ -26,7 +26,8 @@ _SENTENCE = re.compile(r"[.?!:]\s+|[\n\u3002\uff1f\uff01]\s*")
 LONGEST = 40
 """Words that are read of a long text, at its end."""
 _RARER = 2.0  # in nats
-_COMMON = 3.5  # nats; "In", "The law in" and "Where is" are no part of a name
+COMMON = 3.5
+"""Nats up to which a word is common: "In", "The law in" and "Where is" are no part of a name."""
 IDF_FILE = Path(__file__).with_name("idf.json")
 
 
@@ -136,39 +137,28 @@ def ending(text: str) -> str:
     return next((end for end in ends if len(_WORD.findall(end)) <= LONGEST), ends[-1] if ends else text)
 
 
-_PRONOUNS = frozenset("it its he him his she her hers they them their theirs".split())
-
-
-def questions(turns: Sequence[str]) -> list[str]:
-    """The texts by which a conversation finds an edit, the first one that finds one counts.
-
-    The last turn; then, if it has a pronoun, which may stand for a subject that was named before, all turns together.
-
-    Args:
-        turns: what the user said, in order; empty ones do not count.
-    """
-    said = [turn for turn in turns if turn.strip()]
-    together = ["\n".join(said)] if len(said) > 1 and _PRONOUNS & {*words(said[-1])} else []
-    return said[-1:] + together
-
-
 def guessed_subject(text: str, found: Sequence[str]) -> tuple[str, ...]:
     """The words of the subject: the name that the letters of a prompt show, without common words in front of it.
 
-    If another word is much rarer than the name's, it is that word.
+    If another word is much rarer than the name's, it is that word, unless the name has capital letters and the word has
+    none ("premieres" after "Big Love").
 
     Args:
         text: the prompt.
         found: its words.
     """
     guess, rare = words(find_subject(text)), rarity()
+    named = {normalised(word) for word in _WORD.findall(text) if not word.islower()}
     rarest = max(found, key=rare, default="")
-    if guess and rare(rarest) > max(map(rare, guess)) + _RARER:
+    if (
+        guess
+        and rare(rarest) > max(map(rare, guess)) + _RARER
+        and (rarest in named or named.isdisjoint(guess))
+    ):
         return (rarest,)
-    if guess and rare(guess[0]) < _COMMON:
-        named = {normalised(word) for word in _WORD.findall(text) if not word.islower()}
+    if guess and rare(guess[0]) < COMMON:
         return guess[
-            next((at for at, word in enumerate(guess) if word in named and rare(word) > _COMMON), 0) :
+            next((at for at, word in enumerate(guess) if word in named and rare(word) > COMMON), 0) :
         ]
     return guess
 
@@ -196,7 +186,7 @@ def compare(edit: Prompt, query: Prompt) -> tuple[float, ...]:
     right = query.norm**2 - fsum(rare(word) ** 2 for word in own & query.known)
     return (
         float(stands),
-        float(stands and _inside(edit.subject, query.text)),
+        float(stands and _inside(edit, query.text)),
         _share(own, query.known),
         square / max(edit.norm * query.norm, 1e-9),
         rare.mass(shared) / max(edit.mass, 1e-9),
@@ -215,24 +205,41 @@ def occurs(name: Sequence[str], text: Sequence[str]) -> bool:
     )
 
 
+def mention(name: Sequence[str], text: str) -> str:
+    """The first mention of a name as the text spells it; empty where there is none."""
+    tokens = [*_WORD.finditer(text)]
+    plain = [normalised(token[0]) for token in tokens]
+    for at in range(len(tokens) - len(name) + 1):
+        if name and plain[at : at + len(name)] == list(name):
+            return text[tokens[at].start() : tokens[at + len(name) - 1].end()]
+    return ""
+
+
 def _share(some: frozenset[str], known: frozenset[str]) -> float:
     rare = rarity()
     return rare.mass(some & known) / max(rare.mass(some), 1e-9)
 
 
-def _inside(name: Sequence[str], text: str) -> bool:
-    """Whether each mention of a name continues: a hyphen or a word with a capital letter stands beside it."""
+def _inside(edit: Prompt, text: str) -> bool:
+    """Whether each mention of an edit's subject continues: a hyphen or a word with a capital letter stands beside it.
+
+    A word that stands in the edit's prompt, too, makes the name no longer one: "The" in "The Midway State".
+    """
     tokens = [(match[0], match.start(), match.end()) for match in _WORD.finditer(text)]
     plain = [normalised(token) for token, _, _ in tokens]
-    length, longer = len(name), []
+    length, longer = len(edit.subject), []
     for at in range(len(tokens) - length + 1):
-        if tuple(plain[at : at + length]) == tuple(name):
-            after = at + length
+        if tuple(plain[at : at + length]) == edit.subject:
+            beside = (
+                (at - 1, at - 1),
+                (at + length - 1, at + length),
+            )  # left word, and the place of the new one
             longer.append(
-                (at > 0 and _joined(text, tokens[at - 1], tokens[at], new=at - 1, tokens=tokens))
-                or (
-                    after < len(tokens)
-                    and _joined(text, tokens[after - 1], tokens[after], new=after, tokens=tokens)
+                any(
+                    0 <= new < len(tokens)
+                    and plain[new] not in edit.known
+                    and _joined(text, tokens[left], tokens[left + 1], new=new, tokens=tokens)
+                    for left, new in beside
                 )
             )
     return bool(longer) and all(longer)
