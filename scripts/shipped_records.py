@@ -126,10 +126,8 @@ def third_records(data: Path, first: Sequence[Record]) -> list[Record]:
     return found
 
 
-def fresh_records(
-    lm: LM, data: Path, passages: Sequence[str], counts: dict[str, int], phase: int
-) -> list[Record]:
-    """The records of the later phases: all facts in fresh forms, each with a whole continuation that must stay.
+def fourth_records(lm: LM, data: Path, passages: Sequence[str], counts: dict[str, int]) -> list[Record]:
+    """The records of the fourth phase: all facts in fresh forms, each with a whole continuation that must stay.
 
     A record keeps the short answers of two neighbours; beside them stands the model's own continuation, of a neighbour
     or of another prompt about the subject, half and half. The targets of chat turns are closed.
@@ -139,9 +137,8 @@ def fresh_records(
         data: the folder of :func:`make_records`.
         passages: sentences to stand before paraphrases.
         counts: as in :func:`make_records`.
-        phase: its number, from which the forms follow.
     """
-    rng = random.Random(SEED + phase)
+    rng = random.Random(SEED + 4)
     plans = [_plan(record, lm, passages, rng) for record in _facts(data, rng, counts)]
     whole = [plan.near[-1] if plan.near and rng.random() < 0.5 else plan.apart for plan in plans]
     found = continuations(lm, set(whole))
