@@ -184,8 +184,10 @@ class JointSearch:
             store = self._new_store()
             for name, rows in inputs_of(store, self.sites, [*found.texts, *found.near]).items():
                 keys[name].append(mean_key(rows, found.ends))
-                for row in rows[len(found.ends) :]:
-                    others[name] += (row.double().mT @ row.double()).to(others[name])
+                if found.near:
+                    away = torch.cat(rows[len(found.ends) :])
+                    away = away.to(torch.promote_types(away.dtype, torch.float32))
+                    others[name] += (away.mT @ away).to(others[name])
             count += sum(len(text.inputs) for text in found.near)
         self.keys = {name: torch.stack(own) for name, own in keys.items()}
         self.right = {
