@@ -55,16 +55,16 @@ _DECAY = (0.9, 0.999)  # of Adam
 class JointRomeConfig(ContextSettings):
     """The settings of joint ROME."""
 
-    epochs: int = setting(24, "Largest number of epochs.", least=1)
+    epochs: int = setting(14, "Largest number of epochs.", least=1)
     batch: int = setting(10, "Facts of a step.", least=1)
     lr: float = setting(
         0.02, "Learning rate of Adam, in units of the hidden state's root mean square.", above=0
     )
     until: float = setting(0.5, "A fact rests for an epoch once its NLL is below this.", above=0)
     c_kl: float = setting(20.0, "Weight of the KL on what must stay.", least=0)
-    running: int = setting(10, "Passages of a step that must stay.", least=0)
+    running: int = setting(5, "Passages of a step that must stay.", least=0)
     ridge: float = setting(0.03, "Ridge of `C`, as a multiple of its mean eigenvalue.", above=0)
-    overlap: float = setting(0.03, "How much the rows of `Q` may answer each other's keys.", above=0)
+    overlap: float = setting(0.1, "How much the rows of `Q` may answer each other's keys.", above=0)
     text: str = setting("", "File of plain text, a paragraph a line; empty: the model's own text.")
     passages: int = setting(1024, "Passages of the model's own text.", least=2)
 
