@@ -86,7 +86,9 @@ def test_answers_stand_side_by_side_with_the_edit_that_fired(work: Workspace) ->
         await http.post("/v1/edits", json=FACT)
         replies = await fragments(http, FACT["prompt"])
         answers = replies["ask"].text
-        assert f">{html(base.strip())}<" in answers and ">Oslo" in answers and "edit 1 · score 0." in answers
+        assert (
+            f">{html(base.strip())}<" in answers and ">Oslo" in answers and "edit 1 · score 1.00" in answers
+        )
         assert "The capital of Fosoba is" in replies["edits"].text and "in force" in replies["edits"].text
         assert "Probability of the target" in replies["edit"].text
         assert "<b>1</b> edit in force after operation <b>1</b>" in replies["state"].text
