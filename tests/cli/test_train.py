@@ -354,7 +354,7 @@ def test_a_preset(emendo_command, tmp_path: Path) -> None:
 def test_offloaded_blocks(
     emendo_command, model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("EMENDO_CACHE", str(tmp_path / "cache"))  # the model has written no text there
+    monkeypatch.setattr("emendo.train.loop.cache_folder", lambda: tmp_path)  # without text of the model
     text = tmp_path / "text.txt"
     text.write_text("All of this is one long line of plain text to keep as it is.\n")
     asked = ("train", "--model", model, "--data", facts, *BRIEF)
