@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from cli.samples import Emendo
 from emendo.cli import _border, _signals, undo
-from emendo.errors import StorageError
+from emendo.errors import ModelError, RequestError, StorageError
 
 PROGRAM = (sys.executable, "-m", "emendo")
 
@@ -183,19 +183,30 @@ def test_a_signal_in_the_first_second(number: signal.Signals, seconds: float, mo
         assert err.count("Stopped:") == 1
 
 
-def test_an_error_that_a_stop_causes_is_a_stop(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("error", "cause", "code"),
+    [
+        (RuntimeError("a library was half loaded"), None, 130),
+        (ModelError("the model is damaged"), RuntimeError("a library was half loaded"), 130),
+        (StorageError("the disk is full"), OSError("no space"), 2),
+        (RequestError("there is nothing to save"), None, 2),
+    ],
+)
+def test_an_error_that_a_stop_causes_is_a_stop(
+    error: Exception, cause: Exception | None, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     def half_loaded() -> None:
         try:
             signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt as stop:
-            raise RuntimeError("a library was half loaded") from stop
+        except KeyboardInterrupt:
+            raise error from cause
 
     before = signal.signal(signal.SIGINT, _signals._interrupt)
     try:
-        assert _border.run(half_loaded) == 130
+        assert _border.run(half_loaded) == code
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err.startswith("Stopped:")
+    assert capsys.readouterr().err.startswith("Stopped:" if code == 130 else "Error:")
 
 
 def test_the_streams_of_a_caller_are_left_open() -> None:

@@ -61,8 +61,8 @@ def run(command: Callable[[], Any], *, debug: bool = False) -> int:
             command()
         _flush(sys.stdout)
     except BaseException as error:  # noqa: BLE001 - nothing may pass
-        if _signals.asked and not isinstance(error, Interrupted | EmendoError | typer.Exit | SystemExit):
-            error = KeyboardInterrupt()  # libraries turn it into errors of their own
+        if _signals.asked and _may_be_the_signal(error):
+            error = KeyboardInterrupt()
         with suppress(OSError, ValueError):  # standard error may be closed
             return _report(error, debug)
         return FAILED
@@ -70,6 +70,16 @@ def run(command: Callable[[], Any], *, debug: bool = False) -> int:
         for stream in (sys.stdout, sys.stderr):
             _silence_if_broken(stream)
     return DONE
+
+
+def _may_be_the_signal(error: BaseException) -> bool:
+    """Whether a signal may have caused an error: libraries turn it into errors of their own, also while they load.
+
+    An error of emendo has another cause where it names none, or one of the system, such as a full disk.
+    """
+    if isinstance(error, EmendoError):
+        return not isinstance(error.__cause__, OSError | EmendoError | None)
+    return not isinstance(error, Interrupted | typer.Exit | SystemExit)
 
 
 def _report(error: BaseException, debug: bool) -> int:
