@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor
 
-from cases import build_lm, records_for, unchanged
+from cases import build_lm, in_slow_suite, records_for, unchanged
 from emendo.editors._penalties import proximal_l2, proximal_linf
 from emendo.editors.descent import OPTIMIZERS, Adam, update
 from emendo.editors.ft_penalised import PenalisedConfig, PenalisedFineTuning
@@ -153,7 +153,7 @@ def test_it_is_descent_with_a_proximal_step(exact: LM, norm: Any, coefficient: f
         assert (free[name] - expected[name]).norm() > 0.01 * expected[name].norm(), name
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", in_slow_suite(*OPTIMIZERS, but=("adam",)))
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_it_rests_at_the_minimum_of_the_penalised_loss(name: str, norm: str) -> None:
     """Of a loss ``|A x - b|^2 / 2``, which a solver minimises too; the optimiser does not matter."""

@@ -116,6 +116,7 @@ def plain(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "plain"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SAME.values(), ids=SAME.keys())
 def test_an_imported_adapter_has_the_effect_that_peft_gives_it(
     tmp_path: Path, tiny_llama: LM, options: dict[str, Any]

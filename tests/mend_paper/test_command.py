@@ -73,6 +73,7 @@ def test_pages_are_written(out: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_part_of_a_table_leaves_the_page_whole(emendo_command: Emendo, out: Path) -> None:
     answer = emendo_command("compare", "--preset", "table4", "--out", out, "--editors", "cache")
     assert re.search(r"MEND +-\s", answer.out)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import build_lm, random_texts, records, records_for
+from cases import build_lm, in_slow_suite, random_texts, records, records_for
 from emendo.editors.ft import FineTuning
 from emendo.editors.mend import Mend, MendConfig
 from emendo.editors.objective import Episode
@@ -66,7 +66,7 @@ def blocks(lm: LM) -> list[nn.Module]:
     return [block for name in ("layers", "h") for block in getattr(lm.model.base_model, name, ())]
 
 
-@pytest.mark.parametrize("kind", list(DEPTHS))
+@pytest.mark.parametrize("kind", in_slow_suite(*DEPTHS, but=("llama",)))
 def test_streamed_trunk_outputs_are_those_of_the_whole_model(kind: str, tmp_path: Path) -> None:
     whole = load(saved(kind, tmp_path / "model"))
     lm = load(tmp_path / "model", device_map="disk")
@@ -188,7 +188,7 @@ def spread(request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> Iter
         )
 
 
-@pytest.mark.parametrize("method", [Mend, FineTuning])
+@pytest.mark.parametrize("method", [Mend, *in_slow_suite(FineTuning)])
 def test_edits_generation_and_undo_are_those_of_the_whole_model(
     spread: LM, folder: Path, method: type[Any]
 ) -> None:

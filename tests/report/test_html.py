@@ -161,6 +161,7 @@ HOSTILE = (
 )
 
 
+@pytest.mark.slow
 def test_no_text_adds_to_the_structure_of_a_page() -> None:
     assert structure(" ".join(HOSTILE)) == structure("word")
 
