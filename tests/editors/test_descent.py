@@ -163,6 +163,9 @@ def test_the_trunk_runs_once_for_each_text(exact: LM, monkeypatch: pytest.Monkey
     texts, locality = texts_of(exact, 3), random_texts("gpt2", 5, 7, 4)
     read: list[int] = []
     run = Trunk.run
+    Trunk(
+        exact.model, find_sites(exact.model)
+    )  # whether passes resume is tested once for a model, on two texts
     monkeypatch.setattr(Trunk, "run", lambda self, batch: read.append(len(batch)) or run(self, batch))
     replace(ADAM, steps=9, locality=locality).each(exact, find_sites(exact.model), texts)
     assert sum(read) == len(texts) + len(locality)

@@ -100,12 +100,12 @@ def nll(lm: LM, text: Text) -> Tensor:
 
 def test_a_step_moves_the_values_of_its_own_facts(tiny_llama: LM) -> None:
     search = JointSearch(editor_for(tiny_llama, stay=2), tiny_llama, requests(4))
-    before = {name: value.clone() for name, value in search.values.items()}
-    assert search._step([1, 3], 0) == set()
-    for name, value in search.values.items():
+    before = {name: value.clone() for name, value in search.parameters.items()}
+    assert search.step([1, 3], 0) == set()
+    for name, value in search.parameters.items():
         moved = (value != before[name]).any(0)
         assert moved.tolist() == [False, True, False, True]
-    assert search.steps.tolist() == [0, 1, 0, 1]
+    assert search.steps_of.tolist() == [0, 1, 0, 1]
 
 
 def test_facts_that_are_learnt_rest_and_the_search_ends(tiny_llama: LM) -> None:

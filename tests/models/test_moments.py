@@ -10,8 +10,17 @@ from torch.nn.functional import cross_entropy
 
 from cases import build_lm, plain_logits, random_texts, unchanged
 from emendo.errors import DataError, RequestError
+from emendo.low_rank import LowRank, applied
 from emendo.models import moments as module
-from emendo.models.moments import Moments, kept_moments, passages_of, second_moments, spread
+from emendo.models.lm import LM
+from emendo.models.moments import (
+    Moments,
+    kept_moments,
+    passages_of,
+    running_text,
+    second_moments,
+    spread,
+)
 from emendo.models.sites import find_sites
 from emendo.models.text import Text, collate
 
@@ -97,6 +106,19 @@ def test_they_are_kept_by_model_matrix_and_text(tmp_path: Path, monkeypatch: pyt
     kept_moments(lm, sites[:1], said[:1], folder)
     kept_moments(build_lm("llama", seed=1), sites[:1], said, folder)
     assert computed[len(sites) - 2 :] == [sites[0].name] * 2
+
+
+def test_the_text_of_an_edited_model_is_not_kept_as_that_of_the_clean_one(
+    tiny_llama: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMENDO_CACHE", str(tmp_path))
+    (site, *_) = find_sites(tiny_llama.model, last=1)
+    large = LowRank(10 * torch.ones(site.d_out, 1), torch.ones(1, site.d_in))
+    with applied(tiny_llama.model, {site.name: large}):
+        edited = running_text(tiny_llama, "", 3)
+    clean = running_text(tiny_llama, "", 3)
+    assert len(clean) == 3 and clean != edited
+    assert running_text(tiny_llama, "", 3) == clean
 
 
 def test_the_spread_counts_directions() -> None:

@@ -2,13 +2,8 @@
 
 Descent on all facts at once (:mod:`emendo.editors.descent`) takes its steps on their mean loss, so each step reads
 all facts. Here an epoch goes through them in shuffled batches, each with one step of Adam on a dense change ``D`` of
-every matrix::
-
-    NLL(target | prompt) + mean over contexts NLL(target | context) + c_kl * mean over what must stay KL(W || W + D)
-
-Contexts (:mod:`emendo.editors._contexts`) take turns from epoch to epoch, and so does what must stay: the prompts with
-other subjects' names in them, at the token where the answer begins, and passages. A fact whose texts all have an NLL
-below ``until`` rests for an epoch, and the search ends with an epoch that has no fact left.
+every matrix (:mod:`emendo.editors._epochs`). What must stay are the prompts with other subjects' names in them
+(:mod:`emendo.editors._contexts`), at the token where the answer begins, and passages.
 
 With a *subspace* for a matrix (:class:`Subspace`), Adam works on the coordinates of ``D`` in its basis, and those that
 are masked stay zero.
@@ -16,7 +11,7 @@ are masked stay zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -27,22 +22,17 @@ from torch.nn.functional import linear
 from emendo._settings import Settings, setting
 from emendo._subject import find_subject
 from emendo.editors._contexts import Surroundings, contexts, fitting, other_names
+from emendo.editors._epochs import EpochSearch
 from emendo.editors.base import Editor
 from emendo.editors.descent import Adam
 from emendo.edits.edit import Request
-from emendo.errors import TrainingError
-from emendo.low_rank import LowRank, applied
+from emendo.low_rank import Change, LowRank
 from emendo.models.lm import LM
-from emendo.models.losses import per_example
 from emendo.models.sites import Site
-from emendo.models.text import Text, length_buckets
+from emendo.models.text import Text
 from emendo.models.tokenization import passage_texts
-from emendo.models.trunk import Trunk
-from emendo.models.trunk_cache import TrunkCache
 
-_PASS_TOKENS = 768  # padded tokens of a pass
 _STAY_TOKENS = 16  # of a passage
-_CACHED = 200_000  # tokens whose trunk outputs are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +97,7 @@ class BreadthEditor(Editor):
     def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """Compute one change for each request, each from the clean model."""
         self.texts(lm, requests)  # checks them
-        found = [self.together(lm, [request]) for request in requests]
-        return {site.name: LowRank.stack([changes[site.name] for changes in found]) for site in self.sites}
+        return self.one_by_one(lm, requests)
 
     def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """Compute one change for all requests."""
@@ -169,8 +158,10 @@ def ended(lm: LM, text: Text, end: tuple[int, ...]) -> Text:
     return Text(text.ids + end, text.start, text.source) if fits else text
 
 
-class Search:
+class Search(EpochSearch):
     """The search for one change for some facts."""
+
+    cached = 200_000
 
     def __init__(
         self,
@@ -180,99 +171,37 @@ class Search:
         facts: Facts,
         subspaces: Mapping[str, Subspace],
     ) -> None:
-        self.lm, self.config, self.facts, self.subspaces = lm, config, facts, subspaces
-        self.trunk, self.adam, self.random = Trunk(lm.model, sites), Adam(config.lr), Random(config.seed)
-        self.store = self._new_store()
-        self.dense: dict[str, Tensor] = {}
+        super().__init__(lm, sites, config, facts.taught, facts.stay, config.per_epoch)
+        self.subspaces, self.adam = subspaces, Adam(config.lr)
+        self.parameters = {}
         self.leaves: dict[str, Tensor] = {}
         self.moments: dict[str, list[Tensor]] = {}
         for site in sites:
             weight = site.weight(lm.model)
             dtype = torch.promote_types(weight.dtype, torch.float32)
             zeros = torch.zeros(site.d_out, site.d_in, dtype=dtype, device=weight.device)
-            self.dense[site.name] = zeros.requires_grad_()
-            self.leaves[site.name] = zeros.detach().clone() if site.name in subspaces else zeros.detach()
-            self.moments[site.name] = [torch.zeros_like(self.leaves[site.name]) for _ in range(2)]
-        self.steps = 0
+            self.parameters[site.name] = zeros
+            self.leaves[site.name] = zeros.clone() if site.name in subspaces else zeros
+            self.moments[site.name] = [torch.zeros_like(zeros) for _ in range(2)]
 
     def run(self) -> dict[str, LowRank]:
         """Run the epochs; returns the change of each matrix."""
-        rests: set[int] = set()
-        for epoch in range(self.config.epochs):
-            active = [i for i in range(len(self.facts.taught)) if i not in rests]
-            if not active:
-                break
-            self.random.shuffle(active)
-            rests = set()
-            for at in range(0, len(active), self.config.batch):
-                rests |= self._step(active[at : at + self.config.batch], epoch)
-            if len(rests) == len(active) == len(self.facts.taught):
-                break
-        return {name: LowRank.from_dense(dense.detach().clone()) for name, dense in self.dense.items()}
+        self.run_epochs()
+        return {name: LowRank.from_dense(dense.clone()) for name, dense in self.parameters.items()}
 
-    def _step(self, members: Sequence[int], epoch: int) -> set[int]:
-        """Take one step; returns the facts that may rest."""
-        taught = [(i, weight, text) for i in members for weight, text in self._taught(i, epoch)]
-        stay = [text for i in members for text in _turn(self.facts.stay[i], epoch, self.config.stay)]
-        slopes: dict[str, Tensor] = {}
-        worst: dict[int, float] = {}
-        for part in length_buckets([(*one, True) for one in taught], lambda one: one[2].size, _PASS_TOKENS):
-            texts = [text for _, _, text, _ in part]
-            weights = torch.tensor([weight for _, weight, _, _ in part]) / len(members)
-            nll = self._descend(texts, 0, weights, slopes)
-            for (i, *_), value in zip(part, nll, strict=True):
-                worst[i] = max(worst.get(i, 0.0), value)
-        for some in length_buckets(stay, lambda text: text.size, _PASS_TOKENS):
-            weights = torch.full((len(some),), self.config.c_kl / len(stay))
-            self._descend(some, len(some), weights, slopes)
-        if any(worst[i] >= self.config.until for i in members):
-            self._update(slopes)
-        return {i for i in members if worst[i] < self.config.until}
-
-    def _taught(self, i: int, epoch: int) -> Iterator[tuple[float, Text]]:
-        """The weights and texts of a fact in an epoch: its prompt, and the contexts whose turn it is."""
-        texts = self.facts.taught[i]
-        yield 1.0, texts[0]
-        some = _turn(texts[1:], epoch, self.config.per_epoch)
-        yield from ((1 / len(some), text) for text in some)
-
-    def _descend(
-        self, texts: Sequence[Text], stay: int, weights: Tensor, slopes: dict[str, Tensor]
-    ) -> list[float]:
-        """Add the gradient of the weighted losses of some texts to ``slopes``; returns their losses."""
-        store = self.store
-        store.ensure(texts)
-        changes = {name: _Dense(dense) for name, dense in self.dense.items()}
-        with torch.enable_grad():
-            batch, losses, _ = store.label_losses(
-                texts, stay, lambda packing: applied(self.lm.model, changes)
-            )
-            found = per_example(losses, batch.owner.to(losses.device), len(batch))
-            total = (found * weights.to(found)).sum()
-            grads = torch.autograd.grad(total, list(self.dense.values()), allow_unused=True)
-        for name, grad in zip(self.dense, grads, strict=True):
-            if grad is not None:
-                slopes[name] = slopes[name] + grad if name in slopes else grad
-        if sum(map(len, store.hidden.chunks)) > _CACHED:
-            self.store = self._new_store()
-        return found.detach().tolist()
+    def changes(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Change]:
+        """Dense changes."""
+        return {name: _Dense(dense) for name, dense in parameters.items()}
 
     @torch.no_grad()
-    def _update(self, slopes: Mapping[str, Tensor]) -> None:
-        self.steps += 1
+    def update(self, members: Sequence[int], slopes: Mapping[str, Tensor]) -> None:
+        """Take a step of Adam, in the subspaces where there are any."""
         for name, slope in slopes.items():
-            if not slope.isfinite().all():
-                raise TrainingError(
-                    f"The gradient is not finite after {self.steps - 1} steps: use a smaller learning rate."
-                )
             space = self.subspaces.get(name)
             own = slope if space is None else space.coordinates(slope)
             self.adam.update(self.leaves[name], own, self.moments[name], self.steps)
             if space is not None:
-                self.dense[name].copy_(space.dense(self.leaves[name]))
-
-    def _new_store(self) -> TrunkCache:
-        return TrunkCache(self.trunk, dtype=self.lm.model.dtype)
+                self.parameters[name].copy_(space.dense(self.leaves[name]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -283,9 +212,3 @@ class _Dense:
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self.dense.to(x.dtype))
-
-
-def _turn(items: Sequence[Text], epoch: int, count: int) -> list[Text]:
-    """The items whose turn it is in an epoch, each once."""
-    count = min(count, len(items))
-    return [items[(epoch * count + i) % len(items)] for i in range(count)]

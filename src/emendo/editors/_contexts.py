@@ -113,3 +113,9 @@ def subject_end(lm: LM, text: Text, subject: str) -> int:
         if said and lm.tokenizer.decode(prompt[: end + 1]).count(subject) == said:
             return end
     return len(prompt) - 1
+
+
+def turn(items: Sequence[Text], at: int, count: int) -> list[Text]:
+    """The items whose turn it is in a step or an epoch, each once."""
+    count = min(count, len(items))
+    return [items[(at * count + i) % len(items)] for i in range(count)]

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from emendo._settings import setting
-from emendo.editors._contexts import subject_end
-from emendo.editors._values import ValueEditor, ValueSettings, inputs_of, writing_sites
+from emendo.editors._values import ValueEditor, ValueSettings, inputs_of, mean_key, writing_sites
 from emendo.edits.edit import Request
 from emendo.low_rank import LowRank, applied
 from emendo.models.lm import LM
 from emendo.models.moments import Moments, moments_over
-from emendo.models.sites import Site, find_stacks
+from emendo.models.sites import Site
 from emendo.models.text import Text
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
@@ -73,9 +72,7 @@ class KeyEditor(ValueEditor):
     @classmethod
     def default_sites(cls, model: nn.Module) -> tuple[Site, ...]:
         """The MLP matrices that write into the hidden state, of a sixth of the blocks, from 1/4 of the depth on."""
-        depth = find_stacks(model)[0].depth
-        first = depth // 4
-        return writing_sites(model, range(first, first + max(1, depth // 6)))
+        return writing_sites(model, 1, 4)
 
     @abstractmethod
     def solved(self, site: Site, keys: Tensor, residuals: Tensor, moment: Tensor) -> LowRank:
@@ -91,8 +88,7 @@ class KeyEditor(ValueEditor):
     def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """Compute one change for each request, each from the clean model."""
         self.checked(lm, requests)
-        found = [self.together(lm, [request]) for request in requests]
-        return {site.name: LowRank.stack([changes[site.name] for changes in found]) for site in self.sites}
+        return self.one_by_one(lm, requests)
 
     @torch.no_grad()
     def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
@@ -141,14 +137,8 @@ class KeyEditor(ValueEditor):
     def continue_from(self, lm: LM, requests: Sequence[Request]) -> None:
         """Keep the keys of these facts, which the model holds, as they are in the following edits."""
         self.checked(lm, requests)
-        trunk = Trunk(lm.model, self.sites)
-        facts = []
-        for request in requests:
-            texts, subject = self.contexts(lm, request)
-            facts.append(Found(texts, [subject_end(lm, text, subject) for text in texts], torch.empty(0)))
-        for site in self.sites:
-            keys = self._keys(lm, trunk, site, facts, {})
-            self.earlier[site.name] = self.earlier.get(site.name, 0) + keys.mT @ keys
+        for name, keys in self.keys_of(lm, requests).items():
+            self.earlier[name] = self.earlier.get(name, 0) + keys.mT @ keys
 
     def start_over(self) -> None:
         """Forget the edits of :meth:`continue_from`."""
@@ -163,8 +153,7 @@ class KeyEditor(ValueEditor):
             store = TrunkCache(trunk, dtype=lm.model.dtype)
             with applied(lm.model, changes):
                 rows = inputs_of(store, (site,), fact.texts)[site.name]
-            ends = zip(rows, fact.ends, strict=True)
-            keys.append(torch.stack([own[end] for own, end in ends]).double().mean(0))
+            keys.append(mean_key(rows, fact.ends))
         return torch.stack(keys)
 
 

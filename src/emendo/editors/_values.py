@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from emendo._settings import Settings, setting
 from emendo._subject import find_subject
-from emendo.editors._contexts import Surroundings, contexts, fitting, other_names, subject_end
+from emendo.editors._contexts import Surroundings, contexts, fitting, other_names, subject_end, turn
 from emendo.editors.base import Editor
 from emendo.edits.edit import Request
 from emendo.errors import RequestError
@@ -27,7 +27,7 @@ from emendo.low_rank import LowRank, applied
 from emendo.models._experts import ExpertMatrix
 from emendo.models.lm import LM
 from emendo.models.losses import per_example
-from emendo.models.sites import Site, find_sites
+from emendo.models.sites import Site, find_sites, find_stacks
 from emendo.models.text import Text
 from emendo.models.tokenization import passage_texts
 from emendo.models.trunk import Trunk
@@ -124,6 +124,16 @@ class SubjectEditor(Editor):
         stay = random.sample([*first, *own], len(first) + len(own))
         return Surrounded(texts, [subject_end(lm, text, subject) for text in texts], near, stay)
 
+    def keys_of(self, lm: LM, requests: Sequence[Request]) -> dict[str, Tensor]:
+        """By site name, the keys ``[requests, d_in]``: mean inputs at the subject's last token, float64."""
+        trunk, keys = Trunk(lm.model, self.sites), []
+        for request in requests:
+            texts, subject = self.contexts(lm, request)
+            ends = [subject_end(lm, text, subject) for text in texts]
+            rows = inputs_of(TrunkCache(trunk, dtype=lm.model.dtype), self.sites, texts)
+            keys.append({name: mean_key(own, ends) for name, own in rows.items()})
+        return {site.name: torch.stack([key[site.name] for key in keys]) for site in self.sites}
+
 
 class ValueEditor(SubjectEditor):
     """Base of the methods that search for the values of each fact by itself."""
@@ -152,8 +162,17 @@ class Surrounded:
     stay: Sequence[Text]
 
 
-def writing_sites(model: nn.Module, blocks: range) -> tuple[Site, ...]:
-    """The MLP matrices of some blocks that write into the hidden state; in a mixture, those of the attention."""
+def writing_sites(model: nn.Module, part: int, of: int) -> tuple[Site, ...]:
+    """The MLP matrices of a sixth of the blocks that write into the hidden state; in a mixture, those of the attention.
+
+    Args:
+        model: the model.
+        part: of the depth, in units of one ``of``-th: the first block is that far above the bottom.
+        of: how many such units the depth has.
+    """
+    depth = find_stacks(model)[0].depth
+    first = depth * part // of
+    blocks = range(first, first + max(1, depth // 6))
     width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     sites = find_sites(model, "all", blocks=blocks)
     plain = [site for site in sites if not isinstance(site.module(model), ExpertMatrix)]
@@ -213,6 +232,11 @@ class Whitening:
         inner.diagonal().add_(len(others) / _AWAY)
         q: Tensor = (toward - away @ torch.linalg.solve(inner, others @ toward)).squeeze(1)
         return q / (q @ key)
+
+
+def mean_key(rows: Sequence[Tensor], ends: Sequence[int]) -> Tensor:
+    """The mean ``[d_in]``, float64, of the inputs at a place of each text; texts without a place are left out."""
+    return torch.stack([row[end] for row, end in zip(rows, ends, strict=False)]).double().mean(0)
 
 
 @torch.no_grad()
@@ -326,9 +350,3 @@ class Search:
         found = per_example(losses, batch.owner.to(losses.device), len(batch))
         nll, kl = found.split([len(texts), len(stay)])
         return nll, kl
-
-
-def turn(items: Sequence[Text], step: int, count: int) -> list[Text]:
-    """The items whose turn it is in a step, each once."""
-    count = min(count, len(items))
-    return [items[(step * count + i) % len(items)] for i in range(count)]

@@ -101,6 +101,11 @@ class Editor(nn.Module):
         """
         raise RequestError(f"{self.no_changes}; call its edit method instead.")
 
+    def one_by_one(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
+        """One change for each request, which :meth:`together` computes for it alone: an :meth:`each` by that."""
+        found = [self.together(lm, [request]) for request in requests]
+        return {site.name: LowRank.stack([changes[site.name] for changes in found]) for site in self.sites}
+
     def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """Compute one change for all requests: by default the sum of their separate changes (MEND, section 3.2)."""
         return {name: delta.sum() for name, delta in self.each(lm, requests).items()}

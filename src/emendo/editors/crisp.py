@@ -30,7 +30,7 @@ from emendo.edits.edit import Request
 from emendo.errors import RequestError
 from emendo.models.lm import LM
 from emendo.models.moments import Moments, moments_over, second_moments
-from emendo.models.sites import Site, find_stacks
+from emendo.models.sites import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,7 @@ class Crisp(BreadthEditor):
     @classmethod
     def default_sites(cls, model: nn.Module) -> tuple[Site, ...]:
         """The MLP matrices that write into the hidden state, of a sixth of the blocks, from 3/5 of the depth on."""
-        depth = find_stacks(model)[0].depth
-        first = depth * 3 // 5
-        return writing_sites(model, range(first, first + max(1, depth // 6)))
+        return writing_sites(model, 3, 5)
 
     def subspaces(self, lm: LM) -> Mapping[str, Subspace]:
         """The directions of low curvature of each matrix; made once for each model."""

@@ -12,42 +12,41 @@ a row of ``Q`` and a column of ``V`` for each fact, and ``V`` is found through t
 
 A key is the mean input at the subject's last token over the contexts. ``Q`` answers each key with its own fact alone,
 up to ``overlap``, and as little as possible running text (``E[u u^T]``), the prompts with other names in them (``o``)
-and the keys of earlier edits (``k``; :meth:`JointRome.continue_from`). An epoch goes through the facts in shuffled
-batches. A step of Adam moves the values of its own facts only, in the presence of all others; a fact whose texts all
-have an NLL below ``until`` rests for an epoch. A fact takes a row of ``Q`` and a column of ``V`` in each matrix.
+and the keys of earlier edits (``k``; :meth:`JointRome.continue_from`). The search goes by epochs
+(:mod:`emendo.editors._epochs`); a step of Adam moves the values of its own facts only, in the presence of all others. A
+fact takes a row of ``Q`` and a column of ``V`` in each matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from random import Random
 
 import torch
 from torch import Tensor, nn
 
 from emendo._settings import setting
 from emendo._storage import cache_folder
-from emendo.editors._contexts import subject_end
-from emendo.editors._values import ContextSettings, SubjectEditor, inputs_of, turn, writing_sites
+from emendo.editors._epochs import EpochSearch
+from emendo.editors._values import (
+    ContextSettings,
+    SubjectEditor,
+    Surrounded,
+    inputs_of,
+    mean_key,
+    writing_sites,
+)
 from emendo.edits.edit import Request
 from emendo.least_squares import solve
-from emendo.low_rank import LowRank, applied
-from emendo.models._sampling import own_passages
+from emendo.low_rank import LowRank
 from emendo.models.lm import LM
-from emendo.models.losses import per_example
-from emendo.models.moments import moments_over, passages_of
-from emendo.models.sites import Site, find_stacks
-from emendo.models.text import Text, length_buckets
+from emendo.models.moments import kept_moments, running_text
+from emendo.models.sites import Site
+from emendo.models.text import Text
 from emendo.models.tokenization import passage_texts
-from emendo.models.trunk import Trunk
-from emendo.models.trunk_cache import TrunkCache
 
-_PASS_TOKENS = 768  # padded tokens of a pass
 _STAY_TOKENS = 20  # of a passage
-_CACHED = 1_000_000  # tokens whose trunk outputs are kept
 _AWAY = 10.0  # weight of the prompts with other names against running text
-_LEARNT = 0.5  # a text with an NLL below this share of `until` has nothing more to learn
 _DECAY = (0.9, 0.999)  # of Adam
 
 
@@ -87,15 +86,12 @@ class JointRome(SubjectEditor):
     @classmethod
     def default_sites(cls, model: nn.Module) -> tuple[Site, ...]:
         """The MLP matrices that write into the hidden state, of a sixth of the blocks, from 1/3 of the depth on."""
-        depth = find_stacks(model)[0].depth
-        first = depth // 3
-        return writing_sites(model, range(first, first + max(1, depth // 6)))
+        return writing_sites(model, 1, 3)
 
     def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """Compute one change for each request, each from the clean model."""
         self.checked(lm, requests)
-        found = [self.together(lm, [request]) for request in requests]
-        return {site.name: LowRank.stack([changes[site.name] for changes in found]) for site in self.sites}
+        return self.one_by_one(lm, requests)
 
     @torch.no_grad()
     def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
@@ -107,16 +103,9 @@ class JointRome(SubjectEditor):
     def continue_from(self, lm: LM, requests: Sequence[Request]) -> None:
         """Leave the keys of these facts, which the model holds, as they are in the following edits."""
         self.checked(lm, requests)
-        store, keys = TrunkCache(Trunk(lm.model, self.sites), dtype=lm.model.dtype), []
-        for request in requests:
-            texts, subject = self.contexts(lm, request)
-            ends = [subject_end(lm, text, subject) for text in texts]
-            rows = inputs_of(store, self.sites, texts)
-            keys.append({name: mean_key(own, ends) for name, own in rows.items()})
-        for site in self.sites:
-            own = torch.stack([key[site.name] for key in keys])
-            sums, count = self.earlier.get(site.name, (torch.zeros(site.d_in, site.d_in).to(own), 0))
-            self.earlier[site.name] = sums + own.mT @ own, count + len(own)
+        for name, keys in self.keys_of(lm, requests).items():
+            sums, count = self.earlier.get(name, (keys.new_zeros(keys.shape[1], keys.shape[1]), 0))
+            self.earlier[name] = sums + keys.mT @ keys, count + len(keys)
 
     def start_over(self) -> None:
         """Forget the edits of :meth:`continue_from`."""
@@ -137,22 +126,16 @@ class JointRome(SubjectEditor):
     def _text(self, lm: LM) -> tuple[dict[str, Tensor], list[Text]]:
         """The moments with their ridge, and the passages; those of the model as it is when they are first needed."""
         if self._running is None or self._running[0] != id(lm.model):
-            config, folder = self.config, cache_folder() / "written"
-            found = {}
-            for name, own in moments_over(lm, self.sites, config.text, config.passages).items():
+            config, found = self.config, {}
+            lines = running_text(lm, config.text, config.passages)
+            for name, own in kept_moments(lm, self.sites, lines, cache_folder() / "moments").items():
                 found[name] = own.inputs.double()
                 found[name].diagonal().add_(config.ridge * found[name].diagonal().mean())
-            lines = passages_of(config.text) if config.text else own_passages(lm, config.passages, folder)
             self._running = id(lm.model), found, passage_texts(lm, lines, _STAY_TOKENS)
         return self._running[1:]
 
 
-def mean_key(rows: Sequence[Tensor], ends: Sequence[int]) -> Tensor:
-    """The mean input ``[d_in]`` at a place of each text, float64; texts without a place are left out."""
-    return torch.stack([row[end] for row, end in zip(rows, ends, strict=False)]).double().mean(0)
-
-
-class JointSearch:
+class JointSearch(EpochSearch):
     """The search for the values of some facts.
 
     Args:
@@ -161,139 +144,90 @@ class JointSearch:
         requests: the facts.
 
     Attributes:
-        taught: for each fact, its prompt and its contexts, with the target.
-        stay: for each fact, texts that must stay.
         keys: matrix -> ``K [facts, d_in]``, float64.
         right: matrix -> ``Q [facts, d_in]``.
         unit: root mean square of the hidden state.
+        steps_of: for each fact, how many steps its values have taken.
     """
 
+    cached = 1_000_000
+    learnt = 0.5
+
     def __init__(self, editor: JointRome, lm: LM, requests: Sequence[Request]) -> None:
-        self.lm, self.config, self.sites = lm, editor.config, editor.sites
-        self.trunk, self.random = Trunk(lm.model, editor.sites), Random(editor.config.seed)
-        self.passages = editor.passages(lm) if editor.config.running else []
-        self.taught: list[Sequence[Text]] = []
-        self.stay: list[Sequence[Text]] = []
-        keys: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
-        moments, count = editor.moments(lm), 0
-        others = {site.name: torch.zeros(site.d_in, site.d_in, dtype=torch.float64) for site in self.sites}
-        for request in requests:
-            found = editor.surrounded(lm, request)
-            self.taught.append(found.texts)
-            self.stay.append(found.stay)
-            store = self._new_store()
-            for name, rows in inputs_of(store, self.sites, [*found.texts, *found.near]).items():
-                keys[name].append(mean_key(rows, found.ends))
-                if found.near:
-                    away = torch.cat(rows[len(found.ends) :])
-                    away = away.to(torch.promote_types(away.dtype, torch.float32))
-                    others[name] += (away.mT @ away).to(others[name])
-            count += sum(len(text.inputs) for text in found.near)
-        self.keys = {name: torch.stack(own) for name, own in keys.items()}
-        self.right = {
-            name: self._rows(self.keys[name], moment + others[name] * (_AWAY / max(1, count)))
-            for name, moment in moments.items()
-        }
-        self.store = self._new_store()
-        self.store.ensure([texts[0] for texts in self.taught])
-        hidden = torch.cat([self.store.hidden[texts[0]][-1:] for texts in self.taught])
+        config = editor.config
+        facts = [editor.surrounded(lm, request) for request in requests]
+        taught, stay = [fact.texts for fact in facts], [fact.stay for fact in facts]
+        super().__init__(lm, editor.sites, config, taught, stay, config.per_step)
+        self.passages = editor.passages(lm) if config.running else []
+        self.running, self.lr = min(config.running, len(self.passages)), config.lr
+        self.keys, self.right = self._directions(editor, facts)
+        self.store.ensure([texts[0] for texts in taught])
+        hidden = torch.cat([self.store.hidden[texts[0]][-1:] for texts in taught])
         self.unit = float(hidden.float().square().mean().sqrt())
-        self.values: dict[str, Tensor] = {}
-        for site in self.sites:
+        self.parameters = {}
+        for site in editor.sites:
             weight = site.weight(lm.model)
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            self.values[site.name] = torch.zeros(site.d_out, len(requests), dtype=dtype, device=weight.device)
+            self.parameters[site.name] = torch.zeros(
+                site.d_out, len(facts), dtype=dtype, device=weight.device
+            )
         self.means, self.squares = (
-            {name: torch.zeros_like(own) for name, own in self.values.items()} for _ in range(2)
+            {name: torch.zeros_like(own) for name, own in self.parameters.items()} for _ in range(2)
         )
-        self.steps = torch.zeros(len(requests), device=next(iter(self.values.values())).device)
+        self.steps_of = torch.zeros(len(facts), device=weight.device)
 
     def run(self) -> dict[str, LowRank]:
         """Run the epochs; returns the change of each matrix."""
-        rests: set[int] = set()
-        for epoch in range(self.config.epochs):
-            active = [i for i in range(len(self.taught)) if i not in rests]
-            self.random.shuffle(active)
-            rests_before, rests = rests, set()
-            for at in range(0, len(active), self.config.batch):
-                rests |= self._step(active[at : at + self.config.batch], epoch)
-            if len(rests) == len(active) and not rests_before:
-                break
-        return {name: LowRank(own, self.right[name].to(own)) for name, own in self.values.items()}
+        self.run_epochs()
+        return self.changes(self.parameters)
 
-    def losses(self, values: Mapping[str, Tensor], texts: Sequence[Text], stay: int) -> Tensor:
-        """The NLL of texts, or the KL of texts that must stay, in the model with the change of some values."""
-        self.store.ensure(texts)
-        changes = {name: LowRank(own, self.right[name].to(own)) for name, own in values.items()}
-        batch, losses, _ = self.store.label_losses(
-            texts, stay, lambda packing: applied(self.lm.model, changes)
-        )
-        return per_example(losses, batch.owner.to(losses.device), len(batch))
+    def changes(self, parameters: Mapping[str, Tensor]) -> dict[str, LowRank]:
+        """``V Q`` of each matrix for its ``V``."""
+        return {name: LowRank(own, self.right[name].to(own)) for name, own in parameters.items()}
 
-    def _step(self, members: Sequence[int], epoch: int) -> set[int]:
-        """Take one step; returns the facts that may rest."""
-        config = self.config
-        taught = [
-            (i, weight, text)
-            for i in members
-            for weight, text in [
-                (1.0, self.taught[i][0]),
-                *((1 / config.per_step, text) for text in turn(self.taught[i][1:], epoch, config.per_step)),
-            ]
-        ]
-        stay = [text for i in members for text in turn(self.stay[i], epoch, config.stay)]
-        stay += self.random.sample(self.passages, min(config.running, len(self.passages)))
-        slopes = {name: torch.zeros_like(own) for name, own in self.values.items()}
-        worst = dict.fromkeys(members, 0.0)
-        for part in length_buckets(taught, lambda one: one[2].size, _PASS_TOKENS):
-            found = self._descend([text for *_, text in part], 0, [weight for _, weight, _ in part], slopes)
-            for (i, *_), value in zip(part, found, strict=True):
-                worst[i] = max(worst[i], value)
-        weight = config.c_kl * len(members) / max(1, len(stay))
-        for some in length_buckets(stay, lambda text: text.size, _PASS_TOKENS) if config.c_kl else ():
-            self._descend(some, len(some), [weight] * len(some), slopes)
-        rests = {i for i in members if worst[i] < config.until}
-        self._update([i for i in members if i not in rests], slopes)
-        if sum(map(len, self.store.hidden.chunks)) > _CACHED:
-            self.store = self._new_store()
-        return rests
+    def staying(self, members: Sequence[int], epoch: int) -> list[Text]:
+        """The texts of a step that must stay: those of its facts, and passages."""
+        return [*super().staying(members, epoch), *self.random.sample(self.passages, self.running)]
 
-    def _descend(
-        self, texts: Sequence[Text], stay: int, weights: Sequence[float], slopes: dict[str, Tensor]
-    ) -> list[float]:
-        """Add the gradient of the weighted losses of some texts to ``slopes``; returns their losses."""
-        with torch.enable_grad():
-            values = {name: own.clone().requires_grad_() for name, own in self.values.items()}
-            found = self.losses(values, texts, stay)
-            left = found if stay else found.clamp(min=_LEARNT * self.config.until)
-            total = (left * torch.tensor(weights).to(left)).sum()
-            for name, slope in zip(values, torch.autograd.grad(total, list(values.values())), strict=True):
-                slopes[name] += slope
-        return found.detach().tolist()
-
-    def _update(self, members: Sequence[int], slopes: Mapping[str, Tensor]) -> None:
+    def update(self, members: Sequence[int], slopes: Mapping[str, Tensor]) -> None:
         """Take a step of Adam with the values of some facts."""
-        own = torch.tensor(members, dtype=torch.long, device=self.steps.device)
-        self.steps[own] += 1
+        own = torch.tensor(members, dtype=torch.long, device=self.steps_of.device)
+        self.steps_of[own] += 1
         first, second = _DECAY
-        rate = (
-            self.config.lr
-            * self.unit
-            * (1 - second ** self.steps[own]).sqrt()
-            / (1 - first ** self.steps[own])
-        )
+        root = (1 - second ** self.steps_of[own]).sqrt()
+        rate = self.lr * self.unit * root / (1 - first ** self.steps_of[own])
         for name, slope in slopes.items():
             mean = self.means[name][:, own].lerp(slope[:, own], 1 - first)
             square = self.squares[name][:, own].lerp(slope[:, own].square(), 1 - second)
             self.means[name][:, own], self.squares[name][:, own] = mean, square
-            self.values[name][:, own] -= rate * mean / (square.sqrt() + 1e-12)
+            self.parameters[name][:, own] -= rate * mean / (square.sqrt() + 1e-12)
 
-    def _rows(self, keys: Tensor, moment: Tensor) -> Tensor:
-        """``Q [n, d_in]`` for keys ``[n, d_in]``."""
-        toward = solve(moment, keys.mT)
-        inner = keys @ toward
-        inner.diagonal().add_(self.config.overlap * inner.diagonal().mean())
-        return solve(inner, toward.mT)
+    def _directions(
+        self, editor: JointRome, facts: Sequence[Surrounded]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """``K`` and ``Q`` of each matrix."""
+        keys: dict[str, list[Tensor]] = {site.name: [] for site in editor.sites}
+        others = {site.name: torch.zeros(site.d_in, site.d_in, dtype=torch.float64) for site in editor.sites}
+        for fact in facts:
+            rows = inputs_of(self.new_store(), editor.sites, [*fact.texts, *fact.near])
+            for name, own in rows.items():
+                keys[name].append(mean_key(own, fact.ends))
+                if fact.near:
+                    away = torch.cat(own[len(fact.ends) :])
+                    away = away.to(torch.promote_types(away.dtype, torch.float32))
+                    others[name] += (away.mT @ away).to(others[name])
+        count = max(1, sum(len(text.inputs) for fact in facts for text in fact.near))
+        found = {name: torch.stack(own) for name, own in keys.items()}
+        right = {
+            name: rows_for(found[name], moment + others[name] * (_AWAY / count), editor.config.overlap)
+            for name, moment in editor.moments(self.lm).items()
+        }
+        return found, right
 
-    def _new_store(self) -> TrunkCache:
-        return TrunkCache(self.trunk, dtype=self.lm.model.dtype)
+
+def rows_for(keys: Tensor, moment: Tensor, overlap: float) -> Tensor:
+    """``Q [n, d_in]`` for keys ``[n, d_in]``."""
+    toward = solve(moment, keys.mT)
+    inner = keys @ toward
+    inner.diagonal().add_(overlap * inner.diagonal().mean())
+    return solve(inner, toward.mT)

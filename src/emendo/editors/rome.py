@@ -39,7 +39,7 @@ from emendo.editors._values import ValueEditor, ValueSettings, writing_sites
 from emendo.edits.edit import Request
 from emendo.low_rank import LowRank
 from emendo.models.lm import LM
-from emendo.models.sites import Site, find_stacks
+from emendo.models.sites import Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +60,7 @@ class Rome(ValueEditor):
 
         In a mixture of experts, whose matrices see some tokens only, those of the attention.
         """
-        depth = find_stacks(model)[0].depth
-        first = depth * 3 // 5
-        return writing_sites(model, range(first, first + max(1, depth // 6)))
+        return writing_sites(model, 3, 5)
 
     def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """Compute one change for each request, each from the clean model."""

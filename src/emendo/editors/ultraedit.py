@@ -35,7 +35,7 @@ from emendo.least_squares import change_of
 from emendo.low_rank import LowRank, applied
 from emendo.models._experts import ExpertMatrix
 from emendo.models.lm import LM
-from emendo.models.sites import Site, find_stacks
+from emendo.models.sites import Site
 from emendo.models.text import Text, length_buckets
 from emendo.models.trunk import Trunk
 from emendo.models.trunk_cache import TrunkCache
@@ -74,14 +74,12 @@ class UltraEdit(Editor):
     @classmethod
     def default_sites(cls, model: nn.Module) -> tuple[Site, ...]:
         """The MLP matrices that write into the hidden state, of a sixth of the blocks, from 3/5 of the depth on."""
-        depth = find_stacks(model)[0].depth
-        return writing_sites(model, range(depth * 3 // 5, depth * 3 // 5 + max(1, depth // 6)))
+        return writing_sites(model, 3, 5)
 
     def each(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """Compute one change for each request, each from the clean model."""
         self._readable(lm, requests)
-        found = [self.together(lm, [request]) for request in requests]
-        return {site.name: LowRank.stack([changes[site.name] for changes in found]) for site in self.sites}
+        return self.one_by_one(lm, requests)
 
     def together(self, lm: LM, requests: Sequence[Request]) -> dict[str, LowRank]:
         """Compute one change for all requests, turn by turn."""

@@ -108,7 +108,6 @@ def kept_moments(
     sites: tuple[Site, ...],
     passages: Sequence[str] = (),
     folder: Path | None = None,
-    count: int = PASSAGES,
 ) -> dict[str, Moments]:
     """The moments of each matrix over passages, in float32; computed once where there is a folder.
 
@@ -117,16 +116,17 @@ def kept_moments(
         sites: the matrices.
         passages: running text; by default what the model writes itself.
         folder: where they are kept; None keeps nothing.
-        count: passages that the model writes.
 
     Raises:
         RequestError: there is no text, or the model is no decoder.
     """
     if lm.kind != "causal":
         raise RequestError(f"Moments are taken over running text, and {lm.name} is a {lm.kind}.")
-    if any(module._forward_hooks for module in lm.model.modules()):
-        folder = None  # the model holds an edit, so that these are not the moments of its fingerprint
-    chosen = list(passages) or own_passages(lm, count, None if folder is None else folder.parent / "written")
+    if _edited(lm):
+        folder = None  # these are not the moments of its fingerprint
+    chosen = list(passages) or own_passages(
+        lm, PASSAGES, None if folder is None else folder.parent / "written"
+    )
     key = digest([lm.fingerprint, lm.dtype, TOKENS, chosen])
     files = (
         {}
@@ -146,16 +146,35 @@ def kept_moments(
     return {site.name: found[site.name] for site in sites}
 
 
-def moments_over(lm: LM, sites: tuple[Site, ...], text: str, count: int = PASSAGES) -> dict[str, Moments]:
+def moments_over(lm: LM, sites: tuple[Site, ...], text: str) -> dict[str, Moments]:
     """The moments of each matrix over a file of plain text, kept in the cache folder.
 
     Args:
         lm: a decoder.
         sites: the matrices.
         text: the file; empty for what the model writes itself.
+    """
+    return kept_moments(lm, sites, passages_of(text) if text else (), cache_folder() / "moments")
+
+
+def running_text(lm: LM, text: str, count: int) -> list[str]:
+    """The passages of a file of plain text, or those that the model writes itself, kept in the cache folder.
+
+    Args:
+        lm: a decoder.
+        text: the file; empty for what the model writes itself.
         count: passages that the model writes.
     """
-    return kept_moments(lm, sites, passages_of(text) if text else (), cache_folder() / "moments", count)
+    return (
+        passages_of(text)
+        if text
+        else own_passages(lm, count, None if _edited(lm) else cache_folder() / "written")
+    )
+
+
+def _edited(lm: LM) -> bool:
+    """Whether the model holds an edit, and so is not the one of its fingerprint."""
+    return any(module._forward_hooks for module in lm.model.modules())
 
 
 def _read(file: Path) -> Moments:
