@@ -29,7 +29,7 @@ from emendo.errors import RequestError
 from emendo.memory.encoder import KeyEncoder
 from emendo.memory.index import Index, Scope
 from emendo.memory.key_file import KeyFile
-from emendo.memory.words import EVIDENCE, Prompt, compare, ending
+from emendo.memory.words import EVIDENCE, Prompt, compare
 from emendo.models._fingerprint import same_model
 from emendo.models.lm import LM
 
@@ -151,9 +151,9 @@ class Router:
 
     def read(self, lm: LM, prompts: Sequence[str], file: KeyFile | None = None) -> list[Query]:
         """Read prompts, of a long one its end; the file keeps their keys."""
-        texts = [ending(text) for text in prompts]
-        keys = self.keys(lm, texts, file)
-        return [Query(Prompt.read(text), None if keys is None else keys[i]) for i, text in enumerate(texts)]
+        found = [Prompt.read(text) for text in prompts]
+        keys = self.keys(lm, [prompt.text for prompt in found], file)
+        return [Query(prompt, None if keys is None else keys[i]) for i, prompt in enumerate(found)]
 
     def scores(self, query: Query, index: Index) -> dict[int, float]:
         """The scores of the edits that may be meant, by their number; the best of an edit's scopes counts.

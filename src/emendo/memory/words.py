@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import fsum, log, sqrt
@@ -198,21 +198,24 @@ def compare(edit: Prompt, query: Prompt) -> tuple[float, ...]:
 
 def occurs(name: Sequence[str], text: Sequence[str]) -> bool:
     """Whether the words of a name stand in a text, in their order and without gaps."""
-    length = len(name)
-    return length > 0 and any(
-        text[at] == name[0] and tuple(text[at : at + length]) == tuple(name)
-        for at in range(len(text) - length + 1)
-    )
+    return any(True for _ in _places(name, text))
 
 
 def mention(name: Sequence[str], text: str) -> str:
     """The first mention of a name as the text spells it; empty where there is none."""
     tokens = [*_WORD.finditer(text)]
     plain = [normalised(token[0]) for token in tokens]
-    for at in range(len(tokens) - len(name) + 1):
-        if name and plain[at : at + len(name)] == list(name):
-            return text[tokens[at].start() : tokens[at + len(name) - 1].end()]
+    for at in _places(name, plain):
+        return text[tokens[at].start() : tokens[at + len(name) - 1].end()]
     return ""
+
+
+def _places(name: Sequence[str], text: Sequence[str]) -> Iterator[int]:
+    """Where the words of a name stand in those of a text, in their order and without gaps."""
+    length = len(name)
+    for at in range(len(text) - length + 1) if name else ():
+        if text[at] == name[0] and tuple(text[at : at + length]) == tuple(name):
+            yield at
 
 
 def _share(some: frozenset[str], known: frozenset[str]) -> float:
@@ -228,20 +231,16 @@ def _inside(edit: Prompt, text: str) -> bool:
     tokens = [(match[0], match.start(), match.end()) for match in _WORD.finditer(text)]
     plain = [normalised(token) for token, _, _ in tokens]
     length, longer = len(edit.subject), []
-    for at in range(len(tokens) - length + 1):
-        if tuple(plain[at : at + length]) == edit.subject:
-            beside = (
-                (at - 1, at - 1),
-                (at + length - 1, at + length),
-            )  # left word, and the place of the new one
-            longer.append(
-                any(
-                    0 <= new < len(tokens)
-                    and plain[new] not in edit.known
-                    and _joined(text, tokens[left], tokens[left + 1], new=new, tokens=tokens)
-                    for left, new in beside
-                )
+    for at in _places(edit.subject, plain):
+        beside = ((at - 1, at - 1), (at + length - 1, at + length))  # left word, and the place of the new one
+        longer.append(
+            any(
+                0 <= new < len(tokens)
+                and plain[new] not in edit.known
+                and _joined(text, tokens[left], tokens[left + 1], new=new, tokens=tokens)
+                for left, new in beside
             )
+        )
     return bool(longer) and all(longer)
 
 
